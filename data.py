@@ -1,0 +1,198 @@
+"""CIFAR-10 as uint8 tensors: splits, training batches, evaluation batches, calibration subset.
+
+Images stay 32x32 uint8 [N, 3, 32, 32] until a batch is needed. Augmentation runs at 32x32 in the
+loader's workers; normalising and resizing to the model's input run on the model's device, whole
+batches at a time (`to_input`). Every random choice is a function of (seed, step), so a batch can be
+made again by any process at any time: this is what makes resuming and data-parallel runs exact.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+from rows import BadInput
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images in [0, 1], per RGB channel
+STD = (0.2470, 0.2435, 0.2616)
+SIDE = 32  # pixels
+CROP_PADDING = SIDE // 8  # pixels on each side
+AUGMENTATIONS = ("none", "crop-flip", "autoaugment")
+DATASETS = ("cifar10", "synthetic")
+_SPLIT_SEED = 0  # one split for every run: no checkpoint is ever trained on another's held-out images
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images uint8 [N, 3, 32, 32] and their labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices) -> "Images":
+        return Images(self.images[indices], self.labels[indices])
+
+
+def load(dataset: str, data_dir, train: bool) -> Images:
+    """The 50,000 training or 10,000 test images of CIFAR-10, or the synthetic stand-in's.
+
+    CIFAR-10 is downloaded to `data_dir` if it is not there. Raises BadInput if it can't be, or if
+    a file of it does not have its published MD5.
+    """
+    return synthetic(train) if dataset == "synthetic" else _cifar10(Path(data_dir), train)
+
+
+def _cifar10(data_dir: Path, train: bool) -> Images:
+    folder = data_dir / CIFAR10.base_folder
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision's chatter
+            raw = CIFAR10(data_dir, train, download=not folder.exists())
+    except RuntimeError as error:  # torchvision found a file that is missing or has another MD5
+        raise BadInput(
+            f"{folder} is incomplete or damaged: delete it to have it downloaded again"
+        ) from error
+    except OSError as error:
+        raise BadInput(
+            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): "
+            f"name the folder that holds {CIFAR10.base_folder}/ with --data-dir"
+        ) from error
+    return Images(
+        torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw.targets)
+    )
+
+
+def synthetic(train: bool) -> Images:
+    """A learnable stand-in without a download: 10 classes of coloured stripes under noise.
+
+    A class is a stripe direction (five) and a colour (two); phase, wavelength and noise vary by
+    image. 2,000 images to train on, 500 to test.
+    """
+    n = 2000 if train else 500
+    rng = np.random.default_rng(1 if train else 2)
+    labels = np.arange(n) % len(CLASSES)
+    angle = (labels % 5 * np.pi / 5)[:, None, None]
+    wavelength = rng.uniform(6, 12, (n, 1, 1))
+    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    y, x = np.mgrid[:SIDE, :SIDE]
+    stripes = np.sin(2 * np.pi / wavelength * (x * np.cos(angle) + y * np.sin(angle)) + phase)
+    colours = np.array([[70, 30, -20], [-20, 30, 70]])[labels // 5]  # [N, 3]
+    images = 128 + stripes[:, None] * colours[:, :, None, None]
+    images += rng.normal(0, 25, images.shape)
+    images = torch.from_numpy(images.clip(0, 255).astype(np.uint8))
+    return Images(images, torch.from_numpy(labels))
+
+
+def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and `val_size` indices to hold out, the latter class-balanced.
+
+    The same for every run; a smaller held-out set is part of a larger one.
+    """
+    held_out = balanced_subset(labels, torch.arange(len(labels)), val_size, _SPLIT_SEED)
+    keep = torch.ones(len(labels), dtype=torch.bool)
+    keep[held_out] = False
+    return keep.nonzero().flatten(), held_out
+
+
+def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tensor:
+    """`n` of `indices`, sorted, drawn at random with each class the same number of times (+-1)."""
+    if not 0 < n < len(indices):
+        raise BadInput(f"cannot draw {n} images from {len(indices)}: choose 1 to {len(indices) - 1}")
+    shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
+    # The k-th image of its class in shuffled order has rank k: the n lowest ranks are balanced.
+    one_hot = F.one_hot(labels[shuffled], len(CLASSES))
+    rank = one_hot.cumsum(0).gather(1, labels[shuffled, None]).flatten()
+    return shuffled[rank.argsort(stable=True)[:n]].sort().values
+
+
+class TrainBatches(torch.utils.data.Dataset):
+    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, 32, 32], labels.
+
+    Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
+    last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
+    share b = batch_size / world of the batch that a single process would get.
+    """
+
+    def __init__(self, data: Images, batch_size, seed, augment, rank=0, world=1):
+        if not 0 < batch_size <= len(data):
+            raise BadInput(f"batch size {batch_size} is not within 1 to {len(data)} images")
+        if batch_size % world:
+            raise BadInput(f"batch size {batch_size} does not divide by {world} processes")
+        self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
+        self.rank, self.world = rank, world
+        self.steps_per_epoch = len(data) // batch_size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch))
+        indices = order[batch * self.batch_size :][: self.batch_size]
+        x, labels = self.data.images[indices], self.data.labels[indices]
+        share = slice(self.rank, None, self.world)
+        # Drawn for the whole batch and then shared out, so that `world` changes no image.
+        draws = torch.randint(2**31, (self.batch_size, 4), generator=_generator(self.seed, 0, step))
+        x, labels, draws = x[share], labels[share], draws[share]
+        if self.augment != "none":
+            x = _flip(_crop(x, draws[:, 0], draws[:, 1]), draws[:, 2])
+        if self.augment == "autoaugment":
+            x = _auto_augment(x, draws[:, 3])
+        return x, labels
+
+
+def _generator(*key: int) -> torch.Generator:
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def _crop(x: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Pad with black by CROP_PADDING and cut [b, 3, 32, 32] at `top`, `left` (taken modulo)."""
+    padded = F.pad(x, (CROP_PADDING,) * 4)
+    offsets = torch.arange(SIDE)
+    rows = (top % (2 * CROP_PADDING + 1))[:, None] + offsets  # [b, 32]
+    cols = (left % (2 * CROP_PADDING + 1))[:, None] + offsets
+    image, channel = torch.arange(len(x))[:, None, None, None], torch.arange(3)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+
+
+def _flip(x: Tensor, draw: Tensor) -> Tensor:
+    return torch.where((draw % 2 == 1)[:, None, None, None], x.flip(-1), x)
+
+
+_AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+
+
+def _auto_augment(x: Tensor, seeds: Tensor) -> Tensor:
+    """CIFAR-10 AutoAugment (Cubuk et al., CVPR 2019), each image with its own seed."""
+    state = torch.get_rng_state()  # torchvision draws from the global generator
+    augmented = []
+    for image, seed in zip(x, seeds.tolist()):
+        torch.default_generator.manual_seed(seed)
+        augmented.append(_AUTO_AUGMENT(image))
+    torch.set_rng_state(state)
+    return torch.stack(augmented)
+
+
+def to_input(images: Tensor, img_size: int) -> Tensor:
+    """uint8 [b, 3, 32, 32] -> the model's float input [b, 3, S, S], channels-last, on its device.
+
+    Normalised first, then resized bilinearly: both are linear and the first is cheaper when small.
+    """
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    x = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    return x if img_size == SIDE else F.interpolate(x, (img_size, img_size), mode="bilinear")
+
+
+def eval_batches(data: Images, img_size: int, batch_size: int, device="cpu"):
+    """Yield (input [b, 3, S, S], labels [b]) over `data` in order."""
+    for x, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
+        yield to_input(x.to(device), img_size), labels.to(device)
