@@ -27,7 +27,7 @@ SIDE = 32  # pixels
 CROP_PADDING = SIDE // 8  # pixels on each side
 AUGMENTATIONS = ("none", "crop-flip", "autoaugment")
 DATASETS = ("cifar10", "synthetic")
-_SPLIT_SEED = 0  # one split for every run: no checkpoint is ever trained on another's held-out images
+_SPLIT_SEED = 0  # the same for every run: what one holds out, no other trains on
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
 def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tensor:
     """`n` of `indices`, sorted, drawn at random with each class the same number of times (+-1)."""
     if not 0 < n < len(indices):
-        raise BadInput(f"cannot draw {n} images from {len(indices)}: choose 1 to {len(indices) - 1}")
+        raise BadInput(f"cannot draw {n} of {len(indices)} images: ask for fewer, and at least 1")
     shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     # The k-th image of its class in shuffled order has rank k: the n lowest ranks are balanced.
     one_hot = F.one_hot(labels[shuffled], len(CLASSES))
@@ -192,7 +192,18 @@ def to_input(images: Tensor, img_size: int) -> Tensor:
     return x if img_size == SIDE else F.interpolate(x, (img_size, img_size), mode="bilinear")
 
 
-def eval_batches(data: Images, img_size: int, batch_size: int, device="cpu"):
-    """Yield (input [b, 3, S, S], labels [b]) over `data` in order."""
-    for x, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
-        yield to_input(x.to(device), img_size), labels.to(device)
+class EvalBatches:
+    """A sequence of (input [b, 3, S, S], labels [b]) over `data` in order, made when asked for."""
+
+    def __init__(self, data: Images, img_size: int, batch_size: int, device="cpu"):
+        self.data, self.img_size, self.batch_size = data, img_size, batch_size
+        self.device = device
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = self.data[i * self.batch_size : (i + 1) * self.batch_size]
+        return to_input(part.images.to(self.device), self.img_size), part.labels.to(self.device)

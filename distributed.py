@@ -48,7 +48,7 @@ class World:
         if self.device.type == "cuda":
             return nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for module in list(model.modules()):
-            for name, child in module.named_children():
+            for child in module.children():
                 if isinstance(child, nn.BatchNorm2d):
                     child.__class__ = CpuSyncBatchNorm  # same parameters and buffers
         return model

@@ -1,4 +1,4 @@
-"""What a run writes and reads: files that are whole or absent, its versions, commit and hardware."""
+"""What a run writes and reads: files that are whole or absent, versions, commit and hardware."""
 
 import contextlib
 import ctypes
@@ -80,6 +80,11 @@ def sha256(data) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else Path(data).read_bytes()).hexdigest()
 
 
+def model_name(variant: str, dataset: str) -> str:
+    """A run's name in paths and tables; another data set than CIFAR-10 shows in it."""
+    return f"mobilevit_{variant}" + ("" if dataset == "cifar10" else f"-{dataset}")
+
+
 def provenance(*packages: str) -> dict:
     """Commit, versions, hardware, command and time, as every run records them."""
 
@@ -95,14 +100,14 @@ def provenance(*packages: str) -> dict:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "torchvision", *packages)},
         },
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Name and widest vector instructions, for example "AMD EPYC, AVX2"."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):

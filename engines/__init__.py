@@ -1,16 +1,79 @@
-"""Running a model for real: every engine gives `run(images [b, 3, S, S]) -> logits [b, K]`, and the
-functions here judge and time any of them alike."""
+"""Running a network for real, judging it and timing it.
+
+An engine is a module with `NAME`, `version()` and `load(model, recipe, calibration) -> Loaded`;
+`predict` and `latency` treat all of them alike.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 
-def predict(run, batches, total=None) -> tuple[Tensor, Tensor]:
-    """Logits [N, K] and labels [N], on the CPU, of `run` over (input, labels) batches."""
-    logits, labels = [], []
-    with torch.inference_mode():
-        for x, y in tqdm(batches, "evaluating", total=total, leave=False, disable=None):
-            logits.append(run(x).float().cpu())
-            labels.append(y.cpu())
-    return torch.cat(logits), torch.cat(labels)
+class EngineMissing(Exception):
+    """An engine can't run here; the message says what to install."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`run`: images [b, 3, S, S] -> logits [b, K]. `state`: what its weight file holds."""
+
+    run: Callable[[Tensor], Tensor]
+    state: dict
+
+
+def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
+    """Logits [N, K] and labels [N], on the CPU, of `run` over a sequence of (input, labels).
+
+    On a CPU, `workers` threads with one core each take batches in turn: on small batches that
+    beats all cores sharing each operator.
+    """
+
+    def one(i: int):
+        with torch.inference_mode():
+            x, labels = batches[i]
+            return run(x).float().cpu(), labels.cpu()
+
+    def results():
+        if workers == 1:
+            yield from map(one, range(len(batches)))
+            return
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(one, range(len(batches)))
+
+    shown = tqdm(results(), "evaluating", len(batches), leave=False, disable=None)
+    return tuple(torch.cat(column) for column in zip(*shown))
+
+
+def latency(runs: dict[str, Callable], x: Tensor, n: int = 100, warmup: int = 10) -> dict:
+    """Milliseconds a call of each of `runs` on `x` takes on one thread: median, p10 and p90 of `n`.
+
+    The runs take turns, so that a change of the machine's speed meets all of them alike.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = {name: [] for name in runs}
+        with torch.inference_mode():
+            for i in range(warmup + n):
+                for name, run in runs.items():
+                    began = time.perf_counter()
+                    run(x)
+                    if i >= warmup:
+                        times[name].append(1000 * (time.perf_counter() - began))
+    finally:
+        torch.set_num_threads(threads)
+    points = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    stats = {}
+    for name, ms in times.items():
+        median, p10, p90 = torch.tensor(ms, dtype=torch.float64).quantile(points).tolist()
+        stats[name] = {"median": median, "p10": p10, "p90": p90} | {
+            "runs": n,
+            "threads": 1,
+            "batch": len(x),
+        }
+    return stats

@@ -1,0 +1,230 @@
+"""Benchmarks behind the README's claims of speed, each side by side in one run.
+
+    python bench.py train     # training images/s at 256x256, ours against timm's, 2 min on a CPU
+    python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
+    python bench.py sweep     # the quantization sweep, ours against the published way, 10 min
+    python bench.py sweep --checkpoint checkpoints/mobilevit_xxs/best.pth --test-images 250
+
+Each writes results/benchmarks/NAME.json and prints what it wrote. Only ratios carry over to other
+machines.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+
+import data
+import rows
+from engines import latency, torch_eager, torch_fx
+from mobilevit import MobileViT
+from ptq import RECIPES
+from rows import BadInput
+from weights import model_from_checkpoint
+
+ROUNDS = 5  # of each contender, taking turns
+
+
+def parse_args():
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = p.add_argument
+    add("what", choices=BENCHMARKS)
+    add("--variant", default="xxs", choices=("xxs", "xs", "s"), help="for train and loader")
+    add("--img-size", type=int, default=256, help="input side in pixels, for train and loader")
+    add("--batch-size", type=int, default=32, help="images a training step, for train and loader")
+    add("--seconds", type=float, default=8, help="of each round, for train and loader")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for train")
+    add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="for sweep")
+    add("--test-images", type=int, default=500, help="for sweep")
+    add("--calibration-images", type=int, default=256, help="for sweep")
+    add("--latency-runs", type=int, default=20, help="for sweep")
+    add("--data-dir", default="data", help="folder of cifar-10-batches-py")
+    add("--output", default="results/benchmarks", help="folder of the result files")
+    return p.parse_args()
+
+
+def trainer(model, args):
+    """A training step as a function: the loop that both contenders share."""
+    model = model.train().to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images = torch.randint(256, (args.batch_size, 3, data.SIDE, data.SIDE), dtype=torch.uint8)
+    labels = torch.arange(args.batch_size, device=args.device) % len(data.CLASSES)
+    x = data.to_input(images.to(args.device), args.img_size)
+
+    def step():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            logits = model(x)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def images_per_s(step, args) -> float:
+    step()  # warm-up
+    n, began = 0, time.perf_counter()
+    while time.perf_counter() - began < args.seconds:
+        step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        n += args.batch_size
+    return n / (time.perf_counter() - began)
+
+
+def bench_train(args) -> dict:
+    """Training throughput of our network against timm's of the same architecture."""
+    import timm
+
+    theirs = timm.create_model(f"mobilevit_{args.variant}", num_classes=len(data.CLASSES))
+    steps = {
+        "ours": trainer(MobileViT(args.variant, len(data.CLASSES), heads=4), args),
+        "timm": trainer(theirs, args),
+    }
+    rounds = [{k: images_per_s(step, args) for k, step in steps.items()} for _ in range(ROUNDS)]
+    speeds = {name: statistics.median(r[name] for r in rounds) for name in steps}
+    return {
+        "images_per_s": speeds,
+        "ratio": statistics.median(r["ours"] / r["timm"] for r in rounds),
+        "variant": args.variant,
+        "img_size": args.img_size,
+        "batch_size": args.batch_size,
+        "timm": timm.__version__,
+    }
+
+
+def bench_loader(args) -> dict:
+    """What one loader process makes and what the network takes in the same time."""
+    images = data.load("cifar10", args.data_dir, train=True)
+    made = {}
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for augment in data.AUGMENTATIONS:
+        batches = data.TrainBatches(images, args.batch_size, 0, augment)
+        began, n = time.perf_counter(), 0
+        while time.perf_counter() - began < args.seconds:
+            batches[n]
+            n += 1
+        made[augment] = n * args.batch_size / (time.perf_counter() - began)
+    torch.set_num_threads(torch_threads)
+    step = trainer(MobileViT(args.variant, len(data.CLASSES)), args)
+    return {
+        "loader_images_per_s": made,
+        "training_images_per_s": images_per_s(step, args),
+        "variant": args.variant,
+        "img_size": args.img_size,
+        "device": args.device,
+    }
+
+
+def published_way(args) -> float:
+    """Seconds of the four rows as the published script makes them: a PIL resize an image in two
+    loader processes, contiguous tensors, batches of 128, all arithmetic on one thread."""
+    model, _ = model_from_checkpoint(args.checkpoint)
+    model = model.to(memory_format=torch.contiguous_format)
+    to_tensor = transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.Resize(256),
+            transforms.ToTensor(),
+            transforms.Normalize(data.MEAN, data.STD),
+        ]
+    )
+
+    def loader(train: bool, n: int):
+        part = data.load("cifar10", args.data_dir, train)[:n]
+        items = [(image, label) for image, label in zip(part.images, part.labels)]
+        dataset = _Transformed(items, to_tensor)
+        return torch.utils.data.DataLoader(dataset, batch_size=128, num_workers=2)
+
+    test, calibration = loader(False, args.test_images), loader(True, args.calibration_images)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    for name in ("fp32", "fp16", "int8-fx", "int4-percentile"):
+        engine = torch_fx if RECIPES[name].qconfig else torch_eager
+        batches = list(calibration) if engine is torch_fx else None
+        run = engine.load(model, RECIPES[name], batches).run
+        with torch.inference_mode():
+            for x, _ in test:
+                run(x)
+        latency({"row": run}, torch.rand(1, 3, 256, 256), args.latency_runs)
+    seconds = time.perf_counter() - began
+    torch.set_num_threads(threads)
+    return seconds
+
+
+class _Transformed(torch.utils.data.Dataset):
+    def __init__(self, items, transform):
+        self.items, self.transform = items, transform
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        image, label = self.items[i]
+        return self.transform(image), label
+
+
+def bench_sweep(args) -> dict:
+    """quantize.py on a part of the test set against the same rows made the published way."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            Path(__file__).with_name("quantize.py"),
+            "--checkpoint",
+            args.checkpoint,
+            "--data-dir",
+            args.data_dir,
+            "--test-images",
+            args.test_images,
+            "--calibration-images",
+            args.calibration_images,
+            "--latency-runs",
+            args.latency_runs,
+            "--output",
+            folder,
+        ]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"quantize.py failed: {done.stderr}")
+        ours = sum(rows.read_json(path)["wall_s"] for path in Path(folder).rglob("*.json"))
+    theirs = published_way(args)
+    return {
+        "ours_s": ours,
+        "published_way_s": theirs,
+        "ratio": theirs / ours,
+        "test_images": args.test_images,
+        "calibration_images": args.calibration_images,
+        "latency_runs": args.latency_runs,
+        "threads": torch.get_num_threads(),
+    }
+
+
+BENCHMARKS = {"train": bench_train, "loader": bench_loader, "sweep": bench_sweep}
+
+
+@rows.command
+def main():
+    args = parse_args()
+    rows.keep_freed_memory()
+    result = BENCHMARKS[args.what](args)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else rows.cpu_name()
+    print(json.dumps(result, indent=1))
+    path = Path(args.output, f"{args.what}.json")
+    rows.write_json(path, result | {"hardware": device} | rows.provenance())
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Figures and the README's tables, from results/ and the training logs alone.
+
+    python plots.py             # figures -> results/figures/*.png and *.svg, 10 s
+    python plots.py --readme    # also rewrite the README's tables between their markers
+    python plots.py --check     # write nothing; fail if the README differs from results/
+
+Prints the path of every file written. Rows and runs on the synthetic data set are left out.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import tables
+from rows import MB, BadInput, atomic, command, read_json, write_text
+
+# Okabe and Ito's palette, told apart with any colour vision.
+COLOURS = {"mobilevit_xxs": "#0072B2", "mobilevit_xs": "#E69F00", "mobilevit_s": "#009E73"}
+MARKERS = {"fp32": "o", "fp16": "s", "int8-fx": "^", "int4-percentile": "v"}
+WIDTH_IN = 8.5  # inches; 850 pixels at the 100 dpi of a README column
+
+
+def parse_args():
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--results", default="results", help="folder of the result files")
+    p.add_argument("--checkpoints", default="checkpoints", help="folder of the training logs")
+    p.add_argument("--readme-file", default="README.md", help="file that holds the tables")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--readme", action="store_true", help="also rewrite the tables")
+    what.add_argument("--check", action="store_true", help="fail if the tables differ")
+    args = p.parse_args()
+    if not Path(args.results).is_dir():
+        raise BadInput(f"no folder {args.results}: run quantize.py first or name it with --results")
+    return args
+
+
+def load_rows(folder) -> list[dict]:
+    """All rows under `folder` that cover the whole CIFAR-10 test set."""
+    rows = [read_json(path) for path in sorted(Path(folder).glob("*/*@*.json"))]
+    return [row for row in rows if (row["dataset"], row["n_images"]) == ("cifar10", 10_000)]
+
+
+def load_runs(folder) -> list[dict]:
+    """The metrics.json of all finished CIFAR-10 runs under `folder`, each with its log."""
+    runs = []
+    for path in sorted(Path(folder).glob("*/metrics.json")):
+        run = read_json(path)
+        if run["config"]["dataset"] == "cifar10":
+            with open(path.with_name("log.csv")) as file:
+                log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            began = read_json(path.with_name("config.json"))  # its command is that of the start
+            model = f"mobilevit_{run['config']['variant']}"
+            runs.append(run | {"log": log, "model": model, "command": began["command"]})
+    return sorted(runs, key=lambda run: tables.MODELS.index(run["model"]))
+
+
+def training_curves(runs):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_IN, 3.4))
+    for run in runs:
+        log, colour = run["log"], COLOURS[run["model"]]
+        epochs = [row["epoch"] for row in log]
+        for axis, name in ((left, "accuracy_pct"), (right, "loss")):
+            axis.plot(
+                epochs,
+                [r[f"train_{name}"] for r in log],
+                "--",
+                color=colour,
+                alpha=0.7,
+                label=f"{run['model']}, training",
+            )
+            axis.plot(
+                epochs,
+                [r[f"val_{name}"] for r in log],
+                "-",
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=f"{run['model']}, held-out",
+            )
+        if len(runs) == 1:  # the sides of several runs would cover each other
+            for before, row in zip([None, *log], log):
+                if before is None or row["img_size"] != before["img_size"]:
+                    for axis in (left, right):
+                        axis.axvline(row["epoch"] - 0.5, color="#999999", linewidth=0.8)
+                    left.annotate(
+                        f"{row['img_size']:.0f} px",
+                        (row["epoch"] - 0.45, 0.02),
+                        xycoords=("data", "axes fraction"),
+                        fontsize=8,
+                    )
+    left.set(xlabel="epoch", ylabel="accuracy, %")
+    right.set(xlabel="epoch", ylabel="loss (training: with label smoothing)")
+    left.legend(fontsize=8)
+    return fig
+
+
+def methods(rows):
+    """Accuracy, size and latency by method, grouped by variant."""
+    rows = [row for row in rows if row["model"] in tables.MODELS]
+    models = [m for m in tables.MODELS if any(row["model"] == m for row in rows)]
+    recipes = [name for name in tables.TITLES if any(r["recipe"]["name"] == name for r in rows)]
+    by_method = {(row["model"], row["recipe"]["name"]): row for row in rows}
+    panels = (
+        ("test accuracy, %", lambda r: r["accuracy_pct"], "{:.1f}"),
+        ("file size, MB", lambda r: r["size_bytes"] / MB, "{:.2f}"),
+        ("latency, ms, one thread", lambda r: r["latency_ms"]["median"], "{:.0f}"),
+    )
+    fig, axes = plt.subplots(1, 3, figsize=(WIDTH_IN, 0.9 + 0.42 * len(models) * len(recipes)))
+    for axis, (label, value, form) in zip(axes, panels):
+        ticks, names = [], []
+        for i, model in enumerate(models):
+            for j, recipe in enumerate(recipes):
+                row = by_method.get((model, recipe))
+                if row is None:
+                    continue
+                y = i * (len(recipes) + 0.6) + j
+                hatch = "//" if row["simulated"] else None
+                axis.barh(y, value(row), color=COLOURS[model], hatch=hatch, edgecolor="white")
+                text = " " + form.format(value(row))
+                axis.annotate(text, (value(row), y), va="center", fontsize=8)
+                size = model.removeprefix("mobilevit_").upper()
+                ticks.append(y)
+                names.append(f"{size} {tables.TITLES[recipe].split(',')[0]}")
+        axis.set_yticks(ticks, names if axis is axes[0] else [""] * len(names))
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+        axis.set_xlim(right=axis.get_xlim()[1] * 1.18)
+    fig.suptitle("hatched: low-bit weights simulated in FP32", fontsize=9)
+    return fig
+
+
+def pareto(rows):
+    """Accuracy against size; hollow: the published re-implementation."""
+    fig, axis = plt.subplots(figsize=(WIDTH_IN, 4))
+    for model in tables.MODELS:
+        ours = sorted((r for r in rows if r["model"] == model), key=lambda r: -r["size_bytes"])
+        if not ours:
+            continue
+        points = [(r["recipe"]["name"], r["size_bytes"] / MB, r["accuracy_pct"]) for r in ours]
+        theirs = [(k, v[1], v[0]) for (m, k), v in tables.PUBLISHED.items() if m == model]
+        for these, face, style in ((points, COLOURS[model], "-"), (theirs, "none", ":")):
+            axis.plot(
+                [x for _, x, _ in these],
+                [y for *_, y in these],
+                style,
+                lw=0.8,
+                color=COLOURS[model],
+            )
+            for recipe, x, y in these:
+                axis.plot(x, y, MARKERS.get(recipe, "D"), color=COLOURS[model], mfc=face, ms=8)
+    for model in {row["model"] for row in rows} & set(tables.MODELS):
+        axis.plot([], [], "-", color=COLOURS[model], label=model)
+    axis.plot([], [], ":", color="black", label="published, hollow")
+    for recipe, marker in MARKERS.items():
+        axis.plot([], [], marker, color="black", mfc="none", label=tables.TITLES[recipe])
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="size of the weights, MB", ylabel="test accuracy, %")
+    axis.legend(fontsize=8)
+    return fig
+
+
+def save(fig, path: Path) -> None:
+    fig.tight_layout()
+    for suffix in (".png", ".svg"):
+        # A date in the SVG would change the file at every run.
+        metadata = {"Date": None} if suffix == ".svg" else None
+        with atomic(path.with_suffix(suffix)) as tmp:
+            fig.savefig(tmp, format=suffix[1:], dpi=200, metadata=metadata)
+        print(path.with_suffix(suffix))
+    plt.close(fig)
+
+
+def filled_readme(text: str, blocks: dict[str, str]) -> str:
+    """`text` with what stands between <!-- begin:NAME --> and <!-- end:NAME --> replaced."""
+    for name, block in blocks.items():
+        begin, end = f"<!-- begin:{name} -->\n", f"<!-- end:{name} -->"
+        if begin not in text or end not in text.partition(begin)[2]:
+            raise BadInput(f"the README has no {begin.strip()} ... {end}")
+        before, _, rest = text.partition(begin)
+        text = before + begin + block + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+@command
+def main():
+    args = parse_args()
+    rows, runs = load_rows(args.results), load_runs(args.checkpoints)
+    if args.check or args.readme:
+        benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
+        blocks = {
+            "results": tables.results_table(rows),
+            "training": tables.training_table(runs),
+            "commands": tables.commands_block(rows, runs),
+            "benchmarks": tables.benchmarks_table(benchmarks),
+        }
+        try:
+            text = Path(args.readme_file).read_text()
+        except OSError as error:
+            raise BadInput(f"cannot read {args.readme_file}: {error.strerror}") from error
+        filled = filled_readme(text, blocks)
+        if args.check:
+            if filled != text:
+                sys.exit(f"{args.readme_file} differs from {args.results}/: run plots.py --readme")
+            print(f"{args.readme_file} agrees with {args.results}/")
+            return
+        write_text(args.readme_file, filled)
+        print(args.readme_file)
+    plt.rcParams |= {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.axisbelow": True,
+        "svg.hashsalt": "mobilevit",
+    }
+    figures = Path(args.results, "figures")
+    if runs:
+        save(training_curves(runs), figures / "training_curves")
+    if rows:
+        save(methods(rows), figures / "methods")
+        save(pareto(rows), figures / "pareto")
+    if not rows and not runs:
+        raise BadInput(f"{args.results} and {args.checkpoints} hold no CIFAR-10 row and no run yet")
+
+
+if __name__ == "__main__":
+    main()

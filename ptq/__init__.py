@@ -1,0 +1,7 @@
+"""Post-training quantization of any nn.Module: formats, recipes, and the pipeline that applies one
+to the other. Knows nothing of data sets, files or the command line."""
+
+from ptq.pipeline import quantize
+from ptq.recipes import RECIPES, Recipe, Rule
+
+__all__ = ["RECIPES", "Recipe", "Rule", "quantize"]

@@ -1,0 +1,187 @@
+"""Quantize checkpoints and measure each result: accuracy, file size, latency.
+
+    python quantize.py --checkpoint checkpoints/mobilevit_xxs/best.pth      # all recipes, 15 min
+    python quantize.py --checkpoint A.pth B.pth --recipes fp32 int8-fx
+    python quantize.py --checkpoint checkpoints/mobilevit_xxs-synthetic/best.pth \\
+        --calibration-images 256 --latency-runs 10                          # smoke, under a minute
+
+Each (checkpoint, recipe) becomes one file results/MODEL/RECIPE@ENGINE.json; a row that is there
+already, made from the same weights with the same settings, is not measured again. A checkpoint is
+evaluated on the data set and at the image size it was trained for, on all test images and all
+cores; latency is one image on one thread. Prints one line a row and a table at the end.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import rows
+from engines import EngineMissing, latency, predict, torch_eager, torch_fx
+from ptq import RECIPES
+from ptq.packing import estimated_size_bytes
+from rows import BadInput
+from tables import printed, results_table
+from weights import model_from_checkpoint
+
+EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
+
+
+def parse_args():
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = p.add_argument
+    add("--checkpoint", nargs="+", required=True, metavar="PATH", help="checkpoints to quantize")
+    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what to do to them")
+    add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--calibration-images", type=int, help="instead of the number in the recipe")
+    add("--test-images", type=int, help="only the first so many; such a row is not published")
+    add("--latency-runs", type=int, default=100, help="timed calls per row")
+    add("--seed", type=int, default=0, help="of the choice of calibration images")
+    add("--workers", type=int, default=torch.get_num_threads(), help="threads that evaluate")
+    add("--output", default="results", help="folder of the result files")
+    add("--force", action="store_true", help="measure rows again that are there already")
+    args = p.parse_args()
+    for name in ("calibration_images", "test_images", "latency_runs", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+class Bench:
+    """One checkpoint with its test and calibration images, ready to measure recipes on."""
+
+    def __init__(self, path, args):
+        self.path, self.args = Path(path), args
+        self.model, self.checkpoint = model_from_checkpoint(path)
+        self.config = self.checkpoint["config"]
+        self.img_size = self.checkpoint["img_size"]
+        self.sha256 = rows.sha256(self.path)
+        dataset = self.config["dataset"]
+        self.name = rows.model_name(self.checkpoint["model"], dataset)
+        self.test = data.load(dataset, args.data_dir, train=False)[: args.test_images]
+        self.train = data.load(dataset, args.data_dir, train=True)
+        self.sample = data.to_input(self.test.images[:1], self.img_size)  # [1, 3, S, S], for timing
+
+    def identity(self, recipe) -> dict:
+        """What makes a row the same row: asked for again, it need not be measured again."""
+        n = (self.args.calibration_images or recipe.calibration_images) * bool(recipe.qconfig)
+        return {
+            "model": self.name,
+            "dataset": self.config["dataset"],
+            "img_size": self.img_size,
+            "checkpoint_sha256": self.sha256,
+            "recipe": recipe.asdict(),
+            "engine": engine_of(recipe).NAME,
+            "seed": self.args.seed,
+            "calibration_images": n,
+            "n_images": len(self.test),
+        }
+
+    def row_path(self, recipe) -> Path:
+        size = "" if self.img_size == 256 else f"-{self.img_size}"
+        file = f"{recipe.name}{size}@{engine_of(recipe).NAME}.json"
+        return Path(self.args.output, self.name, file)
+
+    def calibration(self, recipe, n: int) -> tuple:
+        """Batches of `n` training images under evaluation transforms, and their description."""
+        if n == 0:
+            return None, {"n": 0}
+        usable, _ = data.split(self.train.labels, self.config["val_size"])
+        chosen = data.balanced_subset(self.train.labels, usable, n, self.args.seed)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed))
+        images, batch = self.train[chosen[order]], recipe.calibration_batch
+        digest = rows.sha256(chosen.numpy().tobytes())
+        described = {"n": n, "seed": self.args.seed, "indices_sha256": digest}
+        return data.EvalBatches(images, self.img_size, batch), described
+
+    def measure(self, recipe) -> dict:
+        """Quantize, evaluate, write, time; the whole row."""
+        began, identity = time.monotonic(), self.identity(recipe)
+        engine = engine_of(recipe)
+        batches, calibration = self.calibration(recipe, identity["calibration_images"])
+        loaded = engine.load(self.model, recipe, batches)
+        size_bytes = written_size_bytes(loaded.state)
+        if not recipe.storable:
+            size_bytes = estimated_size_bytes(self.model, recipe)
+        images = data.EvalBatches(self.test, self.img_size, EVAL_BATCH)
+        logits, labels = predict(loaded.run, images, self.args.workers)
+        predictions = logits.argmax(1)
+        n_correct = int((predictions == labels).sum())
+        times = latency(
+            {"row": loaded.run, "fp32": self.model}, self.sample, self.args.latency_runs
+        )
+        return identity | {
+            "checkpoint": str(self.path),
+            "engine_version": engine.version(),
+            "simulated": recipe.simulated,
+            "n_correct": n_correct,
+            "accuracy_pct": 100 * n_correct / len(labels),
+            "predictions": "".join(str(k) for k in predictions.tolist()),
+            "size_bytes": size_bytes,
+            "size_is_estimate": not recipe.storable,
+            "latency_ms": times["row"],
+            "fp32_latency_ms": times["fp32"],
+            "calibration": calibration,
+            "wall_s": time.monotonic() - began,
+            **rows.provenance(),
+        }
+
+
+def engine_of(recipe):
+    return torch_fx if recipe.qconfig else torch_eager
+
+
+def written_size_bytes(state: dict) -> int:
+    """Bytes of a file that holds `state`, written to find out."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.pth")
+        torch.save(state, path)
+        return path.stat().st_size
+
+
+def reusable(path: Path, identity: dict) -> dict | None:
+    """The row at `path` if it was made from the same weights with the same settings."""
+    if not path.exists():
+        return None
+    row = rows.read_json(path)
+    return row if all(row.get(k) == v for k, v in identity.items()) else None
+
+
+@rows.command
+def main():
+    args = parse_args()
+    rows.keep_freed_memory()
+    torch.set_num_threads(args.workers)
+    benches = [Bench(path, args) for path in args.checkpoint]
+    done, failed = [], False
+    for bench in benches:
+        for recipe in (RECIPES[name] for name in args.recipes):
+            path = bench.row_path(recipe)
+            row = None if args.force else reusable(path, bench.identity(recipe))
+            try:
+                if row is None:
+                    row = bench.measure(recipe)
+                    rows.write_json(path, row)
+            except EngineMissing as missing:
+                print(f"{bench.name} {recipe.name}: left out, {missing}")
+                continue
+            except (BadInput, ValueError, RuntimeError) as error:
+                failed = True
+                reason = str(error).split("\n")[0]
+                print(f"{bench.name} {recipe.name}: failed, {reason}", file=sys.stderr)
+                continue
+            done.append(row)
+            print(f"{printed(row)}, in {row['wall_s']:.0f} s -> {path}", flush=True)
+    if done:
+        print(f"\n{results_table(done)}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

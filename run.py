@@ -1,0 +1,221 @@
+"""A training run: everything that changes from step to step, and the files that hold it."""
+
+import csv
+import io
+import math
+import resource
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import data
+import rows
+from distributed import World
+from engines import predict
+from mobilevit import MobileViT
+from rows import BadInput
+from schedule import Schedule
+from weights import load_checkpoint, load_timm, load_weights, save_checkpoint
+
+EVAL_BATCH = 100  # images; small enough for the activations to stay near the cache of a CPU
+# Options that a resumed run may be given anew, and those that are not about the run.
+MAY_CHANGE = ("max_minutes", "workers", "resume", "data_dir", "output", "tensorboard")
+DERIVED = ("eval", "checkpoint", "stages")
+SAVED = ("step", "seconds", "history", "best_accuracy", "config")  # besides the weights and sums
+
+
+def build_model(args) -> MobileViT:
+    torch.manual_seed(args.seed)
+    try:
+        model = MobileViT(args.variant, len(data.CLASSES), 4 if args.pretrained else args.heads)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if args.init:
+        load_weights(model, load_checkpoint(args.init), args.init)
+    if args.pretrained:
+        load_timm(model)
+    return model
+
+
+def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameters with two or more dimensions decay; norms and biases do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class Run:
+    """A training run: everything that changes from step to step, and its files."""
+
+    def __init__(self, args, world: World, n_train: int):
+        self.args, self.world = args, world
+        self.steps_per_epoch = n_train // args.batch_size
+        self.schedule = Schedule(args.stages, self.steps_per_epoch, args.lr, args.warmup_epochs)
+        self.model = build_model(args).to(world.device, memory_format=torch.channels_last)
+        self.trained = world.parallel(world.synchronised(self.model))
+        if args.compile:
+            self.trained = torch.compile(self.trained)
+        self.ema = None
+        if args.ema_decay:
+            average = get_ema_multi_avg_fn(args.ema_decay)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.optimizer = torch.optim.AdamW(
+            weight_groups(self.model, args.weight_decay), lr=args.lr, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
+        self.step = 0
+        self.sums = torch.zeros(3, device=world.device)  # of the epoch: loss, correct, images
+        self.seconds = 0.0  # of the epoch, training only
+        self.history = []  # a dict an epoch
+        self.best_accuracy = -1.0
+        options = {k: v for k, v in vars(args).items() if k not in (*MAY_CHANGE, *DERIVED)}
+        self.config = options | {"world_size": world.size}
+
+    def train_step(self, images, labels) -> None:
+        args, device = self.args, self.world.device
+        lr = self.schedule.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        x = data.to_input(images.to(device, non_blocking=True), self.schedule.sides[self.step])
+        labels = labels.to(device, non_blocking=True)
+        dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, dtype, enabled=args.precision != "fp32"):
+            logits = self.trained(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        n = len(labels)
+        self.sums += torch.stack((loss.detach() * n, correct, correct.new_tensor(n)))
+        self.step += 1
+
+    def check_finite(self) -> None:
+        if not math.isfinite(self.world.sum(self.sums)[0].item()):
+            raise BadInput(
+                f"the loss is not finite near step {self.step}: lower --lr or use --precision "
+                f"fp32; {self.args.output / 'last.pth'} keeps the last good state, if one was saved"
+            )
+
+    def network(self) -> MobileViT:
+        """The weights to evaluate and ship."""
+        return self.ema.module if self.ema else self.model
+
+    def evaluate(self, images: data.Images, img_size: int) -> tuple[float, float]:
+        """Loss and accuracy in percent, each process taking its share of the images."""
+        world, model = self.world, self.network().eval()
+        share = images[world.rank :: world.size]
+        logits, labels = predict(model, data.EvalBatches(share, img_size, EVAL_BATCH, world.device))
+        self.model.train()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums = torch.stack((loss, (logits.argmax(1) == labels).sum().float()))
+        loss, correct = world.sum(sums.to(world.device)).tolist()
+        return loss / len(images), 100 * correct / len(images)
+
+    def end_epoch(self, val: data.Images) -> None:
+        """Log the epoch, keep the weights if they are the best yet, save."""
+        world, side = self.world, self.schedule.sides[self.step - 1]
+        loss, correct, n = world.sum(self.sums).tolist()
+        val_loss, val_accuracy_pct = self.evaluate(val, side)
+        row = {
+            "epoch": len(self.history) + 1,
+            "img_size": side,
+            "lr": f"{self.schedule.lr(self.step - 1):.3g}",
+            "train_loss": f"{loss / n:.4f}",
+            "train_accuracy_pct": f"{100 * correct / n:.2f}",
+            "val_loss": f"{val_loss:.4f}",
+            "val_accuracy_pct": f"{val_accuracy_pct:.2f}",
+            "images_per_s": f"{n / self.seconds:.1f}",
+            "peak_memory_mb": f"{peak_memory_bytes(world.device) / rows.MB:.0f}",
+            "seconds": f"{self.seconds:.1f}",
+        }
+        self.history.append(row)
+        self.sums.zero_()
+        self.seconds = 0.0
+        # An epoch at another resolution than the last one can't be chosen.
+        if side == self.args.img_size and val_accuracy_pct > self.best_accuracy:
+            self.best_accuracy = val_accuracy_pct
+            if world.rank == 0:
+                save_checkpoint(self.args.output / "best.pth", self.shippable())
+        self.save()
+        if world.rank == 0:
+            tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
+            log_to_tensorboard(self.args, row)
+
+    def shippable(self) -> dict:
+        return {
+            "model": self.model.variant,
+            "num_classes": self.model.num_classes,
+            "heads": list(self.model.heads),
+            "img_size": self.args.img_size,
+            "state_dict": {k: v.contiguous().cpu() for k, v in self.network().state_dict().items()},
+            "test_accuracy_pct": None,
+            "val_accuracy_pct": self.best_accuracy,
+            "epoch": len(self.history),
+            "config": self.config,
+            "commit": rows.provenance()["commit"],
+        }
+
+    def save(self) -> None:
+        """Write last.pth and the log. The data and its augmentation are functions of the step, so
+        no random state is alive between steps and none needs saving."""
+        sums = self.world.sum(self.sums)
+        if self.world.rank:
+            return
+        state = {name: getattr(self, name).state_dict() for name in self.parts()}
+        state |= {name: getattr(self, name) for name in SAVED}
+        save_checkpoint(self.args.output / "last.pth", state | {"sums": sums.cpu()})
+        if self.history:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.history[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+            rows.write_text(self.args.output / "log.csv", text.getvalue())
+
+    def parts(self) -> list[str]:
+        return ["model", "optimizer", "scaler"] + (["ema"] if self.ema else [])
+
+    def resume(self) -> None:
+        path = self.args.output / "last.pth"
+        state = load_checkpoint(path, (*SAVED, "sums", "model", "optimizer", "scaler"))
+        changed = [k for k, v in self.config.items() if state["config"].get(k) != v]
+        if changed:
+            told = ", ".join(
+                f"--{k.replace('_', '-')} {state['config'].get(k)} (now {self.config[k]})"
+                for k in changed
+            )
+            raise BadInput(f"{path} began with {told}: resume with the same options")
+        for name in self.parts():
+            getattr(self, name).load_state_dict(state[name])
+        for name in SAVED:
+            setattr(self, name, state[name])
+        if self.world.rank == 0:  # the saved sums are those of all processes
+            self.sums.copy_(state["sums"])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def log_to_tensorboard(args, row: dict) -> None:
+    if not args.tensorboard:
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput("--tensorboard needs tensorboard: pip install tensorboard") from error
+    with SummaryWriter(args.output / "tensorboard") as writer:
+        for name, value in row.items():
+            writer.add_scalar(name, float(value), row["epoch"])

@@ -1,0 +1,186 @@
+"""Result files as Markdown tables: the same ones that quantize.py prints and the README holds."""
+
+import re
+
+from rows import MB
+
+# What the re-implementation whose protocol we follow published (100 epochs, checkpoint chosen on
+# test images, another CPU): accuracy in %, size in MB, latency in ms.
+PUBLISHED = {
+    ("mobilevit_xxs", "fp32"): (93.99, 3.76, 11.7),
+    ("mobilevit_xxs", "fp16"): (94.00, 1.93, 11.5),
+    ("mobilevit_xxs", "int8-fx"): (91.08, 1.26, 21.6),
+    ("mobilevit_xxs", "int4-percentile"): (23.43, 0.55, None),
+    ("mobilevit_xs", "fp32"): (94.83, 7.52, 27.0),
+    ("mobilevit_xs", "fp16"): (94.82, 3.81, 27.2),
+    ("mobilevit_xs", "int8-fx"): (91.24, 2.29, 21.6),
+    ("mobilevit_xs", "int4-percentile"): (51.75, 1.08, None),
+    ("mobilevit_s", "fp32"): (95.44, 19.01, 67.7),
+    ("mobilevit_s", "fp16"): (95.42, 9.55, 66.9),
+    ("mobilevit_s", "int8-fx"): (91.02, 5.29, 64.2),
+    ("mobilevit_s", "int4-percentile"): (11.22, 2.60, None),
+}
+MODELS = ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
+TITLES = {
+    "fp32": "FP32",
+    "fp16": "FP16 weights",
+    "int8-fx": "INT8, torch FX",
+    "int4-percentile": "INT4 weights, 1-99 percentile",
+}
+
+
+def markdown(lines: list[dict], left: int = 1) -> str:
+    """A Markdown table of lines {column: text}; the first `left` columns are words, not numbers."""
+    if not lines:
+        return "No results yet."
+    columns = list(lines[0])
+    rule = ["---"] * left + ["---:"] * (len(columns) - left)
+    table = (columns, rule, *(line.values() for line in lines))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    """By model from small to large, then measured before simulated, then as in TITLES."""
+    models, recipes = list(MODELS), list(TITLES)
+
+    def key(row):
+        model, recipe = row["model"], row["recipe"]["name"]
+        return (
+            models.index(model) if model in models else len(models),
+            model,
+            row["img_size"],
+            row["simulated"],
+            recipes.index(recipe) if recipe in recipes else len(recipes),
+            recipe,
+        )
+
+    return sorted(rows, key=key)
+
+
+def baseline_of(row: dict, rows: list[dict]) -> dict | None:
+    """The FP32 row of the same checkpoint."""
+    same = (r for r in rows if r["checkpoint_sha256"] == row["checkpoint_sha256"])
+    return next((r for r in same if r["recipe"]["name"] == "fp32"), None)
+
+
+def changed_predictions(row: dict, baseline: dict) -> int:
+    """Images whose predicted class differs between two rows of the same test set."""
+    return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
+
+
+def arithmetic(row: dict) -> str:
+    """In which numbers the row's network computed."""
+    if row["simulated"]:
+        return "FP32, simulated"
+    return "INT8" if row["recipe"]["qconfig"] else "FP32"
+
+
+def results_table(rows: list[dict]) -> str:
+    """Accuracy, paired difference to FP32, size, latency and the published figures, a line a row."""
+    lines = []
+    for row in in_order(rows):
+        recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
+        baseline = baseline_of(row, rows)
+        delta = smaller = faster = "baseline"
+        if baseline is None:
+            delta = smaller = "-"
+        elif row is not baseline:
+            points = row["accuracy_pct"] - baseline["accuracy_pct"]
+            delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
+            smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
+        if recipe != "fp32":
+            faster = f"{row['fp32_latency_ms']['median'] / ms:.2f}x"
+        published = PUBLISHED.get((row["model"], recipe), ())
+        lines.append(
+            {
+                "Model": row["model"],
+                "Method": TITLES.get(recipe, recipe),
+                "Computed in": arithmetic(row),
+                "Accuracy %": f"{row['accuracy_pct']:.2f}",
+                "Δ points (changed)": delta,
+                "MB": f"{row['size_bytes'] / MB:.2f}" + " (est.)" * row["size_is_estimate"],
+                "Smaller": smaller,
+                "ms": f"{ms:.1f}",
+                "Faster": "as FP32" if row["simulated"] else faster,
+                "Published % / MB / ms": " / ".join(f"{n or '-'}" for n in published) or "-",
+            }
+        )
+    return markdown(lines, left=3)
+
+
+def training_table(runs: list[dict]) -> str:
+    """A line a trained checkpoint, from its metrics.json."""
+    lines = []
+    for run in runs:
+        published = PUBLISHED.get((run["model"], "fp32"))
+        lines.append(
+            {
+                "Model": run["model"],
+                "Schedule (side:epochs)": run["config"]["resolutions"].replace(",", ", "),
+                "Hardware": run["hardware"],
+                "Training time": f"{run['train_s'] / 60:.0f} min",
+                "Epoch chosen": str(run["epoch"]),
+                "Validation %": f"{run['val_accuracy_pct']:.2f}",
+                "Test %": f"{run['test_accuracy_pct']:.2f}",
+                "Published test %": f"{published[0]:.2f}" if published else "-",
+            }
+        )
+    return markdown(lines, left=3)
+
+
+def commands_block(rows: list[dict], runs: list[dict]) -> str:
+    """For every published number: the command, the line it prints, the time it took."""
+    parts = []
+    for run in runs:
+        command = re.sub(r" --(data-dir|output|max-minutes) \S+", "", run["command"])
+        command += f" --output runs/{run['model']}"
+        parts.append((command, run["printed"], f"{run['train_s'] / 60:.0f} min"))
+    for row in in_order(rows):
+        recipe = row["recipe"]["name"]
+        command = f"python quantize.py --checkpoint {row['checkpoint']} --recipes {recipe} --force"
+        parts.append((command, printed(row), f"{row['wall_s'] / 60:.1f} min"))
+    return "\n\n".join(f"```bash\n{c}\n# {line}   ({time})\n```" for c, line, time in parts)
+
+
+def printed(row: dict) -> str:
+    """The line that quantize.py prints for a row."""
+    return (
+        f"{row['model']} {row['recipe']['name']}: {row['accuracy_pct']:.2f} % "
+        f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
+        f"{row['latency_ms']['median']:.1f} ms"
+    )
+
+
+def benchmarks_table(results: dict[str, dict]) -> str:
+    """A line a benchmark, from results/benchmarks/."""
+    lines = []
+
+    def add(benchmark, ours, against, ratio):
+        lines.append({"Benchmark": benchmark, "Ours": ours, "Against": against, "Ratio": ratio})
+
+    if train := results.get("train"):
+        speeds, side = train["images_per_s"], train["img_size"]
+        add(
+            f"Training mobilevit_{train['variant']} at {side}x{side}, {train['hardware']}",
+            f"{speeds['ours']:.1f} images/s",
+            f"timm {train['timm']}: {speeds['timm']:.1f} images/s",
+            f"{train['ratio']:.2f}",
+        )
+    if sweep := results.get("sweep"):
+        add(
+            f"Quantization sweep of {sweep['test_images']} test and "
+            f"{sweep['calibration_images']} calibration images, {sweep['threads']} cores",
+            f"{sweep['ours_s']:.0f} s",
+            f"the published way, one thread: {sweep['published_way_s']:.0f} s",
+            f"{sweep['ratio']:.2f}",
+        )
+    if loader := results.get("loader"):
+        taken, side = loader["training_images_per_s"], loader["img_size"]
+        for augment, made in loader["loader_images_per_s"].items():
+            add(
+                f"Loader, one core, augmentation {augment}",
+                f"{made:.0f} images/s",
+                f"training at {side}x{side} on {loader['device']}: {taken:.1f} images/s",
+                f"{made / taken:.0f}",
+            )
+    return markdown(lines, left=1)

@@ -1,0 +1,61 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SYNTHETIC = (
+    "--dataset",
+    "synthetic",
+    "--img-size",
+    "32",
+    "--batch-size",
+    "50",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0.5",
+    "--augment",
+    "crop-flip",
+)
+
+torch.set_num_threads(2)
+
+
+def start(*args, module=(), **env):
+    """A script of this project in a process of its own, on one thread."""
+    return subprocess.Popen(
+        [sys.executable, *module, *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(*args, code=0, **kwargs):
+    """Run a script to its end, require its exit code, return (stdout, stderr)."""
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def fails_with_one_line(*args, says):
+    """Require exit code 2 and, on stderr, one line that contains `says` and no traceback."""
+    _, err = run(*args, code=2)
+    lines = [line for line in err.strip().splitlines() if not line.startswith("usage:")]
+    lines = [line for line in lines if not line.startswith(" ")]  # argparse wraps its usage
+    assert len(lines) == 1 and says in lines[0], err
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """best.pth of a finished run on the synthetic data."""
+    folder = tmp_path_factory.mktemp("trained")
+    run("train.py", *SYNTHETIC, "--output", folder, OMP_NUM_THREADS="2")
+    return folder / "best.pth"

@@ -1,0 +1,124 @@
+"""Splits, batches and inputs against torchvision and by hand."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import fails_with_one_line
+from torchvision.transforms import v2
+
+import data
+from rows import BadInput
+
+
+def numbered(n=100):
+    """Images whose pixels spell their index, with labels 0..9 in turn."""
+    index = torch.arange(n)
+    images = index.to(torch.uint8).view(n, 1, 1, 1).expand(n, 3, 32, 32).contiguous()
+    return data.Images(images, index % 10)
+
+
+def test_split_is_balanced_nested_and_disjoint():
+    labels = torch.arange(5000) % 10
+    train, val = data.split(labels, 200)
+    assert labels[val].bincount().tolist() == [20] * 10
+    assert sorted(torch.cat((train, val)).tolist()) == list(range(5000))
+    assert set(data.split(labels, 100)[1].tolist()) < set(val.tolist())
+
+
+def test_balanced_subset_keeps_to_its_indices_and_depends_on_the_seed():
+    labels = torch.arange(5000) % 10
+    usable, held_out = data.split(labels, 200)
+    first, second = (data.balanced_subset(labels, usable, 128, seed) for seed in (0, 1))
+    assert not set(first.tolist()) & set(held_out.tolist())
+    assert set(labels[first].bincount().tolist()) == {12, 13}
+    assert not torch.equal(first, second)
+    with pytest.raises(BadInput, match="cannot draw"):
+        data.balanced_subset(labels, usable, 5000, 0)
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
+    batches = data.TrainBatches(numbered(), 20, 0, "none")
+    epochs = [
+        [i for s in range(5 * e, 5 * e + 5) for i in batches[s][0][:, 0, 0, 0].tolist()]
+        for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(100))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("augment", data.AUGMENTATIONS)
+def test_processes_share_out_the_batch_that_one_would_get(augment):
+    images = data.synthetic(True)
+    whole, labels = data.TrainBatches(images, 12, 3, augment)[7]
+    for rank in range(3):
+        part, part_labels = data.TrainBatches(images, 12, 3, augment, rank, 3)[7]
+        assert torch.equal(part, whole[rank::3]) and torch.equal(part_labels, labels[rank::3])
+
+
+def test_augmentation_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    data.TrainBatches(data.synthetic(True), 10, 0, "autoaugment")[0]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_crop_and_flip_against_torchvision():
+    x = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
+    top, left, flip = torch.arange(9), torch.arange(9) * 5, torch.arange(9)
+    ours = data._flip(data._crop(x, top, left), flip)
+    for i in range(9):
+        padded = v2.functional.pad(x[i], [4])
+        expected = v2.functional.crop(padded, i, 5 * i % 9, 32, 32)
+        expected = v2.functional.horizontal_flip(expected) if i % 2 else expected
+        assert torch.equal(ours[i], expected)
+
+
+def test_input_against_torchvision():
+    x = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    steps = [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Resize(80, antialias=False),
+        v2.Normalize(data.MEAN, data.STD),
+    ]
+    torch.testing.assert_close(data.to_input(x, 80), v2.Compose(steps)(x), rtol=0, atol=1e-5)
+
+
+def test_eval_batches_cover_everything_in_order():
+    batches = data.EvalBatches(numbered(), 32, 30)
+    assert len(batches) == 4
+    assert torch.cat([labels for _, labels in batches]).equal(numbered().labels)
+
+
+def test_batch_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(BadInput, match="batch size 101"):
+        data.TrainBatches(numbered(), 101, 0, "none")
+    with pytest.raises(BadInput, match="3 processes"):
+        data.TrainBatches(numbered(), 20, 0, "none", 0, 3)
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        (folder / name).write_bytes(pickle.dumps({"data": []}))
+    fails_with_one_line(
+        "train.py",
+        "--data-dir",
+        tmp_path,
+        "--output",
+        tmp_path / "out",
+        says="incomplete or damaged",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.urlretrieve", no_network, raising=False)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    with pytest.raises(BadInput, match="could not be downloaded"):
+        data.load("cifar10", tmp_path / "absent", True)

@@ -1,0 +1,149 @@
+"""The sweep as users run it, its engines and its rows."""
+
+import json
+
+import pytest
+import torch
+from conftest import fails_with_one_line, run
+
+import rows
+from engines import EngineMissing, latency, predict, torch_eager, torch_fx
+from mobilevit import MobileViT
+from ptq import RECIPES
+from tables import results_table
+
+FLAGS = ("--calibration-images", "60", "--latency-runs", "3")
+
+
+@pytest.fixture(scope="module")
+def swept(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--output", folder)
+    paths = sorted(folder.rglob("*.json"))
+    return folder, out, {path.stem: rows.read_json(path) for path in paths}
+
+
+def test_every_recipe_gets_its_row(swept, checkpoint):
+    _, out, results = swept
+    assert sorted(results) == [
+        "fp16-32@torch-eager",
+        "fp32-32@torch-eager",
+        "int4-percentile-32@torch-eager",
+        "int8-fx-32@torch-fx",
+    ]
+    trained = torch.load(checkpoint, weights_only=True)
+    fp32 = results["fp32-32@torch-eager"]
+    assert fp32["accuracy_pct"] == pytest.approx(trained["test_accuracy_pct"])
+    assert fp32["checkpoint_sha256"] == rows.sha256(checkpoint)
+    assert fp32["dataset"] == "synthetic" and "synthetic" in fp32["model"]
+    for row in results.values():
+        assert len(row["predictions"]) == row["n_images"] == 500
+        assert row["accuracy_pct"] == 100 * row["n_correct"] / 500
+        assert row["latency_ms"]["threads"] == 1
+        assert not row["size_is_estimate"] or row["recipe"]["name"] == "int4-percentile"
+    sizes = [
+        results[name]["size_bytes"]
+        for name in ("fp32-32@torch-eager", "fp16-32@torch-eager", "int4-percentile-32@torch-eager")
+    ]
+    assert sizes[1] < 0.6 * sizes[0] and sizes[2] < 0.2 * sizes[0]
+    assert out.count("| mobilevit_xxs-synthetic |") == 4
+
+
+def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
+    folder, _, results = swept
+    command = ("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "--output", folder)
+    path = folder / "mobilevit_xxs-synthetic" / "fp32-32@torch-eager.json"
+    before = path.read_text()
+    run(*command, "--latency-runs", "3")
+    assert path.read_text() == before
+    run(*command, "--latency-runs", "3", "--test-images", "100")
+    assert rows.read_json(path)["n_images"] == 100
+    path.write_text(before)
+
+
+def test_the_table_pairs_rows_with_their_baseline(swept):
+    results = list(swept[2].values())
+    table = results_table(results)
+    int4 = swept[2]["int4-percentile-32@torch-eager"]
+    fp32 = swept[2]["fp32-32@torch-eager"]
+    changed = sum(a != b for a, b in zip(int4["predictions"], fp32["predictions"]))
+    delta = int4["accuracy_pct"] - fp32["accuracy_pct"]
+    assert f"{delta:+.2f} ({changed})" in table
+    assert table.index("FP32 |") < table.index("INT8, torch FX") < table.index("FP16 weights")
+
+
+def test_a_failing_row_does_not_stop_the_others(checkpoint, tmp_path):
+    blocked = tmp_path / "mobilevit_xxs-synthetic" / "fp32-32@torch-eager.json"
+    blocked.mkdir(parents=True)  # a folder where the row's file should go
+    out, err = run(
+        "quantize.py",
+        "--checkpoint",
+        checkpoint,
+        *FLAGS,
+        "--recipes",
+        "fp32",
+        "fp16",
+        "--output",
+        tmp_path,
+        code=1,
+    )
+    assert "fp32: failed" in err and "Traceback" not in err
+    assert (tmp_path / "mobilevit_xxs-synthetic" / "fp16-32@torch-eager.json").exists()
+
+
+def test_bad_input_is_one_line(checkpoint, tmp_path):
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", tmp_path / "absent.pth", says="no checkpoint"
+    )
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--recipes", "int3", says="invalid choice"
+    )
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--latency-runs", "0", says="at least 1"
+    )
+
+
+def test_fx_computes_in_int8():
+    torch.manual_seed(0)
+    model = MobileViT("xxs").eval()
+    batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2))]
+    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches)
+    x = batches[0][0]
+    assert not torch.equal(loaded.run(x), model(x))
+    kinds = {type(module).__module__ for module in loaded.run.modules()}
+    assert any("quantized" in kind for kind in kinds)
+    stem = loaded.run.get_submodule("stem.conv").weight()
+    assert stem.dtype == torch.qint8
+
+
+def test_without_torch_ao_the_engine_says_so(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.ao.quantization", None)
+    with pytest.raises(EngineMissing, match="no torch.ao.quantization"):
+        torch_fx.load(MobileViT("xxs"), RECIPES["int8-fx"], [])
+
+
+def test_predictions_keep_their_order_with_any_number_of_workers():
+    model = MobileViT("xxs").eval()
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([2 * i, 2 * i + 1])) for i in range(5)]
+    loaded = torch_eager.load(model, RECIPES["fp32"], None)
+    alone, labels = predict(loaded.run, batches)
+    shared, shared_labels = predict(loaded.run, batches, workers=2)
+    assert torch.equal(labels, torch.arange(10)) and torch.equal(shared_labels, labels)
+    torch.testing.assert_close(alone, shared)
+    torch.testing.assert_close(alone[4:6], model(batches[2][0]).detach())
+
+
+def test_latency_is_single_threaded_and_restores_the_threads():
+    torch.set_num_threads(2)
+    seen = []
+    stats = latency({"a": lambda x: seen.append(torch.get_num_threads())}, torch.zeros(1), 5, 1)
+    assert seen == [1] * 6 and torch.get_num_threads() == 2
+    assert stats["a"]["p10"] <= stats["a"]["median"] <= stats["a"]["p90"]
+
+
+def test_rows_are_valid_json_with_their_provenance(swept):
+    row = json.loads(
+        (swept[0] / "mobilevit_xxs-synthetic" / "int8-fx-32@torch-fx.json").read_text()
+    )
+    assert row["calibration"]["n"] == 60 and len(row["calibration"]["indices_sha256"]) == 64
+    assert {"commit", "dirty", "versions", "cpu", "command", "created"} <= set(row)

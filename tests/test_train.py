@@ -1,0 +1,227 @@
+"""Training runs as users start, kill and resume them."""
+
+import csv
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import SYNTHETIC, fails_with_one_line, run, start
+from torch import nn
+
+from distributed import World
+from mobilevit import MobileViT
+from rows import BadInput
+from run import weight_groups
+from schedule import Schedule, parse_resolutions
+from weights import load_checkpoint, load_timm, load_weights
+
+
+def test_one_resolution_gives_torchs_warm_up_and_cosine():
+    ours = Schedule([(64, 10)], 5, 0.1, 2)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+    assert [ours.lr(step) for step in range(10)] == pytest.approx([0.01 * n for n in range(1, 11)])
+    for step in range(10, 50):
+        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+
+
+def test_several_resolutions_share_the_cosine_by_pixels():
+    schedule = Schedule(parse_resolutions("32:4,64:1"), 10, 1.0, 0)
+    assert schedule.sides == [32] * 40 + [64] * 10
+    assert schedule.lr(40) == pytest.approx(0.5)  # 4 epochs at 32 are as many pixels as 1 at 64
+
+
+@pytest.mark.parametrize("text", ["64", "64:0", "16:2", "64:1,", "64:1:1", "a:b"])
+def test_nonsense_resolutions_are_refused(text):
+    with pytest.raises(BadInput, match="SIDE:EPOCHS"):
+        parse_resolutions(text)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = MobileViT("xxs")
+    decayed, rest = weight_groups(model, 0.1)
+    matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert set(decayed["params"]) == matrices
+    assert set(rest["params"]) == set(model.parameters()) - matrices
+    assert rest["weight_decay"] == 0
+
+
+def final_state(folder):
+    state = load_checkpoint(folder / "last.pth", ("model",))
+    return state["step"], state["model"]
+
+
+def log_without_times(folder):
+    with open(folder / "log.csv") as file:
+        return [
+            {k: row[k] for k in ("epoch", "lr", "train_loss", "val_loss", "val_accuracy_pct")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+def test_killed_and_stopped_runs_resume_to_the_same_bits(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train.py", *SYNTHETIC, "--ema-decay", "0.9", "--output", whole)
+
+    command = ("train.py", *SYNTHETIC, "--ema-decay", "0.9", "--output", broken)
+    out, _ = run(*command, "--max-minutes", "0.01")  # within the first epoch
+    assert "--resume goes on" in out
+    assert 0 < final_state(broken)[0] < 36
+    process = start(*command, "--resume")
+    wait_for(broken / "log.csv")  # the first epoch has ended
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    step, _ = final_state(broken)
+    assert step == 36
+    out, _ = run(*command, "--resume", "--workers", "1")
+    assert "epoch" in out and "of 500" in out
+
+    (step, ours), (broken_step, theirs) = final_state(whole), final_state(broken)
+    assert step == broken_step == 72
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert log_without_times(whole) == log_without_times(broken)
+    best = [load_checkpoint(folder / "best.pth") for folder in (whole, broken)]
+    assert best[0]["test_accuracy_pct"] == best[1]["test_accuracy_pct"] is not None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run("train.py", *SYNTHETIC, "--output", one)
+    module = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511")
+    run("train.py", *SYNTHETIC, "--output", two, module=module)
+    for ours, theirs in zip(log_without_times(one), log_without_times(two), strict=True):
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=5e-3)
+        assert float(ours["val_loss"]) == pytest.approx(float(theirs["val_loss"]), abs=5e-2)
+
+
+def test_eval_prints_what_training_found(checkpoint):
+    out, _ = run("train.py", "--eval", "--checkpoint", checkpoint, OMP_NUM_THREADS="2")
+    accuracy = load_checkpoint(checkpoint)["test_accuracy_pct"]
+    assert f"test {accuracy:.2f} %" in out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
+    poisoned = load_checkpoint(checkpoint)
+    poisoned["state_dict"]["classifier.weight"].fill_(math.nan)
+    torch.save(poisoned, tmp_path / "nan.pth")
+    out = tmp_path / "out"
+    fails_with_one_line(
+        "train.py",
+        *SYNTHETIC,
+        "--init",
+        tmp_path / "nan.pth",
+        "--output",
+        out,
+        says="loss is not finite",
+    )
+    assert not (out / "best.pth").exists() and not (out / "last.pth").exists()
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(checkpoint):
+    folder = checkpoint.parent
+    before = checkpoint.read_bytes()
+    fails_with_one_line("train.py", *SYNTHETIC, "--output", folder, says="already holds a run")
+    fails_with_one_line(
+        "train.py",
+        *SYNTHETIC,
+        "--lr",
+        "0.1",
+        "--output",
+        folder,
+        "--resume",
+        says="--lr 0.002 (now 0.1)",
+    )
+    assert checkpoint.read_bytes() == before
+
+
+def test_resuming_a_finished_run_repeats_its_result(checkpoint):
+    out, _ = run("train.py", *SYNTHETIC, "--output", checkpoint.parent, "--resume")
+    assert out.startswith("mobilevit_xxs-synthetic: epoch")
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+def test_bad_checkpoints_are_one_line(checkpoint, tmp_path):
+    truncated, pickled, other = (tmp_path / f"{n}.pth" for n in ("truncated", "pickled", "other"))
+    truncated.write_bytes(checkpoint.read_bytes()[:1000])
+    torch.save({"state_dict": Payload()}, pickled)
+    torch.save({"weights": torch.zeros(3)}, other)
+    for path, says in (
+        (truncated, "not a readable checkpoint"),
+        (pickled, "not a readable"),
+        (other, "not a checkpoint of this project"),
+        (tmp_path / "absent.pth", "no checkpoint at"),
+    ):
+        fails_with_one_line("train.py", "--eval", "--checkpoint", path, says=says)
+
+
+def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
+    with pytest.raises(BadInput, match=r"holds xxs with 10 .* asked for is xs with 10"):
+        load_weights(MobileViT("xs"), load_checkpoint(checkpoint), checkpoint)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--lr", "-1"), "--lr must be above 0"),
+        (("--epochs", "5"), "--warmup-epochs"),
+        (("--variant", "xl"), "invalid choice"),
+        (("--heads", "3"), "do not divide"),
+        (("--resolutions", "64:1", "--epochs", "3"), "replaces"),
+        (("--eval",), "go together"),
+        (("--batch-size", "5000"), "batch size 5000"),
+        (("--val-size", "2000"), "cannot draw"),
+        (("--seed", "-1"), "--seed"),
+        (("--nonsense",), "unrecognized"),
+    ],
+)
+def test_nonsense_flags_are_one_line(flags, says, tmp_path):
+    out = tmp_path / "out"
+    fails_with_one_line("train.py", "--dataset", "synthetic", *flags, "--output", out, says=says)
+    assert not out.exists()
+
+
+def test_an_unwritable_output_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    fails_with_one_line(
+        "train.py", *SYNTHETIC, "--output", tmp_path / "file" / "run", says="cannot write"
+    )
+
+
+def test_timm_weights_are_loaded_up_to_the_classifier(monkeypatch):
+    import timm
+
+    source = timm.create_model("mobilevit_xxs", num_classes=1000)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    model = MobileViT("xxs", 10, heads=4)
+    classifier = model.classifier.weight.clone()
+    load_timm(model)
+    assert torch.equal(model.stem.conv.weight, source.stem.conv.weight)
+    assert torch.equal(
+        model.stages[4][1].layers[2].ffn[2].bias, source.stages[4][1].transformer[2].mlp.fc2.bias
+    )
+    assert torch.equal(model.classifier.weight, classifier)
+
+
+def test_alone_nothing_is_communicated():
+    world = World("cpu")
+    model = MobileViT("xxs")
+    assert world.parallel(world.synchronised(model)) is model
+    assert world.any(True) and not world.any(False)
