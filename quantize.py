@@ -163,8 +163,8 @@ def main():
     for bench in benches:
         for recipe in (RECIPES[name] for name in args.recipes):
             path = bench.row_path(recipe)
-            row = None if args.force else reusable(path, bench.identity(recipe))
             try:
+                row = None if args.force else reusable(path, bench.identity(recipe))
                 if row is None:
                     row = bench.measure(recipe)
                     rows.write_json(path, row)

@@ -76,7 +76,7 @@ def arithmetic(row: dict) -> str:
 
 
 def results_table(rows: list[dict]) -> str:
-    """Accuracy, paired difference to FP32, size, latency and the published figures, a line a row."""
+    """Accuracy, paired difference to FP32, size, latency, the published figures: a line a row."""
     lines = []
     for row in in_order(rows):
         recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
