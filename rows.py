@@ -127,3 +127,4 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the top before they are given back
         mallopt(-2, 2**29)  # M_TOP_PAD: bytes to ask for beyond what is needed
+        mallopt(-8, 1)  # M_ARENA_MAX: all threads share what is kept

@@ -5,6 +5,7 @@ import copy
 import warnings
 
 import torch
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from engines import EngineMissing, Loaded
@@ -38,7 +39,32 @@ def load(model, recipe, calibration) -> Loaded:
         mapping = get_default_qconfig_mapping(recipe.qconfig)
         example = (calibration[0][0][:1],)
         prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, example)
-        for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):
-            prepared(x)
+        with FastHistc():
+            for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):
+                prepared(x)
         converted = convert_fx(prepared)
     return Loaded(converted, converted.state_dict())
+
+
+class FastHistc(TorchFunctionMode):
+    """Within this context torch.histc gives the same counts several times faster.
+
+    Calibration spends most of its time in the histograms of torch's default observer. The counts
+    are exact integers where torch.histc adds in float32, which stops at 2**24 a bin and thread.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.histc:
+            return self.histc(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def histc(x, bins=100, min=0, max=0):
+        low, high = float(min), float(max)
+        smallest, largest = (edge.item() for edge in x.aminmax())
+        if not low <= smallest <= largest <= high or low == high:
+            return torch.histc(x, bins, min, max)  # values outside the range, or none given
+        if x.is_contiguous(memory_format=torch.channels_last) and x.dim() == 4:
+            x = x.permute(0, 2, 3, 1)  # the order of the values is free: take that in memory
+        codes = ((x - low) * bins / (high - low)).int().clamp_(max=bins - 1)
+        return torch.bincount(codes.flatten(), minlength=bins).to(x.dtype)
