@@ -53,8 +53,8 @@ def parse_args():
     return args
 
 
-class Bench:
-    """One checkpoint with its test and calibration images, ready to measure recipes on."""
+class Workbench:
+    """One checkpoint with its test images, ready to measure recipes on."""
 
     def __init__(self, path, args):
         self.path, self.args = Path(path), args
@@ -65,12 +65,13 @@ class Bench:
         dataset = self.config["dataset"]
         self.name = rows.model_name(self.checkpoint["model"], dataset)
         self.test = data.load(dataset, args.data_dir, train=False)[: args.test_images]
-        self.train = data.load(dataset, args.data_dir, train=True)
         self.sample = data.to_input(self.test.images[:1], self.img_size)  # [1, 3, S, S], for timing
 
     def identity(self, recipe) -> dict:
         """What makes a row the same row: asked for again, it need not be measured again."""
-        n = (self.args.calibration_images or recipe.calibration_images) * bool(recipe.qconfig)
+        n = recipe.calibration_images and (
+            self.args.calibration_images or recipe.calibration_images
+        )
         return {
             "model": self.name,
             "dataset": self.config["dataset"],
@@ -92,10 +93,11 @@ class Bench:
         """Batches of `n` training images under evaluation transforms, and their description."""
         if n == 0:
             return None, {"n": 0}
-        usable, _ = data.split(self.train.labels, self.config["val_size"])
-        chosen = data.balanced_subset(self.train.labels, usable, n, self.args.seed)
+        train = data.load(self.config["dataset"], self.args.data_dir, train=True)
+        usable, _ = data.split(train.labels, self.config["val_size"])
+        chosen = data.balanced_subset(train.labels, usable, n, self.args.seed)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed))
-        images, batch = self.train[chosen[order]], recipe.calibration_batch
+        images, batch = train[chosen[order]], recipe.calibration_batch
         digest = rows.sha256(chosen.numpy().tobytes())
         described = {"n": n, "seed": self.args.seed, "indices_sha256": digest}
         return data.EvalBatches(images, self.img_size, batch), described
@@ -158,7 +160,7 @@ def main():
     args = parse_args()
     rows.keep_freed_memory()
     torch.set_num_threads(args.workers)
-    benches = [Bench(path, args) for path in args.checkpoint]
+    benches = [Workbench(path, args) for path in args.checkpoint]
     done, failed = [], False
     for bench in benches:
         for recipe in (RECIPES[name] for name in args.recipes):

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import resource
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,7 @@ class Run:
         self.save()
         if world.rank == 0:
             tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
+            sys.stdout.flush()
             log_to_tensorboard(self.args, row)
 
     def shippable(self) -> dict:

@@ -4,7 +4,7 @@
     python train.py --variant xxs --resolutions 64:8,128:3,256:1 ...  # a short run on a CPU
     python train.py --variant xxs --resume                            # go on where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
-    python train.py --dataset synthetic --img-size 64 --epochs 2 --warmup-epochs 0.5   # smoke, 30 s
+    python train.py --dataset synthetic ...                           # smoke run, no download
     torchrun --nproc-per-node=2 train.py ...                          # data-parallel
 
 Writes into --output: best.pth (weights chosen on held-out training images), last.pth (all that a
@@ -89,8 +89,8 @@ def parse_args():
         p.error("--eval and --checkpoint go together")
     if args.resolutions and (args.img_size or args.epochs):
         p.error("--resolutions replaces --img-size and --epochs")
-    if args.init and args.pretrained:
-        p.error("--init and --pretrained exclude each other")
+    if args.pretrained and (args.init or args.heads):
+        p.error("--pretrained excludes --init and --heads")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no CUDA device")
@@ -158,7 +158,8 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked_to_stop.append(True))
     began = saved = clock = time.monotonic()
-    bar = tqdm(total=len(run.schedule), initial=run.step, unit="step", disable=None)
+    silent = True if world.rank else None  # None: where the output is no terminal
+    bar = tqdm(total=len(run.schedule), initial=run.step, unit="step", disable=silent)
     run.model.train()
     for batch in loader:
         run.train_step(*batch)
