@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torchvision import transforms
 
 import data
+import ptq
 import rows
 from engines import latency, torch_eager, torch_fx
-from mobilevit import MobileViT
+from mobilevit import VARIANTS, MobileViT
 from ptq import RECIPES
 from rows import BadInput
 from weights import model_from_checkpoint
@@ -39,7 +40,7 @@ def parse_args():
     )
     add = p.add_argument
     add("what", choices=BENCHMARKS)
-    add("--variant", default="xxs", choices=("xxs", "xs", "s"), help="for train and loader")
+    add("--variant", default="xxs", choices=VARIANTS, help="for train and loader")
     add("--img-size", type=int, default=256, help="input side in pixels, for train and loader")
     add("--batch-size", type=int, default=32, help="images a training step, for train and loader")
     add("--seconds", type=float, default=8, help="of each round, for train and loader")
@@ -84,8 +85,10 @@ def images_per_s(step, args) -> float:
 
 def bench_train(args) -> dict:
     """Training throughput of our network against timm's of the same architecture."""
-    import timm
-
+    try:
+        import timm
+    except ImportError as error:
+        raise BadInput("the comparison needs timm: pip install timm") from error
     theirs = timm.create_model(f"mobilevit_{args.variant}", num_classes=len(data.CLASSES))
     steps = {
         "ours": trainer(MobileViT(args.variant, len(data.CLASSES), heads=4), args),
@@ -154,7 +157,7 @@ def published_way(args) -> float:
     for name in ("fp32", "fp16", "int8-fx", "int4-percentile"):
         engine = torch_fx if RECIPES[name].qconfig else torch_eager
         batches = list(calibration) if engine is torch_fx else None
-        run = engine.load(model, RECIPES[name], batches).run
+        run = engine.load(ptq.quantize(model, RECIPES[name]), RECIPES[name], batches).run
         with torch.inference_mode():
             for x, _ in test:
                 run(x)

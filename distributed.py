@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rows import BadInput
+
 
 class World:
     """This process's place among those that train together: `rank` of `size`, and its device."""
@@ -21,6 +23,8 @@ class World:
         self.device = torch.device(device)
         if self.size > 1 and device == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if self.device.index >= torch.cuda.device_count():
+                raise BadInput(f"{torch.cuda.device_count()} GPUs are fewer than the processes")
             torch.cuda.set_device(self.device)
 
     @contextlib.contextmanager
@@ -33,6 +37,17 @@ class World:
         finally:
             if self.size > 1:
                 dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def first_then_others(self):
+        """Let process 0 through alone, and the others when it is done."""
+        if self.rank > 0:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.rank == 0 and self.size > 1:
+                dist.barrier()
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """`model` with gradients averaged over all processes; `model` itself when alone."""
@@ -88,8 +103,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        mean = _AllReduceMean.apply(x.mean((0, 2, 3)))  # [C]
-        centred = x - mean[:, None, None]
+        mean = _AllReduceMean.apply(x.float().mean((0, 2, 3)))  # [C]
+        centred = x.float() - mean[:, None, None]
         var = _AllReduceMean.apply(centred.square().mean((0, 2, 3)))
         n = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
@@ -97,4 +112,4 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import tables
-from rows import MB, BadInput, atomic, command, read_json, write_text
+from rows import MB, BadInput, atomic, command, read_json, sha256, write_text
 
 # Okabe and Ito's palette, told apart with any colour vision.
 COLOURS = {"mobilevit_xxs": "#0072B2", "mobilevit_xs": "#E69F00", "mobilevit_s": "#009E73"}
@@ -42,10 +42,17 @@ def parse_args():
     return args
 
 
-def load_rows(folder) -> list[dict]:
-    """All rows under `folder` that cover the whole CIFAR-10 test set."""
+def load_rows(folder, checkpoints) -> list[dict]:
+    """The rows to publish: of shipped CIFAR-10 weights, with every setting as the recipe has it."""
+    shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
     rows = [read_json(path) for path in sorted(Path(folder).glob("*/*@*.json"))]
-    return [row for row in rows if (row["dataset"], row["n_images"]) == ("cifar10", 10_000)]
+    return [row for row in rows if row["checkpoint_sha256"] in shipped and is_protocol(row)]
+
+
+def is_protocol(row: dict) -> bool:
+    settings = ("dataset", "n_images", "calibration_images", "seed", "latency_runs")
+    protocol = ("cifar10", 10_000, row["recipe"]["calibration_images"], 0, 100)
+    return tuple(row[name] for name in settings) == protocol
 
 
 def load_runs(folder) -> list[dict]:
@@ -156,7 +163,7 @@ def pareto(rows):
             )
             for recipe, x, y in these:
                 axis.plot(x, y, MARKERS.get(recipe, "D"), color=COLOURS[model], mfc=face, ms=8)
-    for model in {row["model"] for row in rows} & set(tables.MODELS):
+    for model in (m for m in tables.MODELS if any(row["model"] == m for row in rows)):
         axis.plot([], [], "-", color=COLOURS[model], label=model)
     axis.plot([], [], ":", color="black", label="published, hollow")
     for recipe, marker in MARKERS.items():
@@ -193,7 +200,7 @@ def filled_readme(text: str, blocks: dict[str, str]) -> str:
 @command
 def main():
     args = parse_args()
-    rows, runs = load_rows(args.results), load_runs(args.checkpoints)
+    rows, runs = load_rows(args.results, args.checkpoints), load_runs(args.checkpoints)
     if args.check or args.readme:
         benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
         blocks = {

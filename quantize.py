@@ -2,11 +2,12 @@
 
     python quantize.py --checkpoint checkpoints/mobilevit_xxs/best.pth      # all recipes, 15 min
     python quantize.py --checkpoint A.pth B.pth --recipes fp32 int8-fx
-    python quantize.py --checkpoint checkpoints/mobilevit_xxs-synthetic/best.pth \\
+    python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
 
-Each (checkpoint, recipe) becomes one file results/MODEL/RECIPE@ENGINE.json; a row that is there
-already, made from the same weights with the same settings, is not measured again. A checkpoint is
+Each (checkpoint, recipe) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL with the name of
+the checkpoint's folder behind it where that differs. A row that is there already, made from the
+same weights with the same settings, is kept; one made otherwise is an error. A checkpoint is
 evaluated on the data set and at the image size it was trained for, on all test images and all
 cores; latency is one image on one thread. Prints one line a row and a table at the end.
 """
@@ -20,10 +21,11 @@ from pathlib import Path
 import torch
 
 import data
+import ptq
 import rows
 from engines import EngineMissing, latency, predict, torch_eager, torch_fx
 from ptq import RECIPES
-from ptq.packing import estimated_size_bytes
+from ptq.packing import estimated_size_bytes, packed
 from rows import BadInput
 from tables import printed, results_table
 from weights import model_from_checkpoint
@@ -45,7 +47,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the choice of calibration images")
     add("--workers", type=int, default=torch.get_num_threads(), help="threads that evaluate")
     add("--output", default="results", help="folder of the result files")
-    add("--force", action="store_true", help="measure rows again that are there already")
+    add("--force", action="store_true", help="measure and replace rows that are there already")
     args = p.parse_args()
     for name in ("calibration_images", "test_images", "latency_runs", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -82,12 +84,15 @@ class Workbench:
             "seed": self.args.seed,
             "calibration_images": n,
             "n_images": len(self.test),
+            "latency_runs": self.args.latency_runs,
         }
 
     def row_path(self, recipe) -> Path:
         size = "" if self.img_size == 256 else f"-{self.img_size}"
         file = f"{recipe.name}{size}@{engine_of(recipe).NAME}.json"
-        return Path(self.args.output, self.name, file)
+        run = self.path.resolve().parent.name
+        folder = self.name if run == self.name else f"{self.name}-{run}"
+        return Path(self.args.output, folder, file)
 
     def calibration(self, recipe, n: int) -> tuple:
         """Batches of `n` training images under evaluation transforms, and their description."""
@@ -107,9 +112,10 @@ class Workbench:
         began, identity = time.monotonic(), self.identity(recipe)
         engine = engine_of(recipe)
         batches, calibration = self.calibration(recipe, identity["calibration_images"])
-        loaded = engine.load(self.model, recipe, batches)
-        size_bytes = written_size_bytes(loaded.state)
-        if not recipe.storable:
+        loaded = engine.load(ptq.quantize(self.model, recipe), recipe, batches)
+        if recipe.storable:
+            size_bytes = written_size_bytes(packed(loaded.state, recipe))
+        else:
             size_bytes = estimated_size_bytes(self.model, recipe)
         images = data.EvalBatches(self.test, self.img_size, EVAL_BATCH)
         logits, labels = predict(loaded.run, images, self.args.workers)
@@ -147,18 +153,25 @@ def written_size_bytes(state: dict) -> int:
         return path.stat().st_size
 
 
-def reusable(path: Path, identity: dict) -> dict | None:
-    """The row at `path` if it was made from the same weights with the same settings."""
+def kept(path: Path, identity: dict) -> dict | None:
+    """The row at `path`, None if there is none; BadInput if it is of other weights or settings."""
     if not path.exists():
         return None
     row = rows.read_json(path)
-    return row if all(row.get(k) == v for k, v in identity.items()) else None
+    other = [name for name, value in identity.items() if row.get(name) != value]
+    if other:
+        raise BadInput(
+            f"{path} holds a row with another {', '.join(other)}: "
+            "--force replaces it, --output keeps both"
+        )
+    return row
 
 
 @rows.command
 def main():
     args = parse_args()
     rows.keep_freed_memory()
+    rows.require_writable(args.output)
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
     done, failed = [], False
@@ -166,20 +179,22 @@ def main():
         for recipe in (RECIPES[name] for name in args.recipes):
             path = bench.row_path(recipe)
             try:
-                row = None if args.force else reusable(path, bench.identity(recipe))
-                if row is None:
+                row = None if args.force else kept(path, bench.identity(recipe))
+                was_there = row is not None
+                if not was_there:
                     row = bench.measure(recipe)
                     rows.write_json(path, row)
             except EngineMissing as missing:
                 print(f"{bench.name} {recipe.name}: left out, {missing}")
                 continue
-            except (BadInput, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever it is, the other rows go on
                 failed = True
+                kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
                 reason = str(error).split("\n")[0]
-                print(f"{bench.name} {recipe.name}: failed, {reason}", file=sys.stderr)
+                print(f"{bench.name} {recipe.name}: failed, {kind}{reason}", file=sys.stderr)
                 continue
             done.append(row)
-            print(f"{printed(row)}, in {row['wall_s']:.0f} s -> {path}", flush=True)
+            print(printed(row) + ", kept" * was_there, flush=True)
     if done:
         print(f"\n{results_table(done)}")
     sys.exit(1 if failed else 0)

@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def command(main):
 
     @functools.wraps(main)
     def wrapper():
+        _code()  # what runs is the code of now, whatever is checked out later
         try:
             main()
         except BadInput as error:
@@ -59,6 +61,15 @@ def atomic(path):
             tmp.unlink()
 
 
+def require_writable(folder) -> None:
+    """Raise BadInput now if files can't be written to `folder` later; makes it if need be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 def write_text(path, text: str) -> None:
     with atomic(path) as tmp:
         tmp.write_text(text)
@@ -88,23 +99,40 @@ def model_name(variant: str, dataset: str) -> str:
 def provenance(*packages: str) -> dict:
     """Commit, versions, hardware, command and time, as every run records them."""
 
-    def git(*args):
-        root = Path(__file__).parent
-        done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+    commit, dirty = _code()
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py")),
+        "commit": commit,
+        "dirty": dirty,
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "torchvision", *packages)},
         },
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def _code() -> tuple[str | None, bool | None]:
+    """Commit and whether scripts differ from it, as of the first call; None without git."""
+
+    def git(*args):
+        command = ["git", "-C", Path(__file__).parent, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "HEAD"), bool(changes)
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _command() -> str:
+    world = os.environ.get("WORLD_SIZE")
+    launcher = ["torchrun", f"--nproc-per-node={world}"] if world else ["python"]
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def cpu_name() -> str:

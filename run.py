@@ -34,9 +34,16 @@ def build_model(args) -> MobileViT:
         model = MobileViT(args.variant, len(data.CLASSES), 4 if args.pretrained else args.heads)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    if args.init:
-        load_weights(model, load_checkpoint(args.init), args.init)
-    if args.pretrained:
+    if args.init and not args.resume:
+        checkpoint = load_checkpoint(args.init)
+        load_weights(model, checkpoint, args.init)
+        before = checkpoint["config"]
+        if before["dataset"] == args.dataset and before["val_size"] < args.val_size:
+            raise BadInput(
+                f"{args.init} was trained on images that this run holds out: "
+                f"use its --val-size {before['val_size']}"
+            )
+    if args.pretrained and not args.resume:
         load_timm(model)
     return model
 
@@ -53,9 +60,9 @@ def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 class Run:
     """A training run: everything that changes from step to step, and its files."""
 
-    def __init__(self, args, world: World, n_train: int):
+    def __init__(self, args, world: World, steps_per_epoch: int):
         self.args, self.world = args, world
-        self.steps_per_epoch = n_train // args.batch_size
+        self.steps_per_epoch = steps_per_epoch
         self.schedule = Schedule(args.stages, self.steps_per_epoch, args.lr, args.warmup_epochs)
         self.model = build_model(args).to(world.device, memory_format=torch.channels_last)
         self.trained = world.parallel(world.synchronised(self.model))
@@ -69,8 +76,13 @@ class Run:
             weight_groups(self.model, args.weight_decay), lr=args.lr, fused=True
         )
         self.scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
+        self.tensorboard = None
+        if args.tensorboard and world.rank == 0:
+            self.tensorboard = tensorboard_writer(args.output / "tensorboard")
         self.step = 0
-        self.sums = torch.zeros(3, device=world.device)  # of the epoch: loss, correct, images
+        self.sums = torch.zeros(
+            3, device=world.device
+        )  # of the epoch: loss, correct, gradient norm
         self.seconds = 0.0  # of the epoch, training only
         self.history = []  # a dict an epoch
         self.best_accuracy = -1.0
@@ -91,21 +103,23 @@ class Run:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_norm)
+        if self.scaler.is_enabled():  # skips steps whose gradients overflow: nothing to report
+            norm = torch.zeros_like(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema:
             self.ema.update_parameters(self.model)
         correct = (logits.detach().argmax(1) == labels).sum()
-        n = len(labels)
-        self.sums += torch.stack((loss.detach() * n, correct, correct.new_tensor(n)))
+        self.sums += torch.stack((loss.detach() * len(labels), correct, norm))
         self.step += 1
 
     def check_finite(self) -> None:
-        if not math.isfinite(self.world.sum(self.sums)[0].item()):
+        """Raise BadInput, before anything is saved, if a loss or gradient of the epoch was not."""
+        if not math.isfinite(self.world.sum(self.sums).sum().item()):
             raise BadInput(
-                f"the loss is not finite near step {self.step}: lower --lr or use --precision "
-                f"fp32; {self.args.output / 'last.pth'} keeps the last good state, if one was saved"
+                f"the loss or its gradient is not finite near step {self.step}: lower --lr or use "
+                f"--precision fp32; {self.args.output / 'last.pth'} keeps the last good state"
             )
 
     def network(self) -> MobileViT:
@@ -126,7 +140,8 @@ class Run:
     def end_epoch(self, val: data.Images) -> None:
         """Log the epoch, keep the weights if they are the best yet, save."""
         world, side = self.world, self.schedule.sides[self.step - 1]
-        loss, correct, n = world.sum(self.sums).tolist()
+        loss, correct, _ = world.sum(self.sums).tolist()
+        n = self.steps_per_epoch * self.args.batch_size
         val_loss, val_accuracy_pct = self.evaluate(val, side)
         row = {
             "epoch": len(self.history) + 1,
@@ -152,7 +167,10 @@ class Run:
         if world.rank == 0:
             tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
             sys.stdout.flush()
-            log_to_tensorboard(self.args, row)
+            if self.tensorboard:
+                for name, value in row.items():
+                    self.tensorboard.add_scalar(name, float(value), row["epoch"])
+                self.tensorboard.flush()
 
     def shippable(self) -> dict:
         return {
@@ -211,13 +229,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def log_to_tensorboard(args, row: dict) -> None:
-    if not args.tensorboard:
-        return
+def tensorboard_writer(folder):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise BadInput("--tensorboard needs tensorboard: pip install tensorboard") from error
-    with SummaryWriter(args.output / "tensorboard") as writer:
-        for name, value in row.items():
-            writer.add_scalar(name, float(value), row["epoch"])
+    return SummaryWriter(folder)

@@ -133,13 +133,12 @@ def commands_block(rows: list[dict], runs: list[dict]) -> str:
     parts = []
     for run in runs:
         command = re.sub(r" --(data-dir|output|max-minutes) \S+", "", run["command"])
-        command += f" --output runs/{run['model']}"
-        parts.append((command, run["printed"], f"{run['train_s'] / 60:.0f} min"))
+        parts.append((command, f"{run['printed']}, after {run['train_s'] / 60:.0f} min"))
     for row in in_order(rows):
         recipe = row["recipe"]["name"]
         command = f"python quantize.py --checkpoint {row['checkpoint']} --recipes {recipe} --force"
-        parts.append((command, printed(row), f"{row['wall_s'] / 60:.1f} min"))
-    return "\n\n".join(f"```bash\n{c}\n# {line}   ({time})\n```" for c, line, time in parts)
+        parts.append((command, printed(row)))
+    return "\n\n".join(f"```bash\n{command}\n# {line}\n```" for command, line in parts)
 
 
 def printed(row: dict) -> str:
@@ -147,7 +146,7 @@ def printed(row: dict) -> str:
     return (
         f"{row['model']} {row['recipe']['name']}: {row['accuracy_pct']:.2f} % "
         f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
-        f"{row['latency_ms']['median']:.1f} ms"
+        f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )
 
 

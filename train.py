@@ -33,6 +33,7 @@ from run import EVAL_BATCH, Run
 from schedule import parse_resolutions
 from weights import load_checkpoint, model_from_checkpoint, save_checkpoint
 
+BEGAN = time.monotonic()  # what --max-minutes counts from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
 
 
@@ -77,7 +78,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of initialisation, shuffling and augmentation")
     add("--workers", type=int, help="loader processes (default: 0 on CPU, up to 8 on CUDA)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--output", help="folder of the run (default: checkpoints/mobilevit_VARIANT)")
+    add("--output", help="folder of the run (default: runs/mobilevit_VARIANT)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--max-minutes", help="stop cleanly after this time, to be resumed", **number)
     add("--tensorboard", action="store_true", help="also log to --output/tensorboard")
@@ -87,9 +88,9 @@ def parse_args():
 
     if args.eval != (args.checkpoint is not None):
         p.error("--eval and --checkpoint go together")
-    if args.resolutions and (args.img_size or args.epochs):
+    if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
-    if args.pretrained and (args.init or args.heads):
+    if args.pretrained and (args.init or args.heads is not None):
         p.error("--pretrained excludes --init and --heads")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -97,7 +98,9 @@ def parse_args():
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     if args.precision == "fp16" and args.device == "cpu":
         p.error("--precision fp16 needs CUDA")
-    args.resolutions = args.resolutions or f"{args.img_size or 256}:{args.epochs or 100}"
+    if args.resolutions is None:
+        side, epochs = (256 if args.img_size is None else args.img_size, args.epochs)
+        args.resolutions = f"{side}:{100 if epochs is None else epochs}"
     args.stages = parse_resolutions(args.resolutions)
     args.img_size, args.epochs = args.stages[-1][0], sum(epochs for _, epochs in args.stages)
     if not 0 <= args.warmup_epochs < args.epochs:
@@ -118,7 +121,7 @@ def parse_args():
         args.workers = min(8, torch.multiprocessing.cpu_count()) if args.device == "cuda" else 0
     if args.workers < 0 or args.seed < 0:
         p.error("--workers and --seed must be at least 0")
-    args.output = Path(args.output or f"checkpoints/{rows.model_name(args.variant, args.dataset)}")
+    args.output = Path(args.output or f"runs/{rows.model_name(args.variant, args.dataset)}")
     return args
 
 
@@ -126,17 +129,20 @@ def train(args, world: World) -> None:
     output = args.output
     if not args.resume and any((output / name).exists() for name in ("best.pth", "last.pth")):
         raise BadInput(f"{output} already holds a run: --resume it or choose another --output")
-    images = data.load(args.dataset, args.data_dir, train=True)
+    with world.first_then_others():  # one of them may have to download it
+        images = data.load(args.dataset, args.data_dir, train=True)
     train_indices, val_indices = data.split(images.labels, args.val_size)
     val = images[val_indices]
     batches = data.TrainBatches(
         images[train_indices], args.batch_size, args.seed, args.augment, world.rank, world.size
     )
-    run = Run(args, world, len(train_indices))
+    run = Run(args, world, batches.steps_per_epoch)
     if args.resume:
         run.resume()
-    elif world.rank == 0:
-        rows.write_json(output / "config.json", run.config | rows.provenance())
+    else:
+        if world.rank == 0:
+            rows.write_json(output / "config.json", run.config | rows.provenance())
+        run.save()
     fit(run, batches, val)
     if run.step == len(run.schedule) and world.rank == 0:
         finish(run)
@@ -155,9 +161,11 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
     # Looking at the loss waits for the device, which costs nothing on a CPU.
     check_every = 1 if world.device.type == "cpu" else 20
     asked_to_stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked_to_stop.append(True))
-    began = saved = clock = time.monotonic()
+    handlers = {
+        number: signal.signal(number, lambda *_: asked_to_stop.append(True))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    saved = clock = time.monotonic()
     silent = True if world.rank else None  # None: where the output is no terminal
     bar = tqdm(total=len(run.schedule), initial=run.step, unit="step", disable=silent)
     run.model.train()
@@ -170,7 +178,8 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
         run.check_finite()
         now = time.monotonic()
         run.seconds += now - clock
-        late = args.max_minutes is not None and now - began > 60 * args.max_minutes
+        # Another round of the same length must still fit.
+        late = args.max_minutes is not None and 2 * now - clock > BEGAN + 60 * args.max_minutes
         stop = world.any(late or bool(asked_to_stop))
         save = world.any(now - saved > SAVE_EVERY_S)
         if epoch_ends:
@@ -183,7 +192,9 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
         if stop and run.step < len(run.schedule):
             if world.rank == 0:
                 print(f"stopped at step {run.step} of {len(run.schedule)}: --resume goes on")
-            return
+            break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def finish(run: Run) -> None:

@@ -15,8 +15,8 @@ NETWORK_KEYS = ("model", "num_classes", "heads", "img_size", "state_dict", "conf
 
 def save_checkpoint(path, checkpoint: dict) -> None:
     """Write `checkpoint` to `path`, whole or not at all."""
-    with atomic(path) as tmp:
-        torch.save(checkpoint, tmp)
+    with atomic(path) as tmp, open(tmp, "wb") as file:  # a full disk is then an OSError
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path, keys=NETWORK_KEYS) -> dict:
@@ -36,7 +36,7 @@ def load_checkpoint(path, keys=NETWORK_KEYS) -> dict:
 
 def load_weights(model: MobileViT, checkpoint: dict, path) -> None:
     """Load a checkpoint of the same network into `model`; BadInput names both sides otherwise."""
-    theirs = (checkpoint["model"], checkpoint["num_classes"], list(checkpoint["heads"]))
+    theirs = (checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
     ours = (model.variant, model.num_classes, list(model.heads))
     if ours != theirs:
         what = "{} with {} classes and heads {}".format
@@ -50,6 +50,8 @@ def load_weights(model: MobileViT, checkpoint: dict, path) -> None:
 def model_from_checkpoint(path) -> tuple[MobileViT, dict]:
     """The float network in a checkpoint, in eval mode and channels-last, and the checkpoint."""
     checkpoint = load_checkpoint(path)
+    if not {"dataset", "val_size"} <= set(checkpoint["config"]):
+        raise BadInput(f"{path} does not say which images it was trained on")
     try:
         model = MobileViT(checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
     except (ValueError, TypeError) as error:

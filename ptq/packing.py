@@ -1,22 +1,17 @@
 """What a quantized network takes on disk."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq.formats import Float16
 from ptq.recipes import Recipe
 
 
-def stored_state(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """The state dict to save: tensors that the recipe writes as float16 are float16."""
+def packed(state: dict, recipe: Recipe) -> dict:
+    """The state dict to write: tensors that the recipe writes as float16 are float16."""
     return {
-        name: tensor.half() if isinstance(recipe.format_of(name, tensor), Float16) else tensor
-        for name, tensor in model.state_dict().items()
+        name: value.half() if isinstance(recipe.format_of(name, value), Float16) else value
+        for name, value in state.items()
     }
-
-
-def save(model: nn.Module, recipe: Recipe, path) -> None:
-    torch.save(stored_state(model, recipe), path)
 
 
 def estimated_size_bytes(model: nn.Module, recipe: Recipe) -> int:

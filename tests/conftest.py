@@ -56,6 +56,6 @@ def fails_with_one_line(*args, says):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """best.pth of a finished run on the synthetic data."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained") / "mobilevit_xxs-synthetic"
     run("train.py", *SYNTHETIC, "--output", folder, OMP_NUM_THREADS="2")
     return folder / "best.pth"

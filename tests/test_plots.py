@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import fails_with_one_line, run
 
-from plots import filled_readme
+from plots import filled_readme, load_rows
 from ptq import RECIPES
-from rows import BadInput
+from rows import BadInput, sha256
 
 README = "\n".join(
     f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->"
@@ -22,7 +22,7 @@ def row(recipe, dataset="cifar10"):
         "dataset": dataset,
         "img_size": 256,
         "checkpoint": "best.pth",
-        "checkpoint_sha256": "0",
+        "checkpoint_sha256": sha256(b"weights"),
         "recipe": RECIPES[recipe].asdict(),
         "engine": "torch-eager",
         "simulated": RECIPES[recipe].simulated,
@@ -32,6 +32,9 @@ def row(recipe, dataset="cifar10"):
         "predictions": "0" * 10_000,
         "size_bytes": 2**20,
         "size_is_estimate": False,
+        "seed": 0,
+        "latency_runs": 100,
+        "calibration_images": RECIPES[recipe].calibration_images,
         "latency_ms": ms,
         "fp32_latency_ms": ms,
         "wall_s": 1.0,
@@ -40,12 +43,29 @@ def row(recipe, dataset="cifar10"):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A results folder with two rows, an empty checkpoints folder and a README with markers."""
-    folder = tmp_path / "results" / "mobilevit_xxs"
-    folder.mkdir(parents=True)
-    (tmp_path / "checkpoints").mkdir()
+    """Two rows of a shipped checkpoint, its training log and a README with markers."""
+    results, shipped = tmp_path / "results" / "mobilevit_xxs", tmp_path / "checkpoints" / "xxs"
+    results.mkdir(parents=True)
+    shipped.mkdir(parents=True)
+    (shipped / "best.pth").write_bytes(b"weights")
     for recipe in ("fp32", "int8-fx"):
-        (folder / f"{recipe}@engine.json").write_text(json.dumps(row(recipe)))
+        (results / f"{recipe}@engine.json").write_text(json.dumps(row(recipe)))
+    config = {"dataset": "cifar10", "variant": "xxs", "resolutions": "64:1,256:1"}
+    metrics = {"config": config, "hardware": "a CPU", "train_s": 60, "epoch": 2, "printed": "done",
+               "val_accuracy_pct": 80.0, "test_accuracy_pct": 79.0}  # fmt: skip
+    (shipped / "metrics.json").write_text(json.dumps(metrics))
+    command = "python train.py --data-dir /mnt/data --output /tmp/x --seed 3"
+    (shipped / "config.json").write_text(json.dumps({"command": command}))
+    names = (
+        "epoch",
+        "img_size",
+        "train_loss",
+        "val_loss",
+        "train_accuracy_pct",
+        "val_accuracy_pct",
+    )
+    lines = (names, (1, 64, 2.1, 1.9, 30, 35), (2, 256, 1.8, 1.6, 40, 45))
+    (shipped / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
     (tmp_path / "README.md").write_text(README)
     return tmp_path
 
@@ -67,7 +87,8 @@ def test_readme_check_and_figures(tree):
     text = (tree / "README.md").read_text()
     assert "| mobilevit_xxs | INT8, torch FX |" in text and "old" not in text
     run("plots.py", *flags(tree), "--check")
-    for name in ("methods", "pareto"):
+    assert "python train.py --seed 3\n# done, after 1 min" in text
+    for name in ("methods", "pareto", "training_curves"):
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             figure = tree / "results" / "figures" / f"{name}{suffix}"
             assert figure.read_bytes().startswith(magic)
@@ -76,11 +97,17 @@ def test_readme_check_and_figures(tree):
     run("plots.py", *flags(tree), "--check", code=1)
 
 
-def test_synthetic_rows_are_left_out(tree):
+@pytest.mark.parametrize(
+    "other",
+    [{"dataset": "synthetic"}, {"n_images": 100}, {"seed": 1}, {"latency_runs": 5},
+     {"calibration_images": 10}, {"checkpoint_sha256": "of other weights"}],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
     path = tree / "results" / "mobilevit_xxs" / "fp16@engine.json"
-    path.write_text(json.dumps(row("fp16", dataset="synthetic")))
-    run("plots.py", *flags(tree), "--readme")
-    assert "FP16" not in (tree / "README.md").read_text()
+    path.write_text(json.dumps(row("fp16") | other))
+    (one, two) = load_rows(tree / "results", tree / "checkpoints")
+    assert {one["recipe"]["name"], two["recipe"]["name"]} == {"fp32", "int8-fx"}
 
 
 def test_missing_markers_and_folders_are_one_line(tree):

@@ -54,9 +54,12 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     command = ("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "--output", folder)
     path = folder / "mobilevit_xxs-synthetic" / "fp32-32@torch-eager.json"
     before = path.read_text()
-    run(*command, "--latency-runs", "3")
-    assert path.read_text() == before
-    run(*command, "--latency-runs", "3", "--test-images", "100")
+    out, _ = run(*command, "--latency-runs", "3")
+    assert path.read_text() == before and ", kept" in out
+    other = (*command, "--latency-runs", "3", "--test-images", "100")
+    _, err = run(*other, code=1)
+    assert path.read_text() == before and "another n_images: --force replaces it" in err
+    run(*other, "--force")
     assert rows.read_json(path)["n_images"] == 100
     path.write_text(before)
 
@@ -101,6 +104,14 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--latency-runs", "0", says="at least 1"
     )
+
+
+def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--output", tmp_path / "file" / "results",
+        says="cannot write to",
+    )  # fmt: skip
 
 
 def test_fx_computes_in_int8():

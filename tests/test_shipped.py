@@ -9,11 +9,24 @@ from conftest import ROOT
 import data
 import rows
 from engines import predict
+from ptq import RECIPES
 from weights import model_from_checkpoint
 
-FP32_ROWS = sorted(Path(ROOT, "results").glob("mobilevit_*/fp32*@torch-eager.json"))
-FP32_ROWS = [path for path in FP32_ROWS if "synthetic" not in str(path)]
+SHIPPED = sorted(p for p in Path(ROOT, "checkpoints").glob("mobilevit_*/best.pth")
+                 if "synthetic" not in str(p))  # fmt: skip
+FP32_ROWS = [ROOT / "results" / p.parent.name / "fp32@torch-eager.json" for p in SHIPPED]
 N = 1000  # images
+
+
+def test_something_is_shipped():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_every_row_is_of_the_shipped_weights(path):
+    results = [rows.read_json(p) for p in (ROOT / "results" / path.parent.name).glob("*.json")]
+    assert {row["recipe"]["name"] for row in results} >= set(RECIPES)
+    assert {row["checkpoint_sha256"] for row in results} == {rows.sha256(path)}
 
 
 @pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR names no CIFAR-10")
@@ -26,7 +39,8 @@ def test_shipped_weights_predict_what_their_row_says(path):
     test = data.load("cifar10", os.environ["DATA_DIR"], train=False)
     logits, labels = predict(model, data.EvalBatches(test[:N], row["img_size"], 50))
     expected = sum(int(a) == b for a, b in zip(row["predictions"], test.labels[:N].tolist()))
-    assert int((logits.argmax(1) == labels).sum()) == expected
+    n_correct = int((logits.argmax(1) == labels).sum())
+    assert abs(n_correct - expected) <= 1  # another CPU may break a tie otherwise
     truth = test.labels.tolist()
     assert sum(int(a) == b for a, b in zip(row["predictions"], truth)) == row["n_correct"]
 

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from distributed import World
 from mobilevit import MobileViT
 from rows import BadInput
-from run import weight_groups
+from run import Run, weight_groups
 from schedule import Schedule, parse_resolutions
 from weights import load_checkpoint, load_timm, load_weights
 
@@ -52,8 +53,11 @@ def test_norms_and_biases_do_not_decay():
 
 
 def final_state(folder):
+    """Step, weights, averaged weights and AdamW's moments, flat."""
     state = load_checkpoint(folder / "last.pth", ("model",))
-    return state["step"], state["model"]
+    moments, ema = state["optimizer"]["state"], state.get("ema", {})
+    flat = {f"{i}.{k}": v for i, moment in moments.items() for k, v in moment.items()}
+    return state["step"], flat | state["model"] | {f"ema.{k}": v for k, v in ema.items()}
 
 
 def log_without_times(folder):
@@ -76,16 +80,17 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(tmp_path):
     run("train.py", *SYNTHETIC, "--ema-decay", "0.9", "--output", whole)
 
     command = ("train.py", *SYNTHETIC, "--ema-decay", "0.9", "--output", broken)
-    out, _ = run(*command, "--max-minutes", "0.01")  # within the first epoch
-    assert "--resume goes on" in out
-    assert 0 < final_state(broken)[0] < 36
-    process = start(*command, "--resume")
-    wait_for(broken / "log.csv")  # the first epoch has ended
-    time.sleep(0.5)
-    os.kill(process.pid, signal.SIGKILL)
+    process = start(*command)
+    wait_for(broken / "last.pth")
+    os.kill(process.pid, signal.SIGKILL)  # before the first step is saved
     process.communicate()
-    step, _ = final_state(broken)
-    assert step == 36
+    out, _ = run(*command, "--resume", "--max-minutes", "0.02")  # stops within the first epoch
+    assert "--resume goes on" in out and 0 < final_state(broken)[0] < 72
+    process = start(*command, "--resume")
+    wait_for(broken / "log.csv")
+    os.kill(process.pid, signal.SIGKILL)  # within the second epoch
+    process.communicate()
+    assert final_state(broken)[0] < 72
     out, _ = run(*command, "--resume", "--workers", "1")
     assert "epoch" in out and "of 500" in out
 
@@ -93,15 +98,17 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(tmp_path):
     assert step == broken_step == 72
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert log_without_times(whole) == log_without_times(broken)
-    best = [load_checkpoint(folder / "best.pth") for folder in (whole, broken)]
-    assert best[0]["test_accuracy_pct"] == best[1]["test_accuracy_pct"] is not None
+    best, broken_best = (load_checkpoint(folder / "best.pth") for folder in (whole, broken))
+    assert best["test_accuracy_pct"] == broken_best["test_accuracy_pct"] is not None
+    for name, tensor in best["state_dict"].items():
+        assert torch.equal(tensor, broken_best["state_dict"][name])
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_two_processes_train_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run("train.py", *SYNTHETIC, "--output", one)
-    module = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511")
+    module = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     run("train.py", *SYNTHETIC, "--output", two, module=module)
     for ours, theirs in zip(log_without_times(one), log_without_times(two), strict=True):
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=5e-3)
@@ -120,15 +127,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
     torch.save(poisoned, tmp_path / "nan.pth")
     out = tmp_path / "out"
     fails_with_one_line(
-        "train.py",
-        *SYNTHETIC,
-        "--init",
-        tmp_path / "nan.pth",
-        "--output",
-        out,
-        says="loss is not finite",
+        "train.py", *SYNTHETIC, "--init", tmp_path / "nan.pth", "--output", out,
+        says="not finite",
+    )  # fmt: skip
+    assert final_state(out)[0] == 0 and not (out / "best.pth").exists()
+
+
+def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(tmp_path):
+    out = tmp_path / "out"
+    run("train.py", *SYNTHETIC, "--output", out, "--max-minutes", "0.001")
+    state = load_checkpoint(out / "last.pth", ("model",))
+    state["model"]["stem.conv.weight"].fill_(1e38)
+    torch.save(state, out / "last.pth")
+    before = (out / "last.pth").read_bytes()
+    fails_with_one_line("train.py", *SYNTHETIC, "--output", out, "--resume", says="not finite")
+    assert (out / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_loss_or_gradient_norm_that_is_not_finite_is_noticed(at, tmp_path):
+    run_state = SimpleNamespace(
+        world=World("cpu"), sums=torch.ones(3), step=5, args=SimpleNamespace(output=tmp_path)
     )
-    assert not (out / "best.pth").exists() and not (out / "last.pth").exists()
+    Run.check_finite(run_state)
+    run_state.sums[at] = math.inf
+    with pytest.raises(BadInput, match="near step 5"):
+        Run.check_finite(run_state)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(checkpoint):
@@ -218,10 +242,3 @@ def test_timm_weights_are_loaded_up_to_the_classifier(monkeypatch):
         model.stages[4][1].layers[2].ffn[2].bias, source.stages[4][1].transformer[2].mlp.fc2.bias
     )
     assert torch.equal(model.classifier.weight, classifier)
-
-
-def test_alone_nothing_is_communicated():
-    world = World("cpu")
-    model = MobileViT("xxs")
-    assert world.parallel(world.synchronised(model)) is model
-    assert world.any(True) and not world.any(False)
