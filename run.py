@@ -80,10 +80,9 @@ class Run:
         if args.tensorboard and world.rank == 0:
             self.tensorboard = tensorboard_writer(args.output / "tensorboard")
         self.step = 0
-        self.sums = torch.zeros(
-            3, device=world.device
-        )  # of the epoch: loss, correct, gradient norm
-        self.seconds = 0.0  # of the epoch, training only
+        # Of the epoch so far:
+        self.sums = torch.zeros(3, device=world.device)  # loss, correct, gradient norm
+        self.seconds = 0.0  # training only
         self.history = []  # a dict an epoch
         self.best_accuracy = -1.0
         options = {k: v for k, v in vars(args).items() if k not in (*MAY_CHANGE, *DERIVED)}

@@ -116,7 +116,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_eval_prints_what_training_found(checkpoint):
-    out, _ = run("train.py", "--eval", "--checkpoint", checkpoint, OMP_NUM_THREADS="2")
+    out, _ = run("train.py", "--eval", "--checkpoint", checkpoint)
     accuracy = load_checkpoint(checkpoint)["test_accuracy_pct"]
     assert f"test {accuracy:.2f} %" in out
 
