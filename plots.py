@@ -93,8 +93,8 @@ def training_curves(runs):
                 label=f"{run['model']}, held-out",
             )
         if len(runs) == 1:  # the sides of several runs would cover each other
-            for before, row in zip([None, *log], log):
-                if before is None or row["img_size"] != before["img_size"]:
+            for before, row in zip(log, log[1:]):
+                if row["img_size"] != before["img_size"]:
                     for axis in (left, right):
                         axis.axvline(row["epoch"] - 0.5, color="#999999", linewidth=0.8)
                     left.annotate(
@@ -102,6 +102,7 @@ def training_curves(runs):
                         (row["epoch"] - 0.45, 0.02),
                         xycoords=("data", "axes fraction"),
                         fontsize=8,
+                        rotation=90,
                     )
     left.set(xlabel="epoch", ylabel="accuracy, %")
     right.set(xlabel="epoch", ylabel="loss (training: with label smoothing)")
@@ -138,6 +139,7 @@ def methods(rows):
                 names.append(f"{size} {tables.TITLES[recipe].split(',')[0]}")
         axis.set_yticks(ticks, names if axis is axes[0] else [""] * len(names))
         axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
         axis.set_xlabel(label)
         axis.set_xlim(right=axis.get_xlim()[1] * 1.18)
     fig.suptitle("hatched: low-bit weights simulated in FP32", fontsize=9)
