@@ -7,7 +7,7 @@ from rows import BadInput
 
 
 def parse_resolutions(text: str) -> list[tuple[int, int]]:
-    """ "64:8,128:3" -> [(64, 8), (128, 3)]: 8 epochs at 64x64, then 3 at 128x128."""
+    """Read `64:8,128:3` as [(64, 8), (128, 3)]: 8 epochs at 64x64, then 3 at 128x128."""
     try:
         stages = [tuple(int(n) for n in stage.split(":")) for stage in text.split(",")]
     except ValueError:
