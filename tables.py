@@ -75,6 +75,13 @@ def arithmetic(row: dict) -> str:
     return "INT8" if row["recipe"]["qconfig"] else "FP32"
 
 
+def published_text(model: str, recipe: str) -> str:
+    if (model, recipe) not in PUBLISHED:
+        return "-"
+    accuracy_pct, size_mb, ms = PUBLISHED[model, recipe]
+    return f"{accuracy_pct:.2f} / {size_mb:.2f} / {'-' if ms is None else ms}"
+
+
 def results_table(rows: list[dict]) -> str:
     """Accuracy, paired difference to FP32, size, latency, the published figures: a line a row."""
     lines = []
@@ -90,7 +97,6 @@ def results_table(rows: list[dict]) -> str:
             smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
         if recipe != "fp32":
             faster = f"{row['fp32_latency_ms']['median'] / ms:.2f}x"
-        published = PUBLISHED.get((row["model"], recipe), ())
         lines.append(
             {
                 "Model": row["model"],
@@ -102,7 +108,7 @@ def results_table(rows: list[dict]) -> str:
                 "Smaller": smaller,
                 "ms": f"{ms:.1f}",
                 "Faster": "as FP32" if row["simulated"] else faster,
-                "Published % / MB / ms": " / ".join(f"{n or '-'}" for n in published) or "-",
+                "Published % / MB / ms": published_text(row["model"], recipe),
             }
         )
     return markdown(lines, left=3)
