@@ -2,8 +2,7 @@
 
     python bench.py train     # training images/s at 256x256, ours against timm's, 2 min on a CPU
     python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
-    python bench.py sweep     # the quantization sweep, ours against the published way, 10 min
-    python bench.py sweep --checkpoint checkpoints/mobilevit_xxs/best.pth --test-images 250
+    python bench.py sweep     # a part of the sweep, ours against the published way, 3 min
 
 Each writes results/benchmarks/NAME.json and prints what it wrote. Only ratios carry over to other
 machines.
@@ -46,8 +45,8 @@ def parse_args():
     add("--seconds", type=float, default=8, help="of each round, for train and loader")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for train")
     add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="for sweep")
-    add("--test-images", type=int, default=500, help="for sweep")
-    add("--calibration-images", type=int, default=256, help="for sweep")
+    add("--test-images", type=int, default=320, help="for sweep")
+    add("--calibration-images", type=int, default=128, help="for sweep; a tenth of all images")
     add("--latency-runs", type=int, default=20, help="for sweep")
     add("--data-dir", default="data", help="folder of cifar-10-batches-py")
     add("--output", default="results/benchmarks", help="folder of the result files")
