@@ -96,16 +96,15 @@ def model_name(variant: str, dataset: str) -> str:
     return f"mobilevit_{variant}" + ("" if dataset == "cifar10" else f"-{dataset}")
 
 
-def provenance(*packages: str) -> dict:
+def provenance() -> dict:
     """Commit, versions, hardware, command and time, as every run records them."""
-
     commit, dirty = _code()
     return {
         "commit": commit,
         "dirty": dirty,
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "torchvision", *packages)},
+            **{name: metadata.version(name) for name in ("torch", "torchvision")},
         },
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
