@@ -117,20 +117,21 @@ def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tenso
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, 32, 32], labels.
+    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, w, w], labels.
 
     Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
     last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
-    share b = batch_size / world of the batch that a single process would get.
+    share b = batch_size / world of the batch that a single process would get. `windows` names, by
+    epoch, the side w <= 32 of a random window to cut from every image (default: 32).
     """
 
-    def __init__(self, data: Images, batch_size, seed, augment, rank=0, world=1):
+    def __init__(self, data: Images, batch_size, seed, augment, rank=0, world=1, windows=None):
         if not 0 < batch_size <= len(data):
             raise BadInput(f"batch size {batch_size} is not within 1 to {len(data)} images")
         if batch_size % world:
             raise BadInput(f"batch size {batch_size} does not divide by {world} processes")
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.windows = rank, world, windows
         self.steps_per_epoch = len(data) // batch_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +143,10 @@ class TrainBatches(torch.utils.data.Dataset):
         # Drawn for the whole batch and then shared out, so that `world` changes no image.
         draws = torch.randint(2**31, (self.batch_size, 4), generator=_generator(self.seed, 0, step))
         x, labels, draws = x[share], labels[share], draws[share]
-        if self.augment != "none":
-            x = _flip(_crop(x, draws[:, 0], draws[:, 1]), draws[:, 2])
+        window = self.windows[epoch] if self.windows else SIDE
+        if self.augment == "none":
+            return _crop(x, draws[:, 0], draws[:, 1], window, padding=0), labels
+        x = _flip(_crop(x, draws[:, 0], draws[:, 1], window, CROP_PADDING), draws[:, 2])
         if self.augment == "autoaugment":
             x = _auto_augment(x, draws[:, 3])
         return x, labels
@@ -154,12 +157,12 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
-def _crop(x: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Pad with black by CROP_PADDING and cut [b, 3, 32, 32] at `top`, `left` (taken modulo)."""
-    padded = F.pad(x, (CROP_PADDING,) * 4)
-    offsets = torch.arange(SIDE)
-    rows = (top % (2 * CROP_PADDING + 1))[:, None] + offsets  # [b, 32]
-    cols = (left % (2 * CROP_PADDING + 1))[:, None] + offsets
+def _crop(x: Tensor, top: Tensor, left: Tensor, side: int, padding: int) -> Tensor:
+    """Pad [b, 3, 32, 32] with black and cut [b, 3, side, side] at `top`, `left` (taken modulo)."""
+    padded = F.pad(x, (padding,) * 4)
+    places, offsets = padded.shape[-1] - side + 1, torch.arange(side)
+    rows = (top % places)[:, None] + offsets  # [b, side]
+    cols = (left % places)[:, None] + offsets
     image, channel = torch.arange(len(x))[:, None, None, None], torch.arange(3)[:, None, None]
     return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
 
@@ -183,13 +186,13 @@ def _auto_augment(x: Tensor, seeds: Tensor) -> Tensor:
 
 
 def to_input(images: Tensor, img_size: int) -> Tensor:
-    """uint8 [b, 3, 32, 32] -> the model's float input [b, 3, S, S], channels-last, on its device.
+    """uint8 [b, 3, w, w] -> the model's float input [b, 3, S, S], channels-last, on its device.
 
     Normalised first, then resized bilinearly: both are linear and the first is cheaper when small.
     """
     mean, std = _mean_and_std(images.device)
     x = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-    return x if img_size == SIDE else F.interpolate(x, (img_size, img_size), mode="bilinear")
+    return x if img_size == x.shape[-1] else F.interpolate(x, (img_size, img_size), mode="bilinear")
 
 
 @functools.cache  # making a tensor on a GPU waits for the GPU

@@ -93,7 +93,9 @@ class Run:
         lr = self.schedule.lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x = data.to_input(images.to(device, non_blocking=True), self.schedule.sides[self.step])
+        x = data.to_input(
+            images.to(device, non_blocking=True), self.schedule.stages[self.step].side
+        )
         labels = labels.to(device, non_blocking=True)
         dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
         with torch.autocast(device.type, dtype, enabled=args.precision != "fp32"):
@@ -138,13 +140,14 @@ class Run:
 
     def end_epoch(self, val: data.Images) -> None:
         """Log the epoch, keep the weights if they are the best yet, save."""
-        world, side = self.world, self.schedule.sides[self.step - 1]
+        world, stage = self.world, self.schedule.stages[self.step - 1]
         loss, correct, _ = world.sum(self.sums).tolist()
         n = self.steps_per_epoch * self.args.batch_size
-        val_loss, val_accuracy_pct = self.evaluate(val, side)
+        val_loss, val_accuracy_pct = self.evaluate(val, stage.img_size)
         row = {
             "epoch": len(self.history) + 1,
-            "img_size": side,
+            "img_size": stage.img_size,
+            "window": stage.side,
             "lr": f"{self.schedule.lr(self.step - 1):.3g}",
             "train_loss": f"{loss / n:.4f}",
             "train_accuracy_pct": f"{100 * correct / n:.2f}",
@@ -158,7 +161,7 @@ class Run:
         self.sums.zero_()
         self.seconds = 0.0
         # An epoch at another resolution than the last one can't be chosen.
-        if side == self.args.img_size and val_accuracy_pct > self.best_accuracy:
+        if stage.img_size == self.args.img_size and val_accuracy_pct > self.best_accuracy:
             self.best_accuracy = val_accuracy_pct
             if world.rank == 0:
                 save_checkpoint(self.args.output / "best.pth", self.shippable())

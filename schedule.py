@@ -1,27 +1,57 @@
 """What changes in the course of a training run: image side and learning rate."""
 
 import math
+from dataclasses import dataclass
 
+import data
 from mobilevit import MIN_IMG_SIZE
 from rows import BadInput
 
 
-def parse_resolutions(text: str) -> list[tuple[int, int]]:
-    """Read `64:8,128:3` as [(64, 8), (128, 3)]: 8 epochs at 64x64, then 3 at 128x128."""
+@dataclass(frozen=True)
+class Stage:
+    """`epochs` at images of `img_size` pixels a side, of which the network sees `side` at a time.
+
+    A window of half the side costs a quarter, and shows the features of the full size: what a
+    network learnt at 128x128 does not carry over to 256x256, where everything is twice as large.
+    """
+
+    side: int
+    img_size: int
+    epochs: int
+
+    @property
+    def window(self) -> int:
+        """Side of what the network sees, in pixels of the 32x32 image."""
+        return data.SIDE * self.side // self.img_size
+
+
+def parse_resolutions(text: str) -> list[Stage]:
+    """Read `64:8,128/256:4,256:1`: 8 epochs at 64x64, 4 on 128x128 windows of 256x256, 1 at it."""
     try:
-        stages = [tuple(int(n) for n in stage.split(":")) for stage in text.split(",")]
+        stages = []
+        for part in text.split(","):
+            sides, epochs = part.split(":")
+            side, *img_size = (int(n) for n in sides.split("/", 1))
+            stages.append(Stage(side, *(img_size or [side]), int(epochs)))
     except ValueError:
         stages = []
-    if not stages or any(len(s) != 2 or s[0] < MIN_IMG_SIZE or s[1] < 1 for s in stages):
+    if not stages or not all(map(_valid, stages)):
         raise BadInput(
-            f"--resolutions {text}: give SIDE:EPOCHS,... with sides of at least {MIN_IMG_SIZE} "
-            "pixels and whole epochs"
+            f"--resolutions {text}: give SIDE:EPOCHS or WINDOW/SIDE:EPOCHS, separated by commas: "
+            f"whole epochs, at least {MIN_IMG_SIZE} pixels, windows of whole pixels of the "
+            f"{data.SIDE}x{data.SIDE} image"
         )
     return stages
 
 
+def _valid(stage: Stage) -> bool:
+    fits = MIN_IMG_SIZE <= stage.side <= stage.img_size
+    return fits and stage.epochs >= 1 and data.SIDE * stage.side % stage.img_size == 0
+
+
 class Schedule:
-    """Image side and learning rate of every step.
+    """Stage and learning rate of every step.
 
     The rate rises linearly for `warmup_epochs`, then falls as a cosine over the pixels still to be
     seen. With one resolution that is the usual cosine over steps; with several, the last and most
@@ -30,13 +60,13 @@ class Schedule:
 
     def __init__(self, stages, steps_per_epoch: int, peak_lr: float, warmup_epochs: float):
         self.peak_lr, self.warmup_steps = peak_lr, round(warmup_epochs * steps_per_epoch)
-        self.sides = [side for side, epochs in stages for _ in range(epochs * steps_per_epoch)]
+        self.stages = [s for s in stages for _ in range(s.epochs * steps_per_epoch)]  # by step
         self.pixels = [0]  # seen per image slot of the batch, before each step
-        for side in self.sides:
-            self.pixels.append(self.pixels[-1] + side**2)
+        for stage in self.stages:
+            self.pixels.append(self.pixels[-1] + stage.side**2)
 
     def __len__(self) -> int:
-        return len(self.sides)
+        return len(self.stages)
 
     def lr(self, step: int) -> float:
         if step < self.warmup_steps:

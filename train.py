@@ -59,7 +59,11 @@ def parse_args():
     )
     add("--img-size", type=int, help="input side in pixels (256 unless --resolutions)")
     add("--epochs", type=int, help="passes over the training images (100 unless --resolutions)")
-    add("--resolutions", help="sides and epochs in place of the two above, as 64:8,128:3,256:1")
+    add(
+        "--resolutions",
+        help="in place of the two above: 64:8,128/256:4,256:1 is 8 epochs at 64 pixels, then 4 on "
+        "128-pixel windows of 256-pixel images, then 1 at 256",
+    )
     add("--batch-size", type=int, default=128, help="images a step, over all processes")
     add("--lr", default=2e-3, help="peak learning rate", **number)
     add("--warmup-epochs", default=10, help="linear warm-up", **number)
@@ -102,7 +106,7 @@ def parse_args():
         side, epochs = (256 if args.img_size is None else args.img_size, args.epochs)
         args.resolutions = f"{side}:{100 if epochs is None else epochs}"
     args.stages = parse_resolutions(args.resolutions)
-    args.img_size, args.epochs = args.stages[-1][0], sum(epochs for _, epochs in args.stages)
+    args.img_size, args.epochs = args.stages[-1].img_size, sum(s.epochs for s in args.stages)
     if not 0 <= args.warmup_epochs < args.epochs:
         p.error(f"--warmup-epochs must be at least 0 and less than the {args.epochs} epochs")
     for name, low, high in (
@@ -133,8 +137,15 @@ def train(args, world: World) -> None:
         images = data.load(args.dataset, args.data_dir, train=True)
     train_indices, val_indices = data.split(images.labels, args.val_size)
     val = images[val_indices]
+    windows = [stage.window for stage in args.stages for _ in range(stage.epochs)]
     batches = data.TrainBatches(
-        images[train_indices], args.batch_size, args.seed, args.augment, world.rank, world.size
+        images[train_indices],
+        args.batch_size,
+        args.seed,
+        args.augment,
+        world.rank,
+        world.size,
+        windows,
     )
     run = Run(args, world, batches.steps_per_epoch)
     if args.resume:

@@ -21,7 +21,7 @@ from weights import load_checkpoint, load_timm, load_weights
 
 
 def test_one_resolution_gives_torchs_warm_up_and_cosine():
-    ours = Schedule([(64, 10)], 5, 0.1, 2)
+    ours = Schedule(parse_resolutions("64:10"), 5, 0.1, 2)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
     assert [ours.lr(step) for step in range(10)] == pytest.approx([0.01 * n for n in range(1, 11)])
