@@ -48,6 +48,12 @@ def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
 
 
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
+def test_windows_change_with_the_epoch(augment):
+    batches = data.TrainBatches(data.synthetic(True), 500, 0, augment, windows=[32, 16])
+    assert [batches[step][0].shape[-1] for step in (0, 3, 4, 7)] == [32, 32, 16, 16]
+
+
+@pytest.mark.parametrize("augment", data.AUGMENTATIONS)
 def test_processes_share_out_the_batch_that_one_would_get(augment):
     images = data.synthetic(True)
     whole, labels = data.TrainBatches(images, 12, 3, augment)[7]
@@ -64,13 +70,15 @@ def test_augmentation_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_crop_and_flip_against_torchvision():
+@pytest.mark.parametrize("side, padding", [(32, 4), (16, 4), (20, 0), (32, 0)])
+def test_crop_and_flip_against_torchvision(side, padding):
     x = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
     top, left, flip = torch.arange(9), torch.arange(9) * 5, torch.arange(9)
-    ours = data._flip(data._crop(x, top, left), flip)
+    ours = data._flip(data._crop(x, top, left, side, padding), flip)
+    places = 32 + 2 * padding - side + 1
     for i in range(9):
-        padded = v2.functional.pad(x[i], [4])
-        expected = v2.functional.crop(padded, i, 5 * i % 9, 32, 32)
+        padded = v2.functional.pad(x[i], [padding])
+        expected = v2.functional.crop(padded, i % places, 5 * i % places, side, side)
         expected = v2.functional.horizontal_flip(expected) if i % 2 else expected
         assert torch.equal(ours[i], expected)
 

@@ -32,14 +32,22 @@ def test_one_resolution_gives_torchs_warm_up_and_cosine():
 
 
 def test_several_resolutions_share_the_cosine_by_pixels():
-    schedule = Schedule(parse_resolutions("32:4,64:1"), 10, 1.0, 0)
-    assert schedule.sides == [32] * 40 + [64] * 10
+    schedule = Schedule(parse_resolutions("32:2,32/128:2,64:1"), 10, 1.0, 0)
+    assert [s.side for s in schedule.stages] == [32] * 40 + [64] * 10
+    assert [s.img_size for s in schedule.stages] == [32] * 20 + [128] * 20 + [64] * 10
     assert schedule.lr(40) == pytest.approx(0.5)  # 4 epochs at 32 are as many pixels as 1 at 64
 
 
-@pytest.mark.parametrize("text", ["64", "64:0", "16:2", "64:1,", "64:1:1", "a:b"])
+def test_a_window_is_as_large_in_the_image_as_in_the_input():
+    whole, half = parse_resolutions("64:1,96/192:1")
+    assert whole.window == 32 and half.window == 16
+
+
+@pytest.mark.parametrize(
+    "text", ["64", "64:0", "16:2", "64:1,", "64:1:1", "a:b", "64/32:1", "64/100:1", "64/:1"]
+)
 def test_nonsense_resolutions_are_refused(text):
-    with pytest.raises(BadInput, match="SIDE:EPOCHS"):
+    with pytest.raises(BadInput, match="WINDOW/SIDE:EPOCHS"):
         parse_resolutions(text)
 
 
