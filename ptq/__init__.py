@@ -2,6 +2,6 @@
 to the other. Knows nothing of data sets, files or the command line."""
 
 from ptq.pipeline import quantize
-from ptq.recipes import RECIPES, Recipe, Rule
+from ptq.recipes import RECIPES, LayerSpec, Recipe, Rule
 
-__all__ = ["RECIPES", "Recipe", "Rule", "quantize"]
+__all__ = ["RECIPES", "LayerSpec", "Recipe", "Rule", "quantize"]

@@ -1,8 +1,9 @@
 """Number formats: how a tensor is written in few bits.
 
-A format is a frozen dataclass. `encode(x)` gives codes and what is needed to read them,
-`decode(*encode(x))` the float32 tensor that they stand for; both are pure. `size_bits` counts what
-a packed file would hold.
+A format is a frozen dataclass of pure functions. `Float16` and `PercentileUniform` choose their own
+grid: `encode(x)` gives codes and what is needed to read them, `decode(*encode(x))` the float32
+tensor that they stand for. The grid of `Uniform` is chosen by an observer (ptq.observers) or by a
+rounding method, and passed in. `size_bits` counts what a packed file would hold.
 """
 
 from dataclasses import dataclass
@@ -57,4 +58,89 @@ class PercentileUniform:
         return self.bits * x.numel() + (32 + self.bits) * x.shape[0]
 
 
-Format = Float16 | PercentileUniform
+@dataclass(frozen=True)
+class Uniform:
+    """2**bits evenly spaced levels through 0: value = (code - zero_point) * scale.
+
+    `symmetric`: the zero-point is 0 and codes are signed, in [-2**(bits-1), 2**(bits-1) - 1].
+    Otherwise the zero-point is a code and codes are unsigned, in [0, 2**bits - 1].
+
+    `granularity` says which elements share a scale: all ("tensor"), those with the same index
+    along `axis` ("channel"), or runs of that many elements of a channel of a weight (a number).
+    A weight [C, c, k, k] with 8 output channels of 24 weights each has 1, 8 or, in groups of 12,
+    16 scales.
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: str | int = "tensor"
+    axis: int = 0  # of the channels; 1 for activations [B, C, ...]
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"a uniform format has 2 to 16 bits, not {self.bits}")
+        if not (self.granularity in ("tensor", "channel") or self.group_size):
+            raise ValueError(f"granularity is tensor, channel or a number, not {self.granularity}")
+
+    @property
+    def group_size(self) -> int:
+        """Elements that share a scale; 0 for scales a channel or a tensor."""
+        return self.granularity if isinstance(self.granularity, int) else 0
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return self.qmin + 2**self.bits - 1
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` as [G, n]: the n elements that share the g-th scale in row g."""
+        if self.granularity == "tensor":
+            return x.reshape(1, -1)
+        x = x.movedim(self.axis, 0).flatten(1)
+        if not self.group_size:
+            return x
+        if x.shape[1] % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not divide {x.shape[1]} weights")
+        return x.reshape(-1, self.group_size)
+
+    def unrows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `rows` for a tensor of `like`'s shape."""
+        if self.granularity == "tensor":
+            return rows.reshape(like.shape)
+        moved = like.movedim(self.axis, 0)
+        return rows.reshape(moved.shape).movedim(0, self.axis)
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale float32 [G] and zero-point int32 [G] of levels that cover [low, high] and 0.
+
+        A range that holds nothing but 0 gets scale 1.
+        """
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.symmetric:
+            scale = torch.maximum(-low / -self.qmin, high / self.qmax)
+        else:
+            scale = (high - low) / self.qmax
+        # Below float16's resolution nothing is lost by calling a range empty.
+        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).float()
+        zero_point = torch.zeros_like(scale) if self.symmetric else (-low / scale).round()
+        return scale, zero_point.int()
+
+    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Codes, int32 of `x`'s shape, of the nearest levels (halves to even)."""
+        codes = (self.rows(x) / scale[:, None]).round() + zero_point[:, None]
+        return self.unrows(codes.clamp(self.qmin, self.qmax).int(), x)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        values = (self.rows(codes) - zero_point[:, None]) * scale[:, None]
+        return self.unrows(values, codes)
+
+    def size_bits(self, x: Tensor) -> int:
+        """Codes, and per scale a float32 and, unless symmetric, a zero-point as wide as a code."""
+        metadata = 32 + (0 if self.symmetric else self.bits)
+        return self.bits * x.numel() + metadata * len(self.rows(x))
+
+
+Format = Float16 | PercentileUniform | Uniform

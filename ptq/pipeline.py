@@ -1,18 +1,47 @@
-"""From a float network and a recipe to the network with quantized values."""
+"""From a float network and a recipe to the quantized network."""
 
 import copy
 
+import torch
 from torch import nn
 
-from ptq.recipes import Recipe
+from mobilevit import AttentionCore
+from ptq.correction import correct_biases, reestimate_norms
+from ptq.layers import (
+    QUANTIZABLE,
+    QuantizedAttentionCore,
+    QuantizedLayer,
+    Quantizer,
+)
+from ptq.recipes import LayerSpec, Recipe
+from ptq.rounding import ROUNDINGS
 
 
-def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """A copy of `model` whose tensors hold the values that the recipe's formats can write.
+def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
+    """A copy of `model`, in evaluation mode, that computes with the values that the recipe's
+    formats can write.
 
-    Raises ValueError if the recipe has rules and none of them applies to any tensor.
+    `batches`: a sequence of (input [b, ...], anything), for recipes that calibrate. Raises
+    ValueError if a rule or layer pattern applies to nothing, if a layer never ran during
+    calibration, or if calibration meets values that are not finite.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).eval()
+    write_tensors(model, recipe)
+    if recipe.layers:
+        reference = copy.deepcopy(model)
+        attach(model, recipe)
+        with torch.no_grad():
+            ROUNDINGS[recipe.rounding](model, reference, batches, recipe)
+            if recipe.reestimate_norms:
+                reestimate_norms(model, batches)
+            calibrate(model, batches)
+            if recipe.correct_biases:
+                correct_biases(model, reference, batches)
+    return model
+
+
+def write_tensors(model: nn.Module, recipe: Recipe) -> None:
+    """Give the tensors that the recipe's rules name the values of their format."""
     state = model.state_dict()
     formats = {name: recipe.format_of(name, tensor) for name, tensor in state.items()}
     if recipe.rules and not any(formats.values()):
@@ -20,4 +49,42 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
     for name, fmt in formats.items():
         if fmt is not None:
             state[name].copy_(fmt.decode(*fmt.encode(state[name])))
-    return model
+
+
+def attach(model: nn.Module, recipe: Recipe) -> None:
+    """Put quantized layers in the place of those that the recipe names."""
+    unused = set(recipe.layers)
+    for name, module in list(model.named_modules()):
+        spec = recipe.layer_spec(name) if isinstance(module, QUANTIZABLE) else None
+        if spec is not None:
+            unused.discard(spec)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized(module, spec))
+    if unused:
+        patterns = ", ".join(sorted(spec.pattern for spec in unused))
+        raise ValueError(f"recipe {recipe.name}: no layer of the network matches {patterns}")
+
+
+def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
+    def quantizer():
+        return Quantizer(spec.input, spec.input_observer) if spec.input else None
+
+    if isinstance(module, AttentionCore):
+        return QuantizedAttentionCore(quantizer) if spec.input else module
+    return QuantizedLayer(module, quantizer(), spec.weight, spec.weight_observer)
+
+
+def calibrate(model: nn.Module, batches) -> None:
+    """Give every quantizer its scale and zero-point from one pass over `batches`."""
+    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
+    if not quantizers:
+        return
+    for quantizer in quantizers.values():
+        quantizer.observe()
+    for x, *_ in batches:
+        model(x)
+    for name, quantizer in quantizers.items():
+        try:
+            quantizer.freeze()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error

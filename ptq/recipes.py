@@ -1,20 +1,20 @@
-"""Recipes: which tensors of a network get which format, as data.
+"""Recipes: which tensors and layers of a network get which format, and how it is done, as data.
 
-A recipe can be printed, compared and saved beside its result (`asdict`).
+A recipe can be printed, compared, saved beside its result (`asdict`) and read back (`fromdict`).
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from torch import Tensor
 
-from ptq.formats import Float16, Format, PercentileUniform
+from ptq.formats import Float16, Format, PercentileUniform, Uniform
 
 
 @dataclass(frozen=True)
 class Rule:
     """`format` for the floating tensors of a state dict whose name matches `pattern` in full and
-    that have at least `min_ndim` dimensions."""
+    that have at least `min_ndim` dimensions. They are written in it and read back."""
 
     pattern: str
     format: Format
@@ -29,38 +29,90 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A named way to quantize. The first rule that applies to a tensor decides.
+class LayerSpec:
+    """How the convolutions, linear layers and attention cores whose module name matches `pattern`
+    in full are quantized. A format that is None leaves its tensor in float.
 
+    `input` also holds for all four factors of an attention core's products.
+    """
+
+    pattern: str
+    weight: Uniform | None = None
+    input: Uniform | None = None
+    weight_observer: str = "mse"
+    input_observer: str = "mse"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way to quantize: either `rules` for tensors, or `layers` for layers, or `qconfig`.
+    Of rules and of layers the first that applies decides.
+
+    `rounding`: how codes of weights are chosen, a name of ptq.rounding.
+    `units`: pattern of module names whose weights rounding by "adaround" learns together; layers
+    outside of them are learnt one by one.
+    `reestimate_norms`: whether batch norms get new statistics once weights are quantized.
+    `correct_biases`: whether biases make up for the shift of each layer's mean output.
     `qconfig`: quantized by torch's FX graph mode with the default settings of this name instead.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
+    layers: tuple[LayerSpec, ...] = ()
+    rounding: str = "nearest"
+    units: str | None = None
+    reestimate_norms: bool = False
+    correct_biases: bool = False
     qconfig: str | None = None
     calibration_images: int = 0
     calibration_batch: int = 128
 
     def format_of(self, name: str, tensor: Tensor) -> Format | None:
-        """The format of one tensor of a state dict, None if it stays as it is."""
+        """The format that the rules give a tensor of a state dict, None if it stays as it is."""
         return next((rule.format for rule in self.rules if rule.applies(name, tensor)), None)
+
+    def layer_spec(self, name: str) -> LayerSpec | None:
+        return next((spec for spec in self.layers if re.fullmatch(spec.pattern, name)), None)
 
     @property
     def simulated(self) -> bool:
-        """Whether floats stand in for the recipe's low-bit numbers when it runs."""
-        return bool(self.rules)
+        """Whether floats stand in for the recipe's low-bit numbers when it runs in torch."""
+        return bool(self.rules or self.layers)
 
     @property
     def storable(self) -> bool:
         """Whether a file with every tensor in its format can be written yet."""
-        return all(isinstance(rule.format, Float16) for rule in self.rules)
+        return not self.layers and all(isinstance(rule.format, Float16) for rule in self.rules)
 
     def asdict(self) -> dict:
-        """Plain values only; formats with their class name."""
-        recipe = asdict(self)
-        for rule, plain in zip(self.rules, recipe["rules"]):
-            plain["format"] = {"type": type(rule.format).__name__, **plain["format"]}
-        return recipe | {"rules": list(recipe["rules"])}
+        """Plain values only, those that differ from the default."""
+        return _plain(self)
+
+    @staticmethod
+    def fromdict(plain: dict) -> "Recipe":
+        """The inverse of `asdict`; ValueError for what it did not write."""
+        try:
+            return _rebuilt(plain)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a recipe: {error}") from error
+
+
+_TYPES = {t.__name__: t for t in (Recipe, Rule, LayerSpec, Float16, PercentileUniform, Uniform)}
+
+
+def _plain(value):
+    if is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        changed = {f.name: given[f.name] for f in fields(value) if given[f.name] != f.default}
+        return {"type": type(value).__name__} | {k: _plain(v) for k, v in changed.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _rebuilt(plain):
+    if isinstance(plain, dict):
+        values = {k: _rebuilt(v) for k, v in plain.items() if k != "type"}
+        return _TYPES[plain["type"]](**values)
+    return tuple(_rebuilt(v) for v in plain) if isinstance(plain, list) else plain
 
 
 # The four rows of the CIFAR-10 re-implementation, by its own protocol.

@@ -1,0 +1,107 @@
+"""Layers with quantizers: what `ptq.quantize` puts in the place of convolutions, linear layers and
+attention cores.
+
+Weights hold the values of their codes, so the float layer computes as it did; inputs pass a
+`Quantizer`. Batch norms stay where they are: with one scale per output channel (or finer) folding
+them changes scales and biases, never codes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mobilevit import AttentionCore
+from ptq.formats import Uniform
+from ptq.observers import OBSERVERS
+
+
+class Quantizer(nn.Module):
+    """Rounds activations to a format's levels, once calibrated; passes them on until then.
+
+    While `observer` is set it sees what passes. `freeze` turns what it saw into scale and
+    zero-point.
+    """
+
+    def __init__(self, format: Uniform, observer: str):
+        super().__init__()
+        if format.group_size:
+            raise ValueError("activations have scales per tensor or per channel, not per group")
+        self.format, self.observer_name = format, observer
+        self.observer = None
+        self.register_buffer("scale", None)
+        self.register_buffer("zero_point", None)
+
+    def observe(self) -> None:
+        self.observer = OBSERVERS[self.observer_name](self.format)
+        self.scale = self.zero_point = None
+
+    def freeze(self) -> None:
+        """Raises ValueError if nothing was observed."""
+        self.scale, self.zero_point = self.format.grid(*self.observer.range())
+        self.observer = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.update(x)
+        if self.scale is None:
+            return x
+        return fake_quantize(x, self.format, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, {self.observer_name}"
+
+
+def fake_quantize(x: Tensor, format: Uniform, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """`format.decode(format.encode(x))` for scales per tensor or channel, in one pass."""
+    if format.granularity == "tensor":
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, format.qmin, format.qmax)
+    return torch.fake_quantize_per_channel_affine(
+        x, scale, zero_point, format.axis % x.dim(), format.qmin, format.qmax
+    )
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer behind a quantizer of its input.
+
+    `codes`, int32 of the weight's shape, and `scale` [G] give its weight's values; both are None
+    while the weight is in float.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        input: Quantizer | None,
+        weight: Uniform | None,
+        weight_observer: str,
+    ):
+        super().__init__()
+        if weight is not None and not weight.symmetric:
+            raise ValueError("weights take a symmetric format")
+        self.layer, self.format, self.weight_observer = layer, weight, weight_observer
+        self.input = input or nn.Identity()
+        self.register_buffer("codes", None)
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.input(x))
+
+    @torch.no_grad()
+    def set_weight(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+        self.layer.weight.copy_(self.format.decode(codes, scale, torch.zeros_like(scale).int()))
+
+
+class QuantizedAttentionCore(nn.Module):
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products."""
+
+    def __init__(self, quantizer: Callable[[], Quantizer]):
+        super().__init__()
+        self.inputs = nn.ModuleDict({k: quantizer() for k in ("q", "k", "v", "attention")})
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.inputs["q"](q) @ self.inputs["k"](k).transpose(-1, -2) * q.shape[-1] ** -0.5
+        return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
+
+
+QUANTIZABLE = (nn.Conv2d, nn.Linear, AttentionCore)

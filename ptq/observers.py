@@ -1,0 +1,198 @@
+"""Observers: from the tensors seen during calibration to the range that a format should cover.
+
+An observer sees any number of tensors with `update(x)` and keeps bounded memory; `range()` gives
+the low and high end, each [G] with one element per scale of its format. Every range contains 0.
+
+    >>> observer = OBSERVERS["mse"](Uniform(8, symmetric=False))
+    >>> for x in batches: observer.update(x)
+    >>> scale, zero_point = observer.format.grid(*observer.range())
+"""
+
+import torch
+from torch import Tensor
+
+from ptq.formats import Uniform
+
+BINS = 4096  # of a histogram over [-limit, limit]: 16 and more a level at 8 bits
+SHRINKS = 80  # candidates for each end of a range, down to a fifth of it
+MAX_LEVELS_ERRORS = 2**24  # elements of a temporary tensor in the MSE search
+
+
+class MinMax:
+    """From the smallest to the largest element."""
+
+    def __init__(self, format: Uniform):
+        self.format = format
+        self.low = self.high = None
+
+    def update(self, x: Tensor) -> None:
+        """Raises ValueError if `x` is empty or holds a NaN or an infinity."""
+        if not x.numel():
+            raise ValueError("an observer was given an empty tensor")
+        low, high = self.format.rows(x.detach().float()).aminmax(dim=1)
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise ValueError("the calibration data or what a layer makes of it is not finite")
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        if self.low is None:
+            raise ValueError("nothing was seen during calibration")
+        return self.low, self.high
+
+
+class Histogram(MinMax):
+    """Counts in BINS even bins over [-limit, limit] for each scale, besides smallest and largest.
+
+    When a value lies beyond the limit, the limit doubles and neighbouring bins merge, so counts of
+    earlier tensors stay exact.
+    """
+
+    def __init__(self, format: Uniform):
+        super().__init__(format)
+        self.limit = self.counts = None
+
+    def update(self, x: Tensor) -> None:
+        super().update(x)
+        rows = self.format.rows(x.detach().float())
+        largest = torch.maximum(-self.low, self.high)  # [G]
+        if self.counts is None:
+            self.limit = torch.where(largest > 0, largest, 1.0)
+            self.counts = torch.zeros(len(rows), BINS, dtype=torch.int64, device=rows.device)
+        for g in (largest > self.limit).nonzero().flatten().tolist():
+            doublings = int((largest[g] / self.limit[g]).log2().ceil())
+            for _ in range(doublings):
+                inner = self.counts[g].view(-1, 2).sum(1)
+                self.counts[g] = 0
+                self.counts[g, BINS // 4 : -BINS // 4] = inner
+            self.limit[g] *= 2.0**doublings
+        for g, row in enumerate(rows):
+            index = ((row / self.limit[g] + 1) * (BINS / 2)).int().clamp_(0, BINS - 1)
+            self.counts[g] += torch.bincount(index, minlength=BINS)
+
+    def centres(self) -> Tensor:
+        """Values [G, BINS] in the middle of the bins."""
+        edges = torch.arange(BINS, device=self.limit.device) + 0.5
+        return (edges / (BINS / 2) - 1) * self.limit[:, None]
+
+
+class Percentile(Histogram):
+    """From the (100 - `pct`)th to the `pct`th percentile, within a bin."""
+
+    pct = 99.99
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        low, high = super().range()
+        share = self.counts.cumsum(1) / self.counts.sum(1, keepdim=True)
+        width = 2 * self.limit / BINS
+        # The outer edge of the bin in which the percentile falls.
+        first = (share <= 1 - self.pct / 100).sum(1)
+        last = (share < self.pct / 100).sum(1)
+        clipped_low = first * width - self.limit
+        clipped_high = (last + 1) * width - self.limit
+        return torch.maximum(low, clipped_low).clamp(max=0), torch.minimum(
+            high, clipped_high
+        ).clamp(min=0)
+
+
+class MSE(Histogram):
+    """The range with the least squared error of its levels, over a grid of shrunken ranges.
+
+    Candidates are min-max with the ends multiplied by 1, 0.99, ... 0.2: a symmetric format has one
+    end, an affine one two, and all pairs are tried. Weights are given once and searched exactly;
+    activations through their histogram.
+    """
+
+    def __init__(self, format: Uniform):
+        super().__init__(format)
+        self.only = None  # the rows, while there has been one small tensor
+
+    def update(self, x: Tensor) -> None:
+        first = self.low is None
+        super().update(x)
+        small = x.numel() <= MAX_LEVELS_ERRORS // SHRINKS
+        self.only = self.format.rows(x.detach().float()) if first and small else None
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        low, high = super().range()
+        values, weights = self.only, None
+        if values is None:
+            values, weights = self.centres(), self.counts
+        shrinks = torch.linspace(1, 0.2, SHRINKS + 1, device=low.device)
+        if self.format.symmetric:
+            pairs = [(s, s) for s in shrinks]
+        else:
+            pairs = [(s, t) for s in shrinks[::4] for t in shrinks]
+        best = torch.full_like(low, torch.inf)
+        best_low, best_high = low.clone(), high.clone()
+        for s, t in pairs:
+            error = squared_error(self.format, values, low * s, high * t, weights)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_low = torch.where(better, low * s, best_low)
+            best_high = torch.where(better, high * t, best_high)
+        return best_low, best_high
+
+
+def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
+    """Sum over a row of the squared distance to the nearest level of [low, high]; [G]."""
+    scale, zero_point = (p[:, None] for p in format.grid(low, high))
+    codes = ((values / scale).round() + zero_point).clamp(format.qmin, format.qmax)
+    error = (values - (codes - zero_point) * scale).square()
+    return (error if weights is None else error * weights).sum(1)
+
+
+class KL(Histogram):
+    """The range whose levels keep the distribution best, by Kullback-Leibler divergence.
+
+    Szymon Migacz, "8-bit inference with TensorRT", GTC 2017: the distribution clipped to a range,
+    P, against the one that is left when each level spreads its count evenly over its filled bins,
+    Q. Candidates shrink both ends of min-max alike.
+    """
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        low, high = super().range()
+        ends = [self._row(g, low[g], high[g]) for g in range(len(low))]
+        return tuple(torch.stack(end) for end in zip(*ends))
+
+    def _row(self, g: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        centres, counts = self.centres()[g], self.counts[g].double()
+        best, chosen = torch.inf, (low, high)
+        for s in torch.linspace(1, 0.2, SHRINKS + 1):
+            inside = ((centres >= low * s) & (centres <= high * s)).nonzero().flatten()
+            if not len(inside):
+                continue
+            first, last = inside[0], inside[-1]
+            kept = counts[first : last + 1]
+            p = kept.clone()
+            p[0] += counts[:first].sum()
+            p[-1] += counts[last + 1 :].sum()
+            scale, zero_point = self.format.grid((low * s)[None], (high * s)[None])
+            codes = self.format.encode(centres[None, first : last + 1], scale, zero_point)[0]
+            levels = (codes - codes.min()).long()
+            n = int(levels.max()) + 1
+            mass = torch.zeros(n, dtype=p.dtype).index_add_(0, levels, kept)
+            filled = torch.zeros(n, dtype=p.dtype).index_add_(0, levels, (kept > 0).double())
+            q = torch.where(kept > 0, (mass / filled.clamp(min=1))[levels], 0.0)
+            divergence = kl_divergence(p, q)
+            if divergence < best:
+                best, chosen = divergence, (low * s, high * s)
+        return chosen
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> float:
+    """sum p log(p / q) of two histograms, each scaled to 1; infinite where q misses a filled bin
+    of p, but for the edge bins, which hold what was clipped and count as one sample there."""
+    if q.sum() == 0:
+        return torch.inf
+    q = q.clone()
+    for edge in (0, -1):
+        if p[edge] > 0 and q[edge] == 0:
+            q[edge] = 1
+    p, q = p / p.sum(), q / q.sum()
+    filled = p > 0
+    return (p[filled] * (p[filled] / q[filled]).log()).sum().item()
+
+
+OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "kl": KL}

@@ -1,0 +1,161 @@
+"""Uniform formats and observers against torch's own fake-quantize and brute force in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from ptq.formats import Uniform
+from ptq.observers import KL, MSE, OBSERVERS, Histogram, MinMax, Percentile, squared_error
+
+FORMATS = (
+    Uniform(8),
+    Uniform(4, symmetric=False),
+    Uniform(3, granularity="channel"),
+    Uniform(8, symmetric=False, granularity="channel", axis=1),
+    Uniform(4, granularity=6),
+)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_values_are_the_nearest_levels(fmt):
+    x = draw(6, 4, 3, 3)
+    observer = MinMax(fmt)
+    observer.update(x)
+    scale, zero_point = fmt.grid(*observer.range())
+    values = fmt.decode(fmt.encode(x, scale, zero_point), scale, zero_point)
+    rows, quantized = fmt.rows(x).double().numpy(), fmt.rows(values).double().numpy()
+    codes = np.arange(fmt.qmin, fmt.qmax + 1)
+    assert len(codes) == 2**fmt.bits
+    for g in range(len(rows)):
+        levels = (codes - int(zero_point[g])) * float(scale[g])
+        assert 0 in levels
+        nearest = np.abs(rows[g][:, None] - levels).min(1)
+        np.testing.assert_allclose(np.abs(rows[g] - quantized[g]), nearest, atol=1e-6)
+
+
+def test_tensor_and_channel_formats_agree_with_torch():
+    x = draw(6, 4, 5)
+    scale, zero_point = torch.tensor([0.013]), torch.tensor([131], dtype=torch.int32)
+    fmt = Uniform(8, symmetric=False)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
+    torch.testing.assert_close(
+        fmt.decode(fmt.encode(x, scale, zero_point), scale, zero_point), expected
+    )
+    fmt = Uniform(4, granularity="channel", axis=1)
+    scale, zero_point = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.zeros(4, dtype=torch.int32)
+    expected = torch.fake_quantize_per_channel_affine(x, scale, zero_point, 1, -8, 7)
+    torch.testing.assert_close(
+        fmt.decode(fmt.encode(x, scale, zero_point), scale, zero_point), expected
+    )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_range_contains_zero_and_constants_survive(symmetric):
+    fmt = Uniform(8, symmetric, "channel")
+    x = torch.tensor([[3.0, 5.0], [-4.0, -2.0], [0.0, 0.0], [1e-42, 0.0]])
+    observer = MinMax(fmt)
+    observer.update(x)
+    low, high = observer.range()
+    assert (low <= 0).all() and (high >= 0).all()
+    scale, zero_point = fmt.grid(low, high)
+    values = fmt.decode(fmt.encode(x, scale, zero_point), scale, zero_point)
+    torch.testing.assert_close(values, x, atol=0.02, rtol=0)
+
+
+def test_size_counts_codes_and_metadata():
+    x = draw(8, 24)
+    assert Uniform(4).size_bits(x) == 4 * 192 + 32
+    assert Uniform(4, granularity="channel").size_bits(x) == 4 * 192 + 32 * 8
+    assert Uniform(4, granularity=12).size_bits(x) == 4 * 192 + 32 * 16
+    assert Uniform(8, symmetric=False).size_bits(x) == 8 * 192 + 32 + 8
+
+
+def test_nonsense_formats_are_refused():
+    for bad in ({"bits": 1}, {"bits": 17}, {"bits": 4, "granularity": "row"}):
+        with pytest.raises(ValueError):
+            Uniform(**bad)
+    with pytest.raises(ValueError, match="groups of 5 do not divide 24"):
+        Uniform(4, granularity=5).rows(draw(8, 24))
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(name, bad):
+    observer = OBSERVERS[name](Uniform(8))
+    with pytest.raises(ValueError, match="not finite"):
+        observer.update(torch.tensor([1.0, bad]))
+    with pytest.raises(ValueError, match="nothing was seen"):
+        OBSERVERS[name](Uniform(8)).range()
+    with pytest.raises(ValueError, match="empty"):
+        observer.update(torch.empty(0))
+
+
+@pytest.mark.parametrize("granularity, axis", [("tensor", 0), ("channel", 1)])
+def test_histograms_accumulate_exactly_while_the_range_grows(granularity, axis):
+    batches = [draw(4, 3, 50, seed=i) * 3.0**i for i in range(4)]
+    fmt = Uniform(8, False, granularity, axis)
+    observer = Histogram(fmt)
+    for x in batches:
+        observer.update(x)
+    rows = fmt.rows(torch.cat(batches))
+    assert observer.counts.sum(1).tolist() == [rows.shape[1]] * len(rows)
+    for row, centres, counts, limit in zip(
+        rows, observer.centres(), observer.counts, observer.limit
+    ):
+        assert limit >= row.abs().max()
+        edges = np.linspace(-float(limit), float(limit), len(counts) + 1)
+        expected, _ = np.histogram(row.double().numpy(), edges)
+        # A value on an edge may fall to either side.
+        assert np.abs(np.cumsum(expected) - counts.cumsum(0).numpy()).max() <= 1
+        assert centres[0] == pytest.approx((edges[0] + edges[1]) / 2)
+
+
+def test_percentile_of_all_batches():
+    batches = [draw(100_000, seed=i) for i in range(3)]
+    observer = Percentile(Uniform(8, symmetric=False))
+    for x in batches:
+        observer.update(x)
+    low, high = (float(end) for end in observer.range())
+    expected = np.percentile(torch.cat(batches).numpy(), [0.01, 99.99])
+    width = float(2 * observer.limit / observer.counts.shape[1])
+    assert [low, high] == pytest.approx(list(expected), abs=width)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_mse_is_the_optimum_of_its_grid_per_channel(bits):
+    fmt = Uniform(bits, granularity="channel")
+    weight = draw(5, 40) ** 3
+    observer = MSE(fmt)
+    observer.update(weight)
+    scale, _ = fmt.grid(*observer.range())
+    for row, chosen in zip(weight.double().numpy(), scale.double().numpy()):
+        full = max(-row.min() / 2 ** (bits - 1), row.max() / (2 ** (bits - 1) - 1))
+        grid = np.append(full * (1 - np.arange(81) / 100), chosen)[:, None]
+        codes = np.clip(np.round(row / grid), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        errors = ((row - codes * grid) ** 2).sum(1)
+        assert errors[-1] <= errors[:-1].min() * 1.0001
+
+
+def test_mse_through_a_histogram_is_close_to_the_exact_one():
+    fmt, x = Uniform(4, symmetric=False), torch.nn.functional.silu(3 * draw(50_000))
+    exact, binned = MSE(fmt), MSE(fmt)
+    exact.update(x)
+    for part in x.chunk(5):
+        binned.update(part)
+    assert exact.only is not None and binned.only is None
+    errors = [float(squared_error(fmt, x[None], *observer.range())) for observer in (exact, binned)]
+    assert errors[1] <= 1.02 * errors[0]
+
+
+def test_kl_clips_outliers_and_keeps_a_plain_distribution():
+    fmt = Uniform(4, symmetric=False)
+    x = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    plain, outlier = KL(fmt), KL(fmt)
+    plain.update(x)
+    outlier.update(torch.cat((x, torch.tensor([4.0]))))
+    assert float(plain.range()[1]) > 0.9
+    assert float(outlier.range()[1]) < 2

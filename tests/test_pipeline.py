@@ -1,0 +1,147 @@
+"""Quantized layers, the pipeline and its corrections on small networks."""
+
+import pytest
+import torch
+from torch import nn
+
+import ptq
+from mobilevit import AttentionCore, MobileViT
+from ptq import LayerSpec, Recipe
+from ptq.correction import captured, mean_output
+from ptq.formats import Uniform
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
+from ptq.recipes import RECIPES
+
+W8A8 = Recipe(
+    "test", layers=(LayerSpec(".*", Uniform(8, granularity="channel"), Uniform(8, False)),)
+)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return MobileViT("xxs").eval()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [(draw(4, 3, 64, 64, seed=i), None) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    "fmt", [Uniform(8, False), Uniform(6), Uniform(8, False, "channel", axis=1)], ids=str
+)
+def test_a_quantizer_gives_what_its_format_decodes(fmt):
+    x = draw(2, 5, 4, 4)
+    quantizer = Quantizer(fmt, "minmax")
+    assert quantizer(x) is x
+    quantizer.observe()
+    quantizer(x)
+    quantizer.freeze()
+    expected = fmt.decode(fmt.encode(x, quantizer.scale, quantizer.zero_point), quantizer.scale,
+                          quantizer.zero_point)  # fmt: skip
+    torch.testing.assert_close(quantizer(x), expected)
+    assert fake_quantize(x, fmt, quantizer.scale, quantizer.zero_point).unique().numel() > 10
+
+
+def test_every_layer_is_quantized_and_the_original_untouched(model, batches):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quantized = ptq.quantize(model, W8A8, batches)
+    kinds = [type(m) for m in model.modules()]
+    layers = [m for m in quantized.modules() if isinstance(m, QuantizedLayer)]
+    assert len(layers) == kinds.count(nn.Conv2d) + kinds.count(nn.Linear)
+    cores = [m for m in quantized.modules() if isinstance(m, QuantizedAttentionCore)]
+    assert len(cores) == kinds.count(AttentionCore) == 9
+    for layer in layers:
+        assert layer.codes.abs().max() <= 128 and layer.codes.shape == layer.layer.weight.shape
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    x = batches[0][0]
+    error, power = (quantized(x) - model(x)).square().mean(), model(x).square().mean()
+    assert 0 < error < 0.05 * power
+
+
+def test_sixteen_bits_change_nothing_to_speak_of(model, batches):
+    fine = Recipe("fine", layers=(
+        LayerSpec(".*", Uniform(16, granularity="channel"), Uniform(16, False), "minmax", "minmax"),
+    ))  # fmt: skip
+    x = batches[0][0]
+    torch.testing.assert_close(
+        ptq.quantize(model, fine, batches)(x), model(x), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_the_attention_core_in_float_is_torchs():
+    core = QuantizedAttentionCore(lambda: Quantizer(Uniform(8, False), "minmax"))
+    q, k, v = (draw(2, 3, 7, 8, seed=i) for i in range(3))
+    torch.testing.assert_close(core(q, k, v), AttentionCore()(q, k, v))
+
+
+def test_patterns_decide_and_the_first_one_wins(model, batches):
+    channel = {"granularity": "channel"}
+    recipe = Recipe(
+        "mixed",
+        layers=(
+            LayerSpec("classifier"),
+            LayerSpec(r"stem\..*", Uniform(8, **channel)),
+            LayerSpec(".*", Uniform(4, **channel)),
+        ),
+    )
+    quantized = ptq.quantize(model, recipe, batches)
+    assert quantized.classifier.codes is None
+    assert torch.equal(quantized.classifier.layer.weight, model.classifier.weight)
+    assert quantized.stem.conv.codes.unique().numel() > 16
+    assert quantized.head.conv.codes.unique().numel() <= 16
+    with pytest.raises(ValueError, match="no layer of the network matches body"):
+        ptq.quantize(model, Recipe("r", layers=(LayerSpec("body"), LayerSpec(".*"))), batches)
+
+
+def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(ValueError, match="idle.*nothing was seen"):
+        ptq.quantize(Idle(), W8A8, [(draw(2, 4), None)])
+    with pytest.raises(ValueError, match="nothing was seen"):
+        ptq.quantize(model, W8A8, [])
+    with pytest.raises(ValueError, match="not finite"):
+        ptq.quantize(model, W8A8, [(torch.full((1, 3, 64, 64), torch.nan), None)])
+    with pytest.raises(ValueError, match="never ran"):
+        list(captured(Idle(), Idle().idle, [(draw(2, 4), None)], "input"))
+
+
+def test_reestimated_norms_hold_the_statistics_of_quantized_layers(model, batches):
+    recipe = Recipe(
+        "w4", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),), reestimate_norms=True
+    )
+    quantized = ptq.quantize(model, recipe, batches[:1])
+    seen = quantized.stem.conv(batches[0][0])
+    torch.testing.assert_close(quantized.stem.norm.running_mean, seen.mean((0, 2, 3)))
+    torch.testing.assert_close(quantized.stem.norm.running_var, seen.var((0, 2, 3)))
+    assert not quantized.training
+
+
+def test_corrected_biases_restore_mean_outputs(model, batches):
+    recipe = Recipe(
+        "w4", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),), correct_biases=True
+    )
+    quantized = ptq.quantize(model, recipe, batches)
+    for name in ("stem.conv", "stages.2.1.layers.0.attn.qkv", "classifier"):
+        wanted = mean_output(model, model.get_submodule(name), batches)
+        got = mean_output(quantized, quantized.get_submodule(name).layer, batches)
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_recipes_are_data(recipe):
+    assert Recipe.fromdict(recipe.asdict()) == recipe
+    with pytest.raises(ValueError, match="not a recipe"):
+        Recipe.fromdict(recipe.asdict() | {"surprise": 1})

@@ -1,0 +1,147 @@
+"""Rounding methods against brute force and against each other."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ptq
+from ptq import LayerSpec, Recipe, rounding
+from ptq.formats import Uniform
+from ptq.layers import QuantizedLayer
+from ptq.rounding import gptq_codes, input_moments, units, weight_scale
+
+FORMAT = Uniform(3, granularity="channel")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(*shape):
+    """Inputs whose channels and neighbours share a common part, as those of real layers do."""
+    shared = draw(shape[0], 1, *(1 for _ in shape[2:]), seed=1)
+    return draw(*shape) + 2 * draw(shape[0], 1, *shape[2:], seed=2) + 2 * shared
+
+
+LAYERS = {
+    "dense": lambda: nn.Conv2d(8, 6, 3, padding=1),
+    "strided": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+    "grouped": lambda: nn.Conv2d(8, 6, 3, padding=1, groups=2),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8),
+    "pointwise": lambda: nn.Conv2d(8, 6, 1),
+    "linear": lambda: nn.Linear(8, 6),
+}
+
+
+def make(kind):
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    x = correlated(16, layer.weight.shape[1] * getattr(layer, "groups", 1), 8, 8)
+    return layer, x.movedim(1, -1) if kind == "linear" else x
+
+
+def quantized(layer, x, method, fmt=FORMAT, **settings):
+    recipe = Recipe("r", layers=(LayerSpec(".*", fmt),), rounding=method, **settings)
+    return ptq.quantize(nn.Sequential(layer), recipe, [(x[:8], None), (x[8:], None)])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_moments_give_the_output_error(kind):
+    layer, x = make(kind)
+    moments = input_moments(layer, x).double()
+    change = draw(*layer.weight.shape, seed=3).double()
+    rows = change.reshape(len(moments), -1, moments.shape[1])
+    expected = (rows @ moments @ rows.mT).diagonal(dim1=1, dim2=2).sum()
+    if kind == "linear":
+        actual = F.linear(x.double(), change)
+    else:
+        actual = F.conv2d(
+            x.double(), change, None, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+    torch.testing.assert_close(actual.square().sum(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outputs_come_closer_than_with_nearest(kind, method, monkeypatch):
+    monkeypatch.setattr(rounding, "STEPS", 300)
+    layer, x = make(kind)
+    errors = {
+        m: (quantized(layer, x, m)(x) - layer(x)).square().mean() for m in ("nearest", method)
+    }
+    assert 0 < errors[method] < 0.9 * errors["nearest"]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
+def test_gptq_takes_every_granularity(granularity):
+    fmt = Uniform(4, granularity=granularity)
+    layer, x = make("dense")
+    result = quantized(layer, x, "gptq", fmt)[0]
+    zero_point = torch.zeros_like(result.scale).int()
+    torch.testing.assert_close(
+        result.layer.weight.detach(), fmt.decode(result.codes, result.scale, zero_point)
+    )
+    nearest = quantized(layer, x, "nearest", fmt)
+    wanted = layer(x)
+    assert (result(x) - wanted).square().mean() < (nearest(x) - wanted).square().mean()
+
+
+def test_gptq_is_near_the_best_of_all_codes():
+    fmt = Uniform(3, granularity="channel")
+    layer = QuantizedLayer(nn.Linear(4, 1, bias=False), None, fmt, "mse")
+    totals = torch.zeros(3, dtype=torch.float64)  # best, GPTQ, nearest
+    every = torch.tensor(list(itertools.product(range(-4, 4), repeat=4))).double()
+    for seed in range(20):
+        with torch.no_grad():
+            layer.layer.weight.copy_(draw(1, 4, seed=seed))
+        x = correlated(64, 4).double()
+        scale, moments = weight_scale(layer), x.T @ x
+        weight = layer.layer.weight.detach()
+        nearest = fmt.encode(weight, scale, torch.zeros(1).int())
+        found = gptq_codes(layer, scale, moments[None].float())
+        off = weight.double() - torch.cat((every, found, nearest)) * scale.double()
+        errors = ((off @ moments) * off).sum(1)
+        totals += torch.stack((errors[:-2].min(), errors[-2], errors[-1]))
+    assert totals[0] <= totals[1] < 1.1 * totals[0] < totals[2]
+
+
+def test_gptq_on_dead_inputs_rounds_to_nearest():
+    layer, x = make("pointwise")
+    result = quantized(layer, torch.zeros_like(x), "gptq")[0]
+    assert torch.equal(result.codes, quantized(layer, x, "nearest")[0].codes)
+
+
+def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
+    monkeypatch.setattr(rounding, "STEPS", 100)
+    layer, x = make("dense")
+    result = quantized(layer, x, "adaround")[0]
+    exact = FORMAT.rows(layer.weight.detach()) / result.scale[:, None]
+    clipped = exact.clamp(FORMAT.qmin, FORMAT.qmax)
+    assert ((FORMAT.rows(result.codes) - clipped).abs() < 1).all()
+
+
+def test_units_are_the_outermost_matches_in_order():
+    class Pair(nn.Sequential):
+        pass
+
+    net = nn.Sequential(nn.Linear(2, 2), Pair(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),))
+    model = ptq.quantize(net, recipe, [])
+    assert units(model, None) == ["0", "1.0", "1.1", "2"]
+    assert units(model, "1") == ["0", "1", "2"]
+
+
+def test_learning_a_unit_as_one_beats_layer_by_layer(monkeypatch):
+    monkeypatch.setattr(rounding, "STEPS", 500)
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(8, 12, 1), nn.SiLU(), nn.Conv2d(12, 8, 1))
+    net, x = nn.Sequential(block), correlated(32, 8, 6, 6)
+    errors = []
+    for pattern in ("0", None):
+        recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), rounding="adaround", units=pattern)
+        model = ptq.quantize(net, recipe, [(x, None)])
+        errors.append((model(x) - net(x)).square().mean().item())
+    assert errors[0] < errors[1]
