@@ -24,8 +24,9 @@ import data
 import ptq
 import rows
 from engines import EngineMissing, latency, predict, torch_eager, torch_fx
-from ptq import RECIPES
+from ptq import RECIPES, Recipe, packing
 from ptq.packing import estimated_size_bytes, packed
+from ptq.recipes import PROTOCOL
 from rows import BadInput
 from tables import printed, results_table
 from weights import model_from_checkpoint
@@ -39,7 +40,13 @@ def parse_args():
     )
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, metavar="PATH", help="checkpoints to quantize")
-    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what to do to them")
+    add(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=[r.name for r in PROTOCOL],
+        help="what to do to them",
+    )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--calibration-images", type=int, help="instead of the number in the recipe")
     add("--test-images", type=int, help="only the first so many; such a row is not published")
@@ -112,10 +119,13 @@ class Workbench:
         began, identity = time.monotonic(), self.identity(recipe)
         engine = engine_of(recipe)
         batches, calibration = self.calibration(recipe, identity["calibration_images"])
-        loaded = engine.load(ptq.quantize(self.model, recipe), recipe, batches)
-        if recipe.storable:
+        quantized, size_bytes = ptq.quantize(self.model, recipe, batches), None
+        if recipe.layers:
+            quantized, size_bytes = reloaded(quantized, recipe, self.model)
+        loaded = engine.load(quantized, recipe, batches)
+        if size_bytes is None and recipe.storable:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
-        else:
+        elif size_bytes is None:
             size_bytes = estimated_size_bytes(self.model, recipe)
         images = data.EvalBatches(self.test, self.img_size, EVAL_BATCH)
         logits, labels = predict(loaded.run, images, self.args.workers)
@@ -145,6 +155,14 @@ def engine_of(recipe):
     return torch_fx if recipe.qconfig else torch_eager
 
 
+def reloaded(quantized, recipe, model) -> tuple:
+    """The network as it comes back from the file that it is stored in, and the file's bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.safetensors")
+        packing.save(quantized, recipe, path)
+        return packing.load(path, model)[0], path.stat().st_size
+
+
 def written_size_bytes(state: dict) -> int:
     """Bytes of a file that holds `state`, written to find out."""
     with tempfile.TemporaryDirectory() as folder:
@@ -153,12 +171,25 @@ def written_size_bytes(state: dict) -> int:
         return path.stat().st_size
 
 
+def comparable(recipe: dict | None) -> Recipe | None:
+    """A recipe as it was saved, with the defaults of fields that it was saved without."""
+    try:
+        return Recipe.fromdict(recipe)
+    except ValueError:
+        return None
+
+
 def kept(path: Path, identity: dict) -> dict | None:
     """The row at `path`, None if there is none; BadInput if it is of other weights or settings."""
     if not path.exists():
         return None
     row = rows.read_json(path)
-    other = [name for name, value in identity.items() if row.get(name) != value]
+    row_recipe = comparable(row.get("recipe"))
+    other = [
+        name
+        for name, value in identity.items()
+        if (row_recipe != comparable(value) if name == "recipe" else row.get(name) != value)
+    ]
     if other:
         raise BadInput(
             f"{path} holds a row with another {', '.join(other)}: "

@@ -1,9 +1,20 @@
-"""What a quantized network takes on disk."""
+"""What a quantized network takes on disk, and the file that holds its weights in few bits."""
 
-from torch import nn
+import copy
+import json
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ptq.formats import Float16
+from ptq.layers import QuantizedLayer, Quantizer
+from ptq.pipeline import attach
 from ptq.recipes import Recipe
+
+GRID = ("scale", "zero_point")  # of a quantizer
 
 
 def packed(state: dict, recipe: Recipe) -> dict:
@@ -22,3 +33,79 @@ def estimated_size_bytes(model: nn.Module, recipe: Recipe) -> int:
         fmt = recipe.format_of(name, tensor)
         bits += fmt.size_bits(tensor) if fmt else 32 * tensor.numel()
     return -(-bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes of any shape as uint8 bytes, `bits` to a code, most significant bit first, the
+    last byte filled up with zeros."""
+    unsigned = (codes.flatten().numpy() + 2 ** (bits - 1)).astype(">u2")
+    all_bits = np.unpackbits(unsigned.view(np.uint8).reshape(-1, 2), axis=1)
+    return torch.from_numpy(np.packbits(all_bits[:, 16 - bits :]))
+
+
+def unpack(data: Tensor, bits: int, shape) -> Tensor:
+    """The inverse of `pack`: codes int32 of `shape`. ValueError if `data` holds another number."""
+    n = int(np.prod(shape))
+    if len(data) != -(-n * bits // 8):
+        raise ValueError(f"{len(data)} bytes do not hold {n} codes of {bits} bits")
+    all_bits = np.unpackbits(data.numpy())[: n * bits].reshape(n, bits)
+    padded = np.pad(all_bits, ((0, 0), (16 - bits, 0)))
+    unsigned = np.packbits(padded, axis=1).view(">u2").astype(np.int32)
+    return torch.from_numpy(unsigned.reshape(tuple(shape)) - 2 ** (bits - 1))
+
+
+def save(model: nn.Module, recipe: Recipe, path) -> None:
+    """Write a network that `ptq.quantize` gave to a safetensors file: packed codes and scales in
+    the place of weights, everything else in float32, the recipe in the header."""
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.format is not None:
+            del tensors[f"{name}.layer.weight"]
+            tensors[f"{name}.codes"] = pack(module.codes, module.format.bits)
+        elif isinstance(module, nn.BatchNorm2d):
+            del tensors[f"{name}.num_batches_tracked"]  # of use in training only
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
+    save_file(tensors, path, metadata={"recipe": json.dumps(recipe.asdict())})
+
+
+def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
+    """The quantized network and the recipe in a file that `save` wrote, rebuilt on a copy of
+    `model`, a float network of the same architecture with any weights.
+
+    Raises ValueError if the file is damaged or of another network.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            recipe = Recipe.fromdict(json.loads(file.metadata()["recipe"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no quantized network: {error}") from error
+    model = copy.deepcopy(model).eval()
+    attach(model, recipe)
+    try:
+        _fill(model, tensors)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} holds another network: {error}") from error
+    return model, recipe
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    rebuilt = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            module.scale, module.zero_point = (tensors[f"{name}.{k}"] for k in GRID)
+        elif isinstance(module, QuantizedLayer):
+            bias = tensors.get(f"{name}.layer.bias")
+            if bias is not None and module.layer.bias is None:  # it came with bias correction
+                module.layer.bias = nn.Parameter(torch.empty_like(bias))
+            if module.format is not None:
+                codes = tensors.pop(f"{name}.codes")
+                codes = unpack(codes, module.format.bits, module.layer.weight.shape)
+                module.set_weight(codes, tensors[f"{name}.scale"])
+                rebuilt |= {f"{name}.codes", f"{name}.layer.weight"}
+        elif isinstance(module, nn.BatchNorm2d):
+            rebuilt.add(f"{name}.num_batches_tracked")
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    wrong = [name for name in missing if name not in rebuilt] + unexpected
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:3])} missing or not expected")

@@ -81,16 +81,17 @@ class Recipe:
 
     @property
     def storable(self) -> bool:
-        """Whether a file with every tensor in its format can be written yet."""
-        return not self.layers and all(isinstance(rule.format, Float16) for rule in self.rules)
+        """Whether a file with every tensor in its format can be written."""
+        return all(isinstance(rule.format, Float16) for rule in self.rules)
 
     def asdict(self) -> dict:
-        """Plain values only, those that differ from the default."""
+        """Plain values only; every dataclass names its type."""
         return _plain(self)
 
     @staticmethod
     def fromdict(plain: dict) -> "Recipe":
-        """The inverse of `asdict`; ValueError for what it did not write."""
+        """The inverse of `asdict`, also for fields added since, which get their default. ValueError
+        for what it did not write."""
         try:
             return _rebuilt(plain)
         except (KeyError, TypeError, AttributeError) as error:
@@ -102,9 +103,8 @@ _TYPES = {t.__name__: t for t in (Recipe, Rule, LayerSpec, Float16, PercentileUn
 
 def _plain(value):
     if is_dataclass(value):
-        given = {f.name: getattr(value, f.name) for f in fields(value)}
-        changed = {f.name: given[f.name] for f in fields(value) if given[f.name] != f.default}
-        return {"type": type(value).__name__} | {k: _plain(v) for k, v in changed.items()}
+        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {"type": type(value).__name__} | plain
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -116,11 +116,50 @@ def _rebuilt(plain):
 
 
 # The four rows of the CIFAR-10 re-implementation, by its own protocol.
-_PUBLISHED = (
+PROTOCOL = (
     Recipe("fp32"),
     Recipe("fp16", rules=(Rule(".*", Float16()),)),
     Recipe("int8-fx", qconfig="x86", calibration_images=32 * 128),
     Recipe("int4-percentile", rules=(Rule(".*", PercentileUniform(), min_ndim=2),)),
 )
 
-RECIPES = {recipe.name: recipe for recipe in _PUBLISHED}
+
+def _weights(bits: int) -> Uniform:
+    return Uniform(bits, granularity="channel")
+
+
+def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec, ...]:
+    """Everything with a product in it. Inputs of depthwise convolutions have a scale per channel,
+    which their integer kernels can take in with that of the weights; all others one scale."""
+    if input_bits is None:
+        return (LayerSpec(".*", _weights(weight_bits)),)
+    per_tensor = Uniform(input_bits, symmetric=False)
+    per_channel = Uniform(input_bits, symmetric=False, granularity="channel", axis=1)
+    return (
+        LayerSpec(r".*\.depthwise\.conv", _weights(weight_bits), per_channel),
+        LayerSpec(".*", _weights(weight_bits), per_tensor),
+    )
+
+
+# Weights of the layers that are few or small but feel it most stay at 8 bits.
+_MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", _weights(8)), *_layers(4))
+_BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
+_REPAIRED = {"reestimate_norms": True, "calibration_images": 256, "calibration_batch": 32}
+_LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_REPAIRED}
+_PLAIN = {"calibration_images": 256, "calibration_batch": 32}
+
+# Ours, each with its baseline: the same formats, rounded to nearest, nothing repaired.
+OURS = (
+    Recipe("w8a8", layers=_layers(8, 8), **_REPAIRED),
+    Recipe("w8a8-nearest", layers=_layers(8, 8), **_PLAIN),
+    Recipe("w6a6", layers=_layers(6, 6), **_LEARNT),
+    Recipe("w6a6-nearest", layers=_layers(6, 6), **_PLAIN),
+    Recipe("w4a8", layers=_layers(4, 8), **_LEARNT),
+    Recipe("w4a8-nearest", layers=_layers(4, 8), **_PLAIN),
+    Recipe("w4", layers=_layers(4), **_LEARNT),
+    Recipe("w4-nearest", layers=_layers(4)),
+    Recipe("w4-mixed", layers=_MIXED, **_LEARNT),
+    Recipe("w4-mixed-nearest", layers=_MIXED),
+)
+
+RECIPES = {recipe.name: recipe for recipe in PROTOCOL + OURS}

@@ -1,0 +1,79 @@
+"""Packed files: bits by hand, a round trip, damage."""
+
+import pytest
+import torch
+
+import ptq
+from mobilevit import MobileViT
+from ptq import LayerSpec, Recipe, packing
+from ptq.formats import Uniform
+
+RECIPE = Recipe(
+    "test",
+    layers=(
+        LayerSpec("classifier", Uniform(8, granularity="channel")),
+        LayerSpec(".*", Uniform(4, granularity="channel"), Uniform(8, False)),
+    ),
+    correct_biases=True,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    model = MobileViT("xxs").eval()
+    x = torch.randn(2, 3, 64, 64)
+    quantized = ptq.quantize(model, RECIPE, [(x, None)])
+    path = tmp_path_factory.mktemp("packed") / "weights.safetensors"
+    packing.save(quantized, RECIPE, path)
+    return model, quantized, x, path
+
+
+def test_bits_by_hand():
+    assert packing.pack(torch.tensor([-8, 7, 0]), 4).tolist() == [0x0F, 0x80]
+    assert packing.pack(torch.tensor([-128, 127]), 8).tolist() == [0, 255]
+    assert packing.pack(torch.tensor([-2, 1, 0, -1, 1]), 2).tolist() == [0b00111001, 0b11000000]
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_codes_come_back(bits):
+    shape = (5, 3, 3)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    codes = torch.randint(low, high, shape, dtype=torch.int32)
+    codes[0, 0, :2] = torch.tensor([low, high - 1])
+    data = packing.pack(codes, bits)
+    assert len(data) == -(-45 * bits // 8)
+    assert torch.equal(packing.unpack(data, bits, shape), codes)
+    with pytest.raises(ValueError, match="do not hold 46 codes"):
+        packing.unpack(data[:-1], bits, (46,))
+
+
+def test_the_file_gives_the_same_network(saved):
+    model, quantized, x, path = saved
+    torch.manual_seed(1)
+    loaded, recipe = packing.load(path, MobileViT("xxs"))
+    assert recipe == RECIPE
+    assert torch.equal(loaded(x), quantized(x))
+    assert not torch.equal(loaded(x), model(x))
+
+
+def test_the_file_is_small(saved):
+    _, quantized, _, path = saved
+    weights = sum(p.numel() for p in quantized.parameters() if p.dim() > 1)
+    rest = sum(t.numel() for t in quantized.state_dict().values()) - 2 * weights
+    assert path.stat().st_size < weights / 2 + 4 * rest + 80_000  # names, shapes, classifier
+
+
+def test_damage_is_an_error(saved, tmp_path):
+    _, _, _, path = saved
+    content = path.read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="no quantized network"):
+        packing.load(cut, MobileViT("xxs"))
+    with pytest.raises(ValueError, match="no quantized network"):
+        packing.load(tmp_path / "absent", MobileViT("xxs"))
+    with pytest.raises(ValueError, match="another network"):
+        packing.load(path, MobileViT("xs"))
+    with pytest.raises(ValueError, match="another network"):
+        packing.load(path, MobileViT("xxs", num_classes=100))
