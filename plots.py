@@ -1,8 +1,8 @@
-"""Figures and the README's tables, from results/ and the training logs alone.
+"""Figures and the tables of README and model card, from results/ and the training logs alone.
 
     python plots.py             # figures -> results/figures/*.png and *.svg, 10 s
-    python plots.py --readme    # also rewrite the README's tables between their markers
-    python plots.py --check     # write nothing; fail if the README differs from results/
+    python plots.py --readme    # also rewrite the tables between their markers
+    python plots.py --check     # write nothing; fail if a table differs from results/
 
 Prints the path of every file written. Rows and runs on the synthetic data set are left out.
 """
@@ -18,6 +18,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import tables
+from data import CLASSES
+from mobilevit import MobileViT
 from rows import MB, BadInput, atomic, command, read_json, sha256, write_text
 
 # Okabe and Ito's palette, told apart with any colour vision.
@@ -64,8 +66,14 @@ def load_runs(folder) -> list[dict]:
             with open(path.with_name("log.csv")) as file:
                 log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
             began = read_json(path.with_name("config.json"))  # its command is that of the start
-            model = f"mobilevit_{run['config']['variant']}"
-            runs.append(run | {"log": log, "model": model, "command": began["command"]})
+            variant = run["config"]["variant"]
+            described = {
+                "log": log,
+                "model": f"mobilevit_{variant}",
+                "command": began["command"],
+                "parameters": sum(p.numel() for p in MobileViT(variant).parameters()),
+            }
+            runs.append(run | described)
     return sorted(runs, key=lambda run: tables.MODELS.index(run["model"]))
 
 
@@ -94,11 +102,12 @@ def training_curves(runs):
             )
         if len(runs) == 1:  # the sides of several runs would cover each other
             for before, row in zip(log, log[1:]):
-                if row["img_size"] != before["img_size"]:
+                sides = [{r["window"], r["img_size"]} for r in (before, row)]
+                if sides[0] != sides[1]:
                     for axis in (left, right):
                         axis.axvline(row["epoch"] - 0.5, color="#999999", linewidth=0.8)
                     left.annotate(
-                        f"{row['img_size']:.0f} px",
+                        " of ".join(f"{side:.0f}" for side in sorted(sides[1])) + " px",
                         (row["epoch"] - 0.45, 0.02),
                         xycoords=("data", "axes fraction"),
                         fontsize=8,
@@ -177,6 +186,34 @@ def pareto(rows):
     return fig
 
 
+def confusions(rows):
+    """Which classes are taken for which, in percent of the true class, for each FP32 row."""
+    rows = [row for row in tables.in_order(rows) if row["recipe"]["name"] == "fp32"]
+    fig, axes = plt.subplots(1, len(rows), figsize=(WIDTH_IN, 1 + WIDTH_IN / max(2, len(rows))))
+    for axis, row in zip(fig.axes, rows):
+        percent = [[100 * n / sum(line) for n in line] for line in row["confusion"]]
+        axis.imshow(percent, cmap="Blues", vmin=0, vmax=20)  # the errors, not the diagonal
+        for true, line in enumerate(percent):
+            for given, value in enumerate(line):
+                if value >= 0.5:
+                    colour = "white" if value > 10 else "black"
+                    axis.annotate(
+                        f"{value:.0f}",
+                        (given, true),
+                        ha="center",
+                        va="center",
+                        color=colour,
+                        fontsize=7,
+                    )
+        ticks = range(len(CLASSES))
+        axis.set_xticks(ticks, CLASSES, rotation=90, fontsize=8)
+        axis.set_yticks(ticks, CLASSES if axis is fig.axes[0] else [""] * len(CLASSES), fontsize=8)
+        axis.grid(visible=False)
+        axis.set(title=row["model"], xlabel="predicted")
+    fig.axes[0].set_ylabel("true")
+    return fig
+
+
 def save(fig, path: Path) -> None:
     fig.tight_layout()
     for suffix in (".png", ".svg"):
@@ -188,15 +225,46 @@ def save(fig, path: Path) -> None:
     plt.close(fig)
 
 
-def filled_readme(text: str, blocks: dict[str, str]) -> str:
+def filled_page(text: str, blocks: dict[str, str], path) -> str:
     """`text` with what stands between <!-- begin:NAME --> and <!-- end:NAME --> replaced."""
     for name, block in blocks.items():
         begin, end = f"<!-- begin:{name} -->\n", f"<!-- end:{name} -->"
         if begin not in text or end not in text.partition(begin)[2]:
-            raise BadInput(f"the README has no {begin.strip()} ... {end}")
+            raise BadInput(f"{path} has no {begin.strip()} ... {end}")
         before, _, rest = text.partition(begin)
         text = before + begin + block + "\n" + end + rest.partition(end)[2]
     return text
+
+
+def fill_pages(args, rows, runs) -> None:
+    """Rewrite the tables of the README and of the model card, or check that they are up to date."""
+    benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
+    training = tables.training_table(runs)
+    pages = {
+        Path(args.readme_file): {
+            "results": tables.results_table(rows),
+            "training": training,
+            "commands": tables.commands_block(rows, runs),
+            "benchmarks": tables.benchmarks_table(benchmarks),
+        },
+        Path(args.checkpoints, "README.md"): {
+            "training": training,
+            "classes": tables.classes_table(rows),
+        },
+    }
+    for path, blocks in pages.items():
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise BadInput(f"cannot read {path}: {error.strerror}") from error
+        filled = filled_page(text, blocks, path)
+        if not args.check:
+            write_text(path, filled)
+            print(path)
+        elif filled != text:
+            sys.exit(f"{path} differs from {args.results}/: run plots.py --readme")
+        else:
+            print(f"{path} agrees with {args.results}/")
 
 
 @command
@@ -204,25 +272,9 @@ def main():
     args = parse_args()
     rows, runs = load_rows(args.results, args.checkpoints), load_runs(args.checkpoints)
     if args.check or args.readme:
-        benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
-        blocks = {
-            "results": tables.results_table(rows),
-            "training": tables.training_table(runs),
-            "commands": tables.commands_block(rows, runs),
-            "benchmarks": tables.benchmarks_table(benchmarks),
-        }
-        try:
-            text = Path(args.readme_file).read_text()
-        except OSError as error:
-            raise BadInput(f"cannot read {args.readme_file}: {error.strerror}") from error
-        filled = filled_readme(text, blocks)
+        fill_pages(args, rows, runs)
         if args.check:
-            if filled != text:
-                sys.exit(f"{args.readme_file} differs from {args.results}/: run plots.py --readme")
-            print(f"{args.readme_file} agrees with {args.results}/")
             return
-        write_text(args.readme_file, filled)
-        print(args.readme_file)
     plt.rcParams |= {
         "font.size": 10,
         "axes.spines.top": False,
@@ -238,6 +290,8 @@ def main():
     if rows:
         save(methods(rows), figures / "methods")
         save(pareto(rows), figures / "pareto")
+    if any(row["recipe"]["name"] == "fp32" for row in rows):
+        save(confusions(rows), figures / "confusion")
     if not rows and not runs:
         raise BadInput(f"{args.results} and {args.checkpoints} hold no CIFAR-10 row and no run yet")
 

@@ -141,6 +141,7 @@ class Workbench:
             "n_correct": n_correct,
             "accuracy_pct": 100 * n_correct / len(labels),
             "predictions": "".join(str(k) for k in predictions.tolist()),
+            "confusion": confusion(labels, predictions),
             "size_bytes": size_bytes,
             "size_is_estimate": not recipe.storable,
             "latency_ms": times["row"],
@@ -149,6 +150,12 @@ class Workbench:
             "wall_s": time.monotonic() - began,
             **rows.provenance(),
         }
+
+
+def confusion(labels, predictions) -> list[list[int]]:
+    """Images of each true class (outer) that were given each class (inner)."""
+    n = len(data.CLASSES)
+    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
 
 
 def engine_of(recipe):

@@ -2,6 +2,7 @@
 
 import re
 
+from data import CLASSES
 from rows import MB
 
 # What the re-implementation whose protocol we follow published (100 epochs, checkpoint chosen on
@@ -122,8 +123,10 @@ def training_table(runs: list[dict]) -> str:
         lines.append(
             {
                 "Model": run["model"],
+                "Parameters": f"{run['parameters']:,}",
                 "Schedule (side:epochs)": run["config"]["resolutions"].replace(",", ", "),
                 "Hardware": run["hardware"],
+                "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",
                 "Training time": f"{run['train_s'] / 60:.0f} min",
                 "Epoch chosen": str(run["epoch"]),
                 "Validation %": f"{run['val_accuracy_pct']:.2f}",
@@ -131,7 +134,22 @@ def training_table(runs: list[dict]) -> str:
                 "Published test %": f"{published[0]:.2f}" if published else "-",
             }
         )
-    return markdown(lines, left=3)
+    return markdown(lines)
+
+
+def classes_table(rows: list[dict]) -> str:
+    """Per class and model: recall (accuracy on its images) and precision, of the FP32 rows."""
+    rows = in_order([row for row in rows if row["recipe"]["name"] == "fp32"])
+    lines = [{"Class": name} for name in CLASSES]
+    for row in rows:
+        counts = row["confusion"]
+        for k, line in enumerate(lines):
+            given = sum(counts[true][k] for true in range(len(CLASSES)))
+            line[f"{row['model']}, recall %"] = f"{100 * counts[k][k] / sum(counts[k]):.1f}"
+            line[f"{row['model']}, precision %"] = (
+                f"{100 * counts[k][k] / given:.1f}" if given else "-"
+            )
+    return markdown(lines)
 
 
 def commands_block(rows: list[dict], runs: list[dict]) -> str:

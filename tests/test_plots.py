@@ -5,14 +5,13 @@ import json
 import pytest
 from conftest import fails_with_one_line, run
 
-from plots import filled_readme, load_rows
+from plots import filled_page, load_rows
 from ptq import RECIPES
 from rows import BadInput, sha256
 
-README = "\n".join(
-    f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->"
-    for name in ("results", "training", "commands", "benchmarks")
-)
+
+def page(*blocks):
+    return "\n".join(f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->" for name in blocks)
 
 
 def row(recipe, dataset="cifar10"):
@@ -30,6 +29,9 @@ def row(recipe, dataset="cifar10"):
         "n_correct": 9000,
         "accuracy_pct": 90.0,
         "predictions": "0" * 10_000,
+        "confusion": [
+            [900 if i == j else 100 * (j == (i + 1) % 10) for j in range(10)] for i in range(10)
+        ],
         "size_bytes": 2**20,
         "size_is_estimate": False,
         "seed": 0,
@@ -59,14 +61,23 @@ def tree(tmp_path):
     names = (
         "epoch",
         "img_size",
+        "window",
         "train_loss",
         "val_loss",
         "train_accuracy_pct",
         "val_accuracy_pct",
+        "images_per_s",
     )
-    lines = (names, (1, 64, 2.1, 1.9, 30, 35), (2, 256, 1.8, 1.6, 40, 45))
+    lines = (
+        names,
+        (1, 64, 64, 2.1, 1.9, 30, 35, 99),
+        (2, 256, 128, 1.8, 1.6, 40, 45, 99),
+        (3, 256, 256, 1.8, 1.6, 40, 45, 99),
+    )
     (shipped / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
-    (tmp_path / "README.md").write_text(README)
+    blocks = ("results", "training", "commands", "benchmarks")
+    (tmp_path / "README.md").write_text(page(*blocks))
+    (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     return tmp_path
 
 
@@ -88,7 +99,9 @@ def test_readme_check_and_figures(tree):
     assert "| mobilevit_xxs | INT8, torch FX |" in text and "old" not in text
     run("plots.py", *flags(tree), "--check")
     assert "python train.py --seed 3\n# done, after 1 min" in text
-    for name in ("methods", "pareto", "training_curves"):
+    card = (tree / "checkpoints" / "README.md").read_text()
+    assert "| airplane | 90.0 | 90.0 |" in card and "| 954,234 |" in card and "old" not in card
+    for name in ("methods", "pareto", "training_curves", "confusion"):
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             figure = tree / "results" / "figures" / f"{name}{suffix}"
             assert figure.read_bytes().startswith(magic)
@@ -112,7 +125,7 @@ def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
 
 def test_missing_markers_and_folders_are_one_line(tree):
     with pytest.raises(BadInput, match="begin:results"):
-        filled_readme("no markers", {"results": "table"})
+        filled_page("no markers", {"results": "table"}, "README.md")
     fails_with_one_line("plots.py", "--results", tree / "absent", says="run quantize.py first")
     damaged = tree / "results" / "mobilevit_xxs" / "fp32@engine.json"
     damaged.write_text("{")
