@@ -153,6 +153,7 @@ def published_way(args) -> float:
         return torch.utils.data.DataLoader(dataset, batch_size=128, num_workers=2)
 
     test, calibration = loader(False, args.test_images), loader(True, args.calibration_images)
+    example = torch.rand(1, 3, 256, 256)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -160,11 +161,13 @@ def published_way(args) -> float:
         engine = torch_fx if RECIPES[name].qconfig else torch_eager
         batches = list(calibration) if engine is torch_fx else None
         with mock.patch.object(torch_fx, "FastHistc", contextlib.nullcontext):
-            run = engine.load(ptq.quantize(model, RECIPES[name]), RECIPES[name], batches).run
+            run = engine.load(
+                ptq.quantize(model, RECIPES[name]), RECIPES[name], batches, example
+            ).run
         with torch.inference_mode():
             for x, _ in test:
                 run(x)
-        latency({"row": run}, torch.rand(1, 3, 256, 256), args.latency_runs)
+        latency({"row": run}, example, args.latency_runs)
     seconds = time.perf_counter() - began
     torch.set_num_threads(threads)
     return seconds

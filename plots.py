@@ -121,7 +121,7 @@ def training_curves(runs):
 
 def methods(rows):
     """Accuracy, size and latency by method, grouped by variant."""
-    rows = [row for row in rows if row["model"] in tables.MODELS]
+    rows = [row for row in rows if row["model"] in tables.MODELS and tables.in_protocol(row)]
     models = [m for m in tables.MODELS if any(row["model"] == m for row in rows)]
     recipes = [name for name in tables.TITLES if any(r["recipe"]["name"] == name for r in rows)]
     by_method = {(row["model"], row["recipe"]["name"]): row for row in rows}
@@ -159,7 +159,8 @@ def pareto(rows):
     """Accuracy against size; hollow: the published re-implementation."""
     fig, axis = plt.subplots(figsize=(WIDTH_IN, 4))
     for model in tables.MODELS:
-        ours = sorted((r for r in rows if r["model"] == model), key=lambda r: -r["size_bytes"])
+        ours = [r for r in rows if r["model"] == model and tables.in_protocol(r)]
+        ours.sort(key=lambda row: -row["size_bytes"])
         if not ours:
             continue
         points = [(r["recipe"]["name"], r["size_bytes"] / MB, r["accuracy_pct"]) for r in ours]
@@ -188,7 +189,7 @@ def pareto(rows):
 
 def confusions(rows):
     """Which classes are taken for which, in percent of the true class, for each FP32 row."""
-    rows = [row for row in tables.in_order(rows) if row["recipe"]["name"] == "fp32"]
+    rows = [row for row in tables.in_order(rows) if tables.is_baseline(row)]
     fig, axes = plt.subplots(1, len(rows), figsize=(WIDTH_IN, 1 + WIDTH_IN / max(2, len(rows))))
     for axis, row in zip(fig.axes, rows):
         percent = [[100 * n / sum(line) for n in line] for line in row["confusion"]]
@@ -242,7 +243,8 @@ def fill_pages(args, rows, runs) -> None:
     training = tables.training_table(runs)
     pages = {
         Path(args.readme_file): {
-            "results": tables.results_table(rows),
+            "results": tables.results_table([r for r in rows if tables.in_protocol(r)], rows),
+            "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
             "training": training,
             "commands": tables.commands_block(rows, runs),
             "benchmarks": tables.benchmarks_table(benchmarks),
@@ -290,7 +292,7 @@ def main():
     if rows:
         save(methods(rows), figures / "methods")
         save(pareto(rows), figures / "pareto")
-    if any(row["recipe"]["name"] == "fp32" for row in rows):
+    if any(tables.is_baseline(row) for row in rows):
         save(confusions(rows), figures / "confusion")
     if not rows and not runs:
         raise BadInput(f"{args.results} and {args.checkpoints} hold no CIFAR-10 row and no run yet")

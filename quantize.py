@@ -23,14 +23,23 @@ import torch
 import data
 import ptq
 import rows
-from engines import EngineMissing, latency, predict, torch_eager, torch_fx
+from engines import (
+    EngineMissing,
+    latency,
+    onnx_runtime,
+    openvino_cpu,
+    predict,
+    torch_eager,
+    torch_fx,
+)
 from ptq import RECIPES, Recipe, packing
 from ptq.packing import estimated_size_bytes, packed
 from ptq.recipes import PROTOCOL
 from rows import BadInput
-from tables import printed, results_table
+from tables import in_protocol, printed, results_table
 from weights import model_from_checkpoint
 
+ENGINES = {engine.NAME: engine for engine in (torch_eager, onnx_runtime, openvino_cpu)}
 EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
@@ -46,6 +55,13 @@ def parse_args():
         choices=RECIPES,
         default=[r.name for r in PROTOCOL],
         help="what to do to them",
+    )
+    add(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=[torch_eager.NAME],
+        help="what executes them; int8-fx always runs in torch-fx",
     )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--calibration-images", type=int, help="instead of the number in the recipe")
@@ -76,7 +92,7 @@ class Workbench:
         self.test = data.load(dataset, args.data_dir, train=False)[: args.test_images]
         self.sample = data.to_input(self.test.images[:1], self.img_size)  # [1, 3, S, S], for timing
 
-    def identity(self, recipe) -> dict:
+    def identity(self, recipe, engine) -> dict:
         """What makes a row the same row: asked for again, it need not be measured again."""
         n = recipe.calibration_images and (
             self.args.calibration_images or recipe.calibration_images
@@ -87,16 +103,16 @@ class Workbench:
             "img_size": self.img_size,
             "checkpoint_sha256": self.sha256,
             "recipe": recipe.asdict(),
-            "engine": engine_of(recipe).NAME,
+            "engine": engine.NAME,
             "seed": self.args.seed,
             "calibration_images": n,
             "n_images": len(self.test),
             "latency_runs": self.args.latency_runs,
         }
 
-    def row_path(self, recipe) -> Path:
+    def row_path(self, recipe, engine) -> Path:
         size = "" if self.img_size == 256 else f"-{self.img_size}"
-        file = f"{recipe.name}{size}@{engine_of(recipe).NAME}.json"
+        file = f"{recipe.name}{size}@{engine.NAME}.json"
         run = self.path.resolve().parent.name
         folder = self.name if run == self.name else f"{self.name}-{run}"
         return Path(self.args.output, folder, file)
@@ -114,16 +130,17 @@ class Workbench:
         described = {"n": n, "seed": self.args.seed, "indices_sha256": digest}
         return data.EvalBatches(images, self.img_size, batch), described
 
-    def measure(self, recipe) -> dict:
-        """Quantize, evaluate, write, time; the whole row."""
-        began, identity = time.monotonic(), self.identity(recipe)
-        engine = engine_of(recipe)
+    def measure(self, recipe, engine) -> dict:
+        """Quantize, store, load, evaluate, time; the whole row."""
+        began, identity = time.monotonic(), self.identity(recipe, engine)
         batches, calibration = self.calibration(recipe, identity["calibration_images"])
         quantized, size_bytes = ptq.quantize(self.model, recipe, batches), None
         if recipe.layers:
             quantized, size_bytes = reloaded(quantized, recipe, self.model)
-        loaded = engine.load(quantized, recipe, batches)
-        if size_bytes is None and recipe.storable:
+        loaded = engine.load(quantized, recipe, batches, self.sample)
+        if loaded.size_bytes is not None:
+            size_bytes = loaded.size_bytes
+        elif size_bytes is None and recipe.storable:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
         elif size_bytes is None:
             size_bytes = estimated_size_bytes(self.model, recipe)
@@ -137,13 +154,14 @@ class Workbench:
         return identity | {
             "checkpoint": str(self.path),
             "engine_version": engine.version(),
-            "simulated": recipe.simulated,
+            "simulated": recipe.simulated and engine is torch_eager,
             "n_correct": n_correct,
             "accuracy_pct": 100 * n_correct / len(labels),
             "predictions": "".join(str(k) for k in predictions.tolist()),
             "confusion": confusion(labels, predictions),
             "size_bytes": size_bytes,
-            "size_is_estimate": not recipe.storable,
+            "size_is_estimate": not recipe.storable and loaded.size_bytes is None,
+            "products": loaded.products,
             "latency_ms": times["row"],
             "fp32_latency_ms": times["fp32"],
             "calibration": calibration,
@@ -156,10 +174,6 @@ def confusion(labels, predictions) -> list[list[int]]:
     """Images of each true class (outer) that were given each class (inner)."""
     n = len(data.CLASSES)
     return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
-
-
-def engine_of(recipe):
-    return torch_fx if recipe.qconfig else torch_eager
 
 
 def reloaded(quantized, recipe, model) -> tuple:
@@ -205,6 +219,14 @@ def kept(path: Path, identity: dict) -> dict | None:
     return row
 
 
+def jobs(benches, args):
+    """Every (checkpoint, recipe, engine) to measure."""
+    for bench in benches:
+        for recipe in (RECIPES[name] for name in args.recipes):
+            engines = [torch_fx] if recipe.qconfig else [ENGINES[name] for name in args.engines]
+            yield from ((bench, recipe, engine) for engine in engines)
+
+
 @rows.command
 def main():
     args = parse_args()
@@ -213,28 +235,28 @@ def main():
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
     done, failed = [], False
-    for bench in benches:
-        for recipe in (RECIPES[name] for name in args.recipes):
-            path = bench.row_path(recipe)
-            try:
-                row = None if args.force else kept(path, bench.identity(recipe))
-                was_there = row is not None
-                if not was_there:
-                    row = bench.measure(recipe)
-                    rows.write_json(path, row)
-            except EngineMissing as missing:
-                print(f"{bench.name} {recipe.name}: left out, {missing}")
-                continue
-            except Exception as error:  # whatever it is, the other rows go on
-                failed = True
-                kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-                reason = str(error).split("\n")[0]
-                print(f"{bench.name} {recipe.name}: failed, {kind}{reason}", file=sys.stderr)
-                continue
-            done.append(row)
-            print(printed(row) + ", kept" * was_there, flush=True)
-    if done:
-        print(f"\n{results_table(done)}")
+    for bench, recipe, engine in jobs(benches, args):
+        path = bench.row_path(recipe, engine)
+        try:
+            row = None if args.force else kept(path, bench.identity(recipe, engine))
+            was_there = row is not None
+            if not was_there:
+                row = bench.measure(recipe, engine)
+                rows.write_json(path, row)
+        except EngineMissing as missing:
+            print(f"{bench.name} {recipe.name}: left out, {missing}")
+            continue
+        except Exception as error:  # whatever it is, the other rows go on
+            failed = True
+            kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+            reason = str(error).split("\n")[0]
+            print(f"{bench.name} {recipe.name}: failed, {kind}{reason}", file=sys.stderr)
+            continue
+        done.append(row)
+        print(printed(row) + ", kept" * was_there, flush=True)
+    for part in (True, False):  # the published rows and ours, as in the README
+        if shown := [row for row in done if in_protocol(row) is part]:
+            print(f"\n{results_table(shown, done)}")
     sys.exit(1 if failed else 0)
 
 

@@ -59,9 +59,18 @@ def in_order(rows: list[dict]) -> list[dict]:
 
 
 def baseline_of(row: dict, rows: list[dict]) -> dict | None:
-    """The FP32 row of the same checkpoint."""
+    """The FP32 row of the same checkpoint in torch."""
     same = (r for r in rows if r["checkpoint_sha256"] == row["checkpoint_sha256"])
-    return next((r for r in same if r["recipe"]["name"] == "fp32"), None)
+    return next((r for r in same if is_baseline(r)), None)
+
+
+def is_baseline(row: dict) -> bool:
+    return (row["recipe"]["name"], row["engine"]) == ("fp32", "torch-eager")
+
+
+def in_protocol(row: dict) -> bool:
+    """Whether it is one of the published re-implementation's four rows."""
+    return row["recipe"]["name"] in TITLES and row["engine"].startswith("torch")
 
 
 def changed_predictions(row: dict, baseline: dict) -> int:
@@ -73,6 +82,14 @@ def arithmetic(row: dict) -> str:
     """In which numbers the row's network computed."""
     if row["simulated"]:
         return "FP32, simulated"
+    products = row["products"]
+    if products and any(products["int8"].values()):
+        counts = (
+            f"{kind} {products['int8'].get(kind, 0)}/"
+            f"{sum(of.get(kind, 0) for of in products.values())}"
+            for kind in ("Conv", "MatMul")
+        )
+        return f"INT8 ({', '.join(counts)})"
     return "INT8" if row["recipe"]["qconfig"] else "FP32"
 
 
@@ -83,12 +100,13 @@ def published_text(model: str, recipe: str) -> str:
     return f"{accuracy_pct:.2f} / {size_mb:.2f} / {'-' if ms is None else ms}"
 
 
-def results_table(rows: list[dict]) -> str:
-    """Accuracy, paired difference to FP32, size, latency, the published figures: a line a row."""
+def results_table(rows: list[dict], all_rows: list[dict]) -> str:
+    """Accuracy, size and latency, each against the FP32 row among `all_rows`: a line a row. Rows of
+    the published protocol also have the published figures; the two kinds don't mix in one table."""
     lines = []
     for row in in_order(rows):
         recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
-        baseline = baseline_of(row, rows)
+        baseline = baseline_of(row, all_rows)
         delta = smaller = faster = "baseline"
         if baseline is None:
             delta = smaller = "-"
@@ -96,12 +114,13 @@ def results_table(rows: list[dict]) -> str:
             points = row["accuracy_pct"] - baseline["accuracy_pct"]
             delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
             smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
-        if recipe != "fp32":
+        if not is_baseline(row):
             faster = f"{row['fp32_latency_ms']['median'] / ms:.2f}x"
         lines.append(
             {
                 "Model": row["model"],
                 "Method": TITLES.get(recipe, recipe),
+                "Engine": row["engine"],
                 "Computed in": arithmetic(row),
                 "Accuracy %": f"{row['accuracy_pct']:.2f}",
                 "Δ points (changed)": delta,
@@ -109,10 +128,11 @@ def results_table(rows: list[dict]) -> str:
                 "Smaller": smaller,
                 "ms": f"{ms:.1f}",
                 "Faster": "as FP32" if row["simulated"] else faster,
-                "Published % / MB / ms": published_text(row["model"], recipe),
             }
         )
-    return markdown(lines, left=3)
+        if in_protocol(row):
+            lines[-1]["Published % / MB / ms"] = published_text(row["model"], recipe)
+    return markdown(lines, left=4)
 
 
 def training_table(runs: list[dict]) -> str:
@@ -139,7 +159,7 @@ def training_table(runs: list[dict]) -> str:
 
 def classes_table(rows: list[dict]) -> str:
     """Per class and model: recall (accuracy on its images) and precision, of the FP32 rows."""
-    rows = in_order([row for row in rows if row["recipe"]["name"] == "fp32"])
+    rows = in_order([row for row in rows if is_baseline(row)])
     lines = [{"Class": name} for name in CLASSES]
     for row in rows:
         counts = row["confusion"]
@@ -168,7 +188,7 @@ def commands_block(rows: list[dict], runs: list[dict]) -> str:
 def printed(row: dict) -> str:
     """The line that quantize.py prints for a row."""
     return (
-        f"{row['model']} {row['recipe']['name']}: {row['accuracy_pct']:.2f} % "
+        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {row['accuracy_pct']:.2f} % "
         f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
         f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )

@@ -1,7 +1,8 @@
 """Running a network for real, judging it and timing it.
 
-An engine is a module with `NAME`, `version()` and `load(model, recipe, calibration) -> Loaded`;
-`predict` and `latency` treat all of them alike.
+An engine is a module with `NAME`, `version()` and `load(model, recipe, calibration, example) ->
+Loaded`, where `model` comes from `ptq.quantize`, `calibration` is a sequence of (input, labels) or
+None, and `example` is an input [1, 3, S, S]. `predict` and `latency` treat all of them alike.
 """
 
 import time
@@ -20,10 +21,14 @@ class EngineMissing(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """`run`: images [b, 3, S, S] -> logits [b, K]. `state`: what its weight file holds."""
+    """`run`: images [b, 3, S, S] -> logits [b, K]. What its weight file holds (`state`) or how
+    large the file was that it was read from (`size_bytes`). `products`: how many convolutions and
+    matrix products it computes in integers and how many in float, where the engine tells."""
 
     run: Callable[[Tensor], Tensor]
-    state: dict
+    state: dict | None = None
+    size_bytes: int | None = None
+    products: dict | None = None
 
 
 def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,6 @@ def version() -> str:
     return torch.__version__
 
 
-def load(model, recipe, calibration) -> Loaded:
+def load(model, recipe, calibration, example) -> Loaded:
     """The network as it stands, with the values that the recipe gave it."""
-    return Loaded(model, model.state_dict())
+    return Loaded(model, state=model.state_dict())

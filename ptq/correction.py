@@ -4,7 +4,45 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from ptq.layers import QuantizedLayer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer
+
+
+def norms_after(model: nn.Module) -> dict[str, str]:
+    """{name of a batch norm: name of the convolution that alone feeds it and nothing else}."""
+    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        return {}  # and perhaps not to be traced
+    tracer = _Tracer()
+    tracer.trace(model)
+    pairs = {}
+    for node in tracer.graph.nodes:
+        if node.op == "call_module" and isinstance(
+            model.get_submodule(node.target), nn.BatchNorm2d
+        ):
+            before = node.args[0]
+            layer = model.get_submodule(before.target) if before.op == "call_module" else None
+            if isinstance(layer, nn.Conv2d | QuantizedLayer) and len(before.users) == 1:
+                pairs[node.target] = before.target
+    return pairs
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):
+        ours = isinstance(module, QuantizedLayer | QuantizedAttentionCore)
+        return ours or super().is_leaf_module(module, name)
+
+
+@torch.no_grad()
+def make_norms_positive(model: nn.Module) -> None:
+    """Turn each negative factor of a batch norm positive by turning the sign of the convolution's
+    channel before it, so that folding the norm into quantized weights keeps their codes."""
+    for norm_name, conv_name in norms_after(model).items():
+        norm, conv = model.get_submodule(norm_name), model.get_submodule(conv_name)
+        sign = torch.where(norm.weight < 0, -1.0, 1.0)
+        conv.weight *= sign[:, None, None, None]
+        if conv.bias is not None:
+            conv.bias *= sign
+        norm.running_mean *= sign
+        norm.weight *= sign
 
 
 def reestimate_norms(model: nn.Module, batches) -> None:

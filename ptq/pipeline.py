@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.correction import correct_biases, reestimate_norms
+from ptq.correction import correct_biases, make_norms_positive, reestimate_norms
 from ptq.layers import (
     QUANTIZABLE,
     QuantizedAttentionCore,
@@ -28,6 +28,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     model = copy.deepcopy(model).eval()
     write_tensors(model, recipe)
     if recipe.layers:
+        make_norms_positive(model)
         reference = copy.deepcopy(model)
         attach(model, recipe)
         with torch.no_grad():

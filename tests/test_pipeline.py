@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import ptq
@@ -10,6 +11,7 @@ from ptq import LayerSpec, Recipe
 from ptq.correction import captured, mean_output
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
+from ptq.observers import OBSERVERS
 from ptq.recipes import RECIPES
 
 W8A8 = Recipe(
@@ -145,3 +147,19 @@ def test_recipes_are_data(recipe):
     assert Recipe.fromdict(recipe.asdict()) == recipe
     with pytest.raises(ValueError, match="not a recipe"):
         Recipe.fromdict(recipe.asdict() | {"surprise": 1})
+
+
+def test_the_worked_example_runs(model, batches):
+    text = (ROOT / "ptq" / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[2:]]
+    assert len(blocks) == 2 and len(blocks[0].splitlines()) < 30
+    names = {}
+    try:
+        for block in blocks:
+            exec(block, names)
+        quantized = ptq.quantize(model, names["recipe"], batches)
+    finally:
+        OBSERVERS.pop("three-sigma", None)
+    x = batches[0][0]
+    assert quantized.stem.conv.input.scale * 255 < x.max() - x.min()  # it clipped
+    assert torch.isfinite(quantized(x)).all()

@@ -23,7 +23,7 @@ def row(recipe, dataset="cifar10"):
         "checkpoint": "best.pth",
         "checkpoint_sha256": sha256(b"weights"),
         "recipe": RECIPES[recipe].asdict(),
-        "engine": "torch-eager",
+        "engine": "torch-fx" if recipe == "int8-fx" else "torch-eager",
         "simulated": RECIPES[recipe].simulated,
         "n_images": 10_000,
         "n_correct": 9000,
@@ -34,6 +34,7 @@ def row(recipe, dataset="cifar10"):
         ],
         "size_bytes": 2**20,
         "size_is_estimate": False,
+        "products": None,
         "seed": 0,
         "latency_runs": 100,
         "calibration_images": RECIPES[recipe].calibration_images,
@@ -75,7 +76,7 @@ def tree(tmp_path):
         (3, 256, 256, 1.8, 1.6, 40, 45, 99),
     )
     (shipped / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
-    blocks = ("results", "training", "commands", "benchmarks")
+    blocks = ("results", "engines", "training", "commands", "benchmarks")
     (tmp_path / "README.md").write_text(page(*blocks))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     return tmp_path

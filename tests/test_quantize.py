@@ -66,7 +66,7 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
 
 def test_the_table_pairs_rows_with_their_baseline(swept):
     results = list(swept[2].values())
-    table = results_table(results)
+    table = results_table(results, results)
     int4 = swept[2]["int4-percentile-32@torch-eager"]
     fp32 = swept[2]["fp32-32@torch-eager"]
     changed = sum(a != b for a, b in zip(int4["predictions"], fp32["predictions"]))
@@ -118,7 +118,7 @@ def test_fx_computes_in_int8():
     torch.manual_seed(0)
     model = MobileViT("xxs").eval()
     batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2))]
-    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches)
+    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
     x = batches[0][0]
     assert not torch.equal(loaded.run(x), model(x))
     kinds = {type(module).__module__ for module in loaded.run.modules()}
@@ -142,13 +142,13 @@ def test_fast_histograms_are_torchs(shape):
 def test_without_torch_ao_the_engine_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.ao.quantization", None)
     with pytest.raises(EngineMissing, match="no torch.ao.quantization"):
-        torch_fx.load(MobileViT("xxs"), RECIPES["int8-fx"], [])
+        torch_fx.load(MobileViT("xxs"), RECIPES["int8-fx"], [], None)
 
 
 def test_predictions_keep_their_order_with_any_number_of_workers():
     model = MobileViT("xxs").eval()
     batches = [(torch.randn(2, 3, 32, 32), torch.tensor([2 * i, 2 * i + 1])) for i in range(5)]
-    loaded = torch_eager.load(model, RECIPES["fp32"], None)
+    loaded = torch_eager.load(model, RECIPES["fp32"], None, None)
     alone, labels = predict(loaded.run, batches)
     shared, shared_labels = predict(loaded.run, batches, workers=2)
     assert torch.equal(labels, torch.arange(10)) and torch.equal(shared_labels, labels)

@@ -1,0 +1,78 @@
+"""ONNX Runtime on the CPU, from the QDQ ONNX file that ptq.export writes."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from engines import EngineMissing, Loaded
+
+NAME = "onnxruntime"
+# Operators of an optimised graph that multiply, by what they multiply in.
+INT8 = {
+    "QLinearConv": "Conv",
+    "ConvInteger": "Conv",
+    "QGemm": "MatMul",
+    "QLinearMatMul": "MatMul",
+    "MatMulIntegerToFloat": "MatMul",
+    "MatMulInteger": "MatMul",
+}
+FLOAT = {
+    "Conv": "Conv",
+    "FusedConv": "Conv",
+    "MatMul": "MatMul",
+    "FusedMatMul": "MatMul",
+    "Gemm": "MatMul",
+    "FusedGemm": "MatMul",
+    "MatMulNBits": "MatMul",
+}
+
+
+def version() -> str:
+    return _package().__version__
+
+
+def _package():
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise EngineMissing(
+            f"{error.name} is missing: pip install onnxruntime onnxscript"
+        ) from error
+    return onnxruntime
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    """`model` exported and loaded, one thread a call."""
+    ort = _package()
+    from ptq.export import to_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, optimised = Path(folder, "model.onnx"), Path(folder, "optimised.onnx")
+        to_onnx(model, example, path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(optimised)
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        size_bytes, products = path.stat().st_size, executed_products(optimised)
+
+    def run(x):
+        (logits,) = session.run(None, {"images": x.contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+    return Loaded(run, size_bytes=size_bytes, products=products)
+
+
+def executed_products(path) -> dict[str, dict[str, int]]:
+    """Convolutions and matrix products of an optimised graph: {"int8": {...}, "float": {...}}."""
+    import onnx
+
+    kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
+    counted = {"int8": Counter(), "float": Counter()}
+    for names, precision in ((INT8, "int8"), (FLOAT, "float")):
+        for kind, product in names.items():
+            counted[precision][product] += kinds[kind]
+    return {precision: dict(counts) for precision, counts in counted.items()}

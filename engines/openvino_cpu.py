@@ -1,0 +1,71 @@
+"""OpenVINO on the CPU, from the QDQ ONNX file that ptq.export writes."""
+
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from engines import EngineMissing, Loaded
+
+NAME = "openvino"
+PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
+
+
+def version() -> str:
+    return _package().__version__.split("-")[0]
+
+
+def _package():
+    try:
+        import onnxscript  # noqa: F401  torch's exporter needs it
+        import openvino
+    except ImportError as error:
+        raise EngineMissing(f"{error.name} is missing: pip install openvino onnxscript") from error
+    return openvino
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    """`model` exported and compiled for one image a call and one thread a call, in FP32 where it is
+    not quantized; as many calls at a time as torch has threads."""
+    openvino = _package()
+    from ptq.export import to_onnx
+
+    core, calls = openvino.Core(), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        to_onnx(model, example, path)
+        network = core.read_model(path)
+        size_bytes = path.stat().st_size
+        network.reshape(list(example[:1].shape))
+        compiled = core.compile_model(
+            network,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": calls,
+                "NUM_STREAMS": calls,
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
+        )
+    local = threading.local()
+
+    def run(x):
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        logits = [local.request.infer([image[None].contiguous().numpy()])[0] for image in x]
+        return torch.cat([torch.from_numpy(row.copy()) for row in logits])
+
+    return Loaded(run, size_bytes=size_bytes, products=executed_products(compiled))
+
+
+def executed_products(compiled) -> dict[str, dict[str, int]]:
+    """Convolutions and matrix products of a compiled model: {"int8": {...}, "float": {...}}."""
+    counted = {"int8": Counter(), "float": Counter()}
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind = PRODUCTS.get(str(info["layerType"].astype(str)))
+        if kind:
+            integer = str(info["runtimePrecision"].astype(str)) in ("i8", "u8")
+            counted["int8" if integer else "float"][kind] += 1
+    return {precision: dict(counts) for precision, counts in counted.items()}

@@ -1,0 +1,175 @@
+"""Quantized networks as QDQ ONNX: integer weights in the file, every scale as calibrated here.
+
+    x -> QuantizeLinear -> DequantizeLinear -> Conv or MatMul <- DequantizeLinear <- integer codes
+
+Engines recognise the pattern and compute the product in integers. Codes of at most four bits are
+stored as ONNX INT4, two to a byte. Batch norms are folded, which changes scales and biases only.
+"""
+
+import copy
+import logging
+import warnings
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq.correction import norms_after
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+
+OPSET = 21  # the first with INT4
+
+
+def to_onnx(model: nn.Module, example: Tensor, path) -> None:
+    """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
+
+    Raises ValueError for activations in other than 8 unsigned bits, which ONNX can't write.
+    """
+    model = copy.deepcopy(model).eval()
+    fold_norms(model)
+    int4 = []
+    for name, module in list(model.named_modules()):
+        exported = None
+        if isinstance(module, QuantizedLayer):
+            exported = _Layer(module)
+            if module.format is not None and module.format.bits <= 4:
+                int4.append(f"{name}.codes")
+        elif isinstance(module, QuantizedAttentionCore):
+            exported = module
+            for factor, quantizer in module.inputs.items():
+                module.inputs[factor] = _QDQ(quantizer)
+        if exported is not None and exported is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, exported)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            model,
+            (example.expand(2, *example.shape[1:]),),  # a batch of 1 would be exported as fixed
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    proto = program.model_proto
+    _store_int4(proto, int4)
+    _strip(proto.graph)
+    onnx.save(proto, path)
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it: Jacob et al., "Quantization and Training
+    of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
+
+    Of a quantized layer it changes scales and bias, not codes. Raises ValueError for a norm with a
+    negative factor there, which `ptq.quantize` never leaves.
+    """
+    for norm_name, conv_name in norms_after(model).items():
+        norm, layer = model.get_submodule(norm_name), model.get_submodule(conv_name)
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # [C]
+        conv = layer.layer if isinstance(layer, QuantizedLayer) else layer
+        with torch.no_grad():
+            bias = 0 if conv.bias is None else conv.bias
+            conv.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * factor)
+            conv.weight *= factor[:, None, None, None]
+        if isinstance(layer, QuantizedLayer) and layer.format is not None:
+            _scale_rows(layer, factor.detach())
+        parent, _, child = norm_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+
+
+def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
+    """Multiply output channel c of a quantized weight by factor[c]."""
+    if layer.format.granularity != "channel":
+        raise ValueError("a batch norm folds into weights with a scale per channel only")
+    if (factor < 0).any():
+        raise ValueError("a batch norm with a negative factor does not fold into positive scales")
+    dead = factor == 0
+    layer.codes = torch.where(dead[:, None, None, None], 0, layer.codes)
+    layer.scale = torch.where(dead, 1.0, layer.scale * factor)
+
+
+class _QDQ(nn.Module):
+    """A quantizer as a pair of ONNX operators; nothing where there is none."""
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        fmt = quantizer.format
+        if fmt.symmetric or fmt.bits != 8:
+            raise ValueError(f"ONNX can't write activations in {fmt}")
+        per_tensor = fmt.granularity == "tensor"
+        self.axis = 0 if per_tensor else fmt.axis
+        grid = quantizer.scale, quantizer.zero_point.to(torch.uint8)
+        scale, zero_point = (t[0] for t in grid) if per_tensor else grid
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid, attrs = (self.scale, self.zero_point), {"axis": self.axis}
+        codes = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, *grid), attrs, dtype=torch.uint8, shape=x.shape, version=OPSET
+        )
+        return _dequantized(codes, grid, attrs, x.shape)
+
+
+def _dequantized(codes: Tensor, grid, attrs, shape) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear",
+        (codes, *grid),
+        attrs,
+        dtype=torch.float32,
+        shape=shape,
+        version=OPSET,
+    )
+
+
+class _Layer(nn.Module):
+    """A quantized layer as ONNX operators; matrices transposed, as MatMul multiplies them."""
+
+    def __init__(self, quantized: QuantizedLayer):
+        super().__init__()
+        self.layer, self.format = quantized.layer, quantized.format
+        self.input = nn.Identity()
+        if isinstance(quantized.input, Quantizer):
+            self.input = _QDQ(quantized.input)
+        self.linear = isinstance(self.layer, nn.Linear)
+        if self.format is not None:
+            if self.format.bits > 8 or self.format.granularity != "channel":
+                raise ValueError(f"ONNX export of weights in {self.format} is not written")
+            codes = quantized.codes.to(torch.int8)
+            self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
+            self.register_buffer("scale", quantized.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, layer, weight = self.input(x), self.layer, None
+        if self.format is not None:
+            attrs = {"axis": 1 if self.linear else 0}
+            weight = _dequantized(self.codes, (self.scale,), attrs, self.codes.shape)
+        if weight is None:
+            return layer(x)
+        if self.linear:
+            return x @ weight + layer.bias if layer.bias is not None else x @ weight
+        return F.conv2d(
+            x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+
+
+def _store_int4(proto: onnx.ModelProto, names: list[str]) -> None:
+    """Turn the INT8 initializers of these names into INT4 ones."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in names:
+            codes = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(
+                onnx.helper.make_tensor(tensor.name, onnx.TensorProto.INT4, codes.shape, codes)
+            )
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Drop what the exporter notes for debugging: it outweighs four-bit weights."""
+    graph.ClearField("value_info")
+    for entry in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        entry.ClearField("metadata_props")

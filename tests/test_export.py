@@ -1,0 +1,149 @@
+"""QDQ ONNX against the simulation it came from, executed by ONNX Runtime and OpenVINO."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import ptq
+from engines import EngineMissing, onnx_runtime, openvino_cpu
+from mobilevit import MobileViT
+from ptq import LayerSpec, Recipe
+from ptq.correction import make_norms_positive, norms_after
+from ptq.export import fold_norms, to_onnx
+from ptq.formats import Uniform
+from ptq.layers import QuantizedLayer
+
+
+def per_channel(bits):
+    return Uniform(bits, granularity="channel")
+
+
+PER_TENSOR = Uniform(8, symmetric=False)
+DEPTHWISE = Uniform(8, False, "channel", axis=1)
+# Seven bits a weight: with eight, integer kernels saturate on CPUs without VNNI.
+W7A8 = Recipe(
+    "w7a8",
+    layers=(
+        LayerSpec(r".*\.depthwise\.conv", per_channel(7), DEPTHWISE),
+        LayerSpec(".*", per_channel(7), PER_TENSOR),
+    ),
+)
+W4 = Recipe("w4", layers=(LayerSpec(".*", per_channel(4)),))
+
+
+def with_norms(model):
+    """Batch norms as after training: statistics, factors of either sign, one dead channel."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias.data, module.weight.data):
+                tensor.normal_(0, 0.5, generator=generator)
+            module.weight.data += 1
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    model.stem.norm.weight.data[3] = 0
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return with_norms(MobileViT("xxs"))
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=[W7A8, W4], ids=lambda recipe: recipe.name)
+def quantized(request, model, x):
+    return request.param, ptq.quantize(model, request.param, [(x, None)])
+
+
+def close(a, b, scale, share):
+    """Whether two outputs differ by little beside the spread of a third."""
+    return (a - b).abs().max() < share * scale.std()
+
+
+def test_positive_and_folded_norms_change_nothing(model, x):
+    other = MobileViT("xxs").eval()
+    other.load_state_dict(model.state_dict())
+    pairs = norms_after(other)
+    assert len(pairs) == sum(isinstance(m, nn.BatchNorm2d) for m in other.modules())
+    make_norms_positive(other)
+    assert all((other.get_submodule(name).weight >= 0).all() for name in pairs)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+    fold_norms(other)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in other.modules())
+    torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_folding_keeps_the_codes(quantized, x):
+    recipe, network = quantized
+    folded = ptq.quantize(MobileViT("xxs"), recipe, [(x, None)])
+    folded.load_state_dict(network.state_dict())
+    codes = network.head.conv.codes.clone()
+    fold_norms(folded)
+    layer = folded.head.conv
+    assert torch.equal(layer.codes, codes)
+    weight = layer.format.decode(layer.codes, layer.scale, torch.zeros_like(layer.scale).int())
+    torch.testing.assert_close(weight, layer.layer.weight.detach())
+    assert close(folded(x), network(x), network(x), 0.05 if recipe is W7A8 else 1e-3)
+
+
+@pytest.mark.parametrize("engine", [onnx_runtime, openvino_cpu], ids=lambda e: e.NAME)
+def test_engines_compute_what_was_simulated(quantized, model, x, engine):
+    recipe, network = quantized
+    loaded = engine.load(network, recipe, None, x[:1])
+    expected = network(x).detach()
+    # Rounding of activations may fall either way where a sum is taken in another order.
+    assert close(loaded.run(x), expected, expected, 0.05 if recipe is W7A8 else 1e-3)
+    assert not close(model(x), expected, expected, 0.05)
+    if recipe is W7A8:
+        assert sum(loaded.products["int8"].values()) > 30
+
+
+def test_the_float_network_exports_too(model, x):
+    loaded = onnx_runtime.load(model, Recipe("fp32"), None, x[:1])
+    torch.testing.assert_close(loaded.run(x), model(x).detach(), rtol=1e-3, atol=1e-4)
+    assert loaded.products["int8"] == {"Conv": 0, "MatMul": 0}
+
+
+def test_codes_are_stored_in_the_bits_of_the_recipe(quantized, x, tmp_path):
+    recipe, network = quantized
+    path = tmp_path / "model.onnx"
+    to_onnx(network, x[:1], path)
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto)
+    stored = {t.name: t for t in proto.graph.initializer if t.name.endswith(".codes")}
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLayer)}
+    assert set(stored) == {f"{name}.codes" for name in layers}
+    kind = onnx.TensorProto.INT4 if recipe is W4 else onnx.TensorProto.INT8
+    assert {t.data_type for t in stored.values()} == {kind}
+    codes = torch.from_numpy(
+        onnx.numpy_helper.to_array(stored["stages.0.0.expand.conv.codes"]).astype("int32")
+    )
+    assert torch.equal(codes, layers["stages.0.0.expand.conv"].codes)
+    bits = 4 if recipe is W4 else 8
+    n_weights = sum(layer.codes.numel() for layer in layers.values())
+    assert path.stat().st_size < n_weights * bits / 8 + 300_000
+
+
+def test_what_onnx_cannot_write_is_refused(model, x, tmp_path):
+    for fmt in (Uniform(6, False), Uniform(8)):
+        recipe = Recipe("r", layers=(LayerSpec(".*", per_channel(8), fmt),))
+        with pytest.raises(ValueError, match="can't write activations"):
+            to_onnx(ptq.quantize(model, recipe, [(x, None)]), x[:1], tmp_path / "a.onnx")
+    recipe = Recipe("r", layers=(LayerSpec("classifier", Uniform(4, granularity=8)),))
+    with pytest.raises(ValueError, match="not written"):
+        to_onnx(ptq.quantize(model, recipe, []), x[:1], tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    "engine, package", [(onnx_runtime, "onnxruntime"), (openvino_cpu, "openvino")]
+)
+def test_a_missing_engine_names_its_package(monkeypatch, engine, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(EngineMissing, match=f"pip install {package}"):
+        engine.load(None, None, None, None)
