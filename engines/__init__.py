@@ -5,6 +5,7 @@ Loaded`, where `model` comes from `ptq.quantize`, `calibration` is a sequence of
 None, and `example` is an input [1, 3, S, S]. `predict` and `latency` treat all of them alike.
 """
 
+import importlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,14 @@ from tqdm import tqdm
 
 class EngineMissing(Exception):
     """An engine can't run here; the message says what to install."""
+
+
+def require(*packages: str) -> list:
+    """The imported packages, the engine's own first; EngineMissing if one is not installed."""
+    try:
+        return [importlib.import_module(name) for name in packages]
+    except ImportError as error:
+        raise EngineMissing(f"{error.name} is missing: pip install {' '.join(packages)}") from error
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,20 @@ from pathlib import Path
 
 import torch
 
-from engines import EngineMissing, Loaded
+from engines import Loaded, require
 
 NAME = "openvino"
 PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
 
 
 def version() -> str:
-    return _package().__version__.split("-")[0]
-
-
-def _package():
-    try:
-        import onnxscript  # noqa: F401  torch's exporter needs it
-        import openvino
-    except ImportError as error:
-        raise EngineMissing(f"{error.name} is missing: pip install openvino onnxscript") from error
-    return openvino
+    return require("openvino")[0].__version__.split("-")[0]
 
 
 def load(model, recipe, calibration, example) -> Loaded:
     """`model` exported and compiled for one image a call and one thread a call, in FP32 where it is
     not quantized; as many calls at a time as torch has threads."""
-    openvino = _package()
+    openvino, *_ = require("openvino", "onnx", "onnxscript")
     from ptq.export import to_onnx
 
     core, calls = openvino.Core(), torch.get_num_threads()

@@ -10,6 +10,7 @@ import copy
 import logging
 import warnings
 
+import ml_dtypes
 import onnx
 import torch
 import torch.nn.functional as F
@@ -162,14 +163,13 @@ def _store_int4(proto: onnx.ModelProto, names: list[str]) -> None:
     """Turn the INT8 initializers of these names into INT4 ones."""
     for tensor in proto.graph.initializer:
         if tensor.name in names:
-            codes = onnx.numpy_helper.to_array(tensor)
-            tensor.CopyFrom(
-                onnx.helper.make_tensor(tensor.name, onnx.TensorProto.INT4, codes.shape, codes)
-            )
+            codes = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(codes, tensor.name))
 
 
 def _strip(graph: onnx.GraphProto) -> None:
     """Drop what the exporter notes for debugging: it outweighs four-bit weights."""
-    graph.ClearField("value_info")
+    for field in ("value_info", "metadata_props"):
+        graph.ClearField(field)
     for entry in (*graph.node, *graph.initializer, *graph.input, *graph.output):
         entry.ClearField("metadata_props")
