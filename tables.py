@@ -143,9 +143,9 @@ def training_table(runs: list[dict]) -> str:
         lines.append(
             {
                 "Model": run["model"],
-                "Parameters": f"{run['parameters']:,}",
                 "Schedule (side:epochs)": run["config"]["resolutions"].replace(",", ", "),
                 "Hardware": run["hardware"],
+                "Parameters": f"{run['parameters']:,}",
                 "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",
                 "Training time": f"{run['train_s'] / 60:.0f} min",
                 "Epoch chosen": str(run["epoch"]),
@@ -154,7 +154,7 @@ def training_table(runs: list[dict]) -> str:
                 "Published test %": f"{published[0]:.2f}" if published else "-",
             }
         )
-    return markdown(lines)
+    return markdown(lines, left=3)
 
 
 def classes_table(rows: list[dict]) -> str:
@@ -180,8 +180,9 @@ def commands_block(rows: list[dict], runs: list[dict]) -> str:
         parts.append((command, f"{run['printed']}, after {run['train_s'] / 60:.0f} min"))
     for row in in_order(rows):
         recipe = row["recipe"]["name"]
-        command = f"python quantize.py --checkpoint {row['checkpoint']} --recipes {recipe} --force"
-        parts.append((command, printed(row)))
+        engine = "" if in_protocol(row) else f" --engines {row['engine']}"
+        command = f"python quantize.py --checkpoint {row['checkpoint']} --recipes {recipe}{engine}"
+        parts.append((f"{command} --force", printed(row)))
     return "\n\n".join(f"```bash\n{command}\n# {line}\n```" for command, line in parts)
 
 
