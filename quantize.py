@@ -1,13 +1,14 @@
 """Quantize checkpoints and measure each result: accuracy, file size, latency.
 
-    python quantize.py --checkpoint checkpoints/mobilevit_xxs/best.pth      # all recipes, 15 min
+    python quantize.py --checkpoint checkpoints/mobilevit_xxs/best.pth  # published rows, 15 min
+    python quantize.py --checkpoint A.pth --recipes w8a8 w4 --engines torch-eager openvino
     python quantize.py --checkpoint A.pth B.pth --recipes fp32 int8-fx
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
 
-Each (checkpoint, recipe) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL with the name of
-the checkpoint's folder behind it where that differs. A row that is there already, made from the
-same weights with the same settings, is kept; one made otherwise is an error. A checkpoint is
+Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL with the
+name of the checkpoint's folder behind it where that differs. A row that is there already, made from
+the same weights with the same settings, is kept; one made otherwise is an error. A checkpoint is
 evaluated on the data set and at the image size it was trained for, on all test images and all
 cores; latency is one image on one thread. Prints one line a row and a table at the end.
 """
@@ -16,6 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -78,6 +80,19 @@ def parse_args():
     return args
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A quantized network, before any engine: `file_bytes` of its packed file, where it has one,
+    `described` its calibration images, and the `seconds` that it took."""
+
+    recipe: Recipe
+    network: torch.nn.Module
+    file_bytes: int | None
+    batches: data.EvalBatches | None
+    described: dict
+    seconds: float
+
+
 class Workbench:
     """One checkpoint with its test images, ready to measure recipes on."""
 
@@ -90,13 +105,11 @@ class Workbench:
         dataset = self.config["dataset"]
         self.name = rows.model_name(self.checkpoint["model"], dataset)
         self.test = data.load(dataset, args.data_dir, train=False)[: args.test_images]
+        self.prepared = None
         self.sample = data.to_input(self.test.images[:1], self.img_size)  # [1, 3, S, S], for timing
 
     def identity(self, recipe, engine) -> dict:
         """What makes a row the same row: asked for again, it need not be measured again."""
-        n = recipe.calibration_images and (
-            self.args.calibration_images or recipe.calibration_images
-        )
         return {
             "model": self.name,
             "dataset": self.config["dataset"],
@@ -105,10 +118,14 @@ class Workbench:
             "recipe": recipe.asdict(),
             "engine": engine.NAME,
             "seed": self.args.seed,
-            "calibration_images": n,
+            "calibration_images": self.n_calibration(recipe),
             "n_images": len(self.test),
             "latency_runs": self.args.latency_runs,
         }
+
+    def n_calibration(self, recipe) -> int:
+        asked_for = self.args.calibration_images or recipe.calibration_images
+        return recipe.calibration_images and asked_for
 
     def row_path(self, recipe, engine) -> Path:
         size = "" if self.img_size == 256 else f"-{self.img_size}"
@@ -130,17 +147,24 @@ class Workbench:
         described = {"n": n, "seed": self.args.seed, "indices_sha256": digest}
         return data.EvalBatches(images, self.img_size, batch), described
 
+    def prepare(self, recipe) -> Prepared:
+        """Calibration images and quantized network, made once for all engines of a recipe."""
+        if self.prepared is None or self.prepared.recipe is not recipe:
+            began, n = time.monotonic(), self.n_calibration(recipe)
+            batches, described = self.calibration(recipe, n)
+            network, file_bytes = ptq.quantize(self.model, recipe, batches), None
+            if recipe.layers:
+                network, file_bytes = reloaded(network, recipe, self.model)
+            seconds = time.monotonic() - began
+            self.prepared = Prepared(recipe, network, file_bytes, batches, described, seconds)
+        return self.prepared
+
     def measure(self, recipe, engine) -> dict:
         """Quantize, store, load, evaluate, time; the whole row."""
-        began, identity = time.monotonic(), self.identity(recipe, engine)
-        batches, calibration = self.calibration(recipe, identity["calibration_images"])
-        quantized, size_bytes = ptq.quantize(self.model, recipe, batches), None
-        if recipe.layers:
-            quantized, size_bytes = reloaded(quantized, recipe, self.model)
-        loaded = engine.load(quantized, recipe, batches, self.sample)
-        if loaded.size_bytes is not None:
-            size_bytes = loaded.size_bytes
-        elif size_bytes is None and recipe.storable:
+        prepared, began = self.prepare(recipe), time.monotonic()
+        loaded = engine.load(prepared.network, recipe, prepared.batches, self.sample)
+        size_bytes = loaded.size_bytes or prepared.file_bytes
+        if size_bytes is None and recipe.storable:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
         elif size_bytes is None:
             size_bytes = estimated_size_bytes(self.model, recipe)
@@ -151,7 +175,7 @@ class Workbench:
         times = latency(
             {"row": loaded.run, "fp32": self.model}, self.sample, self.args.latency_runs
         )
-        return identity | {
+        return self.identity(recipe, engine) | {
             "checkpoint": str(self.path),
             "engine_version": engine.version(),
             "simulated": recipe.simulated and engine is torch_eager,
@@ -164,8 +188,9 @@ class Workbench:
             "products": loaded.products,
             "latency_ms": times["row"],
             "fp32_latency_ms": times["fp32"],
-            "calibration": calibration,
-            "wall_s": time.monotonic() - began,
+            "calibration": prepared.described,
+            "quantize_s": prepared.seconds,
+            "wall_s": prepared.seconds + time.monotonic() - began,
             **rows.provenance(),
         }
 
@@ -244,13 +269,14 @@ def main():
                 row = bench.measure(recipe, engine)
                 rows.write_json(path, row)
         except EngineMissing as missing:
-            print(f"{bench.name} {recipe.name}: left out, {missing}")
+            print(f"{bench.name} {recipe.name}@{engine.NAME}: left out, {missing}")
             continue
         except Exception as error:  # whatever it is, the other rows go on
             failed = True
             kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
             reason = str(error).split("\n")[0]
-            print(f"{bench.name} {recipe.name}: failed, {kind}{reason}", file=sys.stderr)
+            what = f"{bench.name} {recipe.name}@{engine.NAME}"
+            print(f"{what}: failed, {kind}{reason}", file=sys.stderr)
             continue
         done.append(row)
         print(printed(row) + ", kept" * was_there, flush=True)

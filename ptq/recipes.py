@@ -152,6 +152,8 @@ _PLAIN = {"calibration_images": 256, "calibration_batch": 32}
 OURS = (
     Recipe("w8a8", layers=_layers(8, 8), **_REPAIRED),
     Recipe("w8a8-nearest", layers=_layers(8, 8), **_PLAIN),
+    # Full 8-bit products overflow the 16 bits in which CPUs without VNNI first add them up.
+    Recipe("w7a8", layers=_layers(7, 8), **_REPAIRED),
     Recipe("w6a6", layers=_layers(6, 6), **_LEARNT),
     Recipe("w6a6-nearest", layers=_layers(6, 6), **_PLAIN),
     Recipe("w4a8", layers=_layers(4, 8), **_LEARNT),

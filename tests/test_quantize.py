@@ -90,7 +90,7 @@ def test_a_failing_row_does_not_stop_the_others(checkpoint, tmp_path):
         tmp_path,
         code=1,
     )
-    assert "fp32: failed" in err and "Traceback" not in err
+    assert "fp32@torch-eager: failed" in err and "Traceback" not in err
     assert (tmp_path / "mobilevit_xxs-synthetic" / "fp16-32@torch-eager.json").exists()
 
 
