@@ -112,9 +112,9 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     recipe, network = quantized
     loaded = engine.load(network, recipe, None, x[:1])
     expected = network(x).detach()
+    off, lost = (float((y - expected).abs().max()) for y in (loaded.run(x), model(x)))
     # Rounding of activations may fall either way where a sum is taken in another order.
-    assert close(loaded.run(x), expected, expected, 0.05 if recipe is W7A8 else 1e-3)
-    assert not close(model(x), expected, expected, 0.05)
+    assert off < (0.5 if recipe is W7A8 else 0.01) * lost
     if recipe is W7A8:
         assert loaded.products["int8"]["MatMul"] >= 4
         assert engine is onnx_runtime or loaded.products["int8"]["Conv"] == 11
@@ -151,7 +151,7 @@ def test_what_onnx_cannot_write_is_refused(model, x, tmp_path):
         recipe = Recipe("r", layers=(LayerSpec(".*", per_channel(8), fmt),))
         with pytest.raises(ValueError, match="can't write activations"):
             to_onnx(ptq.quantize(model, recipe, [(x, None)]), x[:1], tmp_path / "a.onnx")
-    recipe = Recipe("r", layers=(LayerSpec("classifier", Uniform(4, granularity=8)),))
+    recipe = Recipe("r", layers=(LayerSpec("classifier", Uniform(4, granularity=6)),))
     with pytest.raises(ValueError, match="not written"):
         to_onnx(ptq.quantize(model, recipe, []), x[:1], tmp_path / "a.onnx")
 
