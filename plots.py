@@ -52,8 +52,8 @@ def load_rows(folder, checkpoints) -> list[dict]:
 
 
 def is_protocol(row: dict) -> bool:
-    settings = ("dataset", "n_images", "calibration_images", "seed", "latency_runs")
-    protocol = ("cifar10", 10_000, row["recipe"]["calibration_images"], 0, 100)
+    settings = ("dataset", "split", "n_images", "calibration_images", "seed", "latency_runs")
+    protocol = ("cifar10", "test", 10_000, row["recipe"]["calibration_images"], 0, 100)
     return tuple(row[name] for name in settings) == protocol
 
 

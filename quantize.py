@@ -68,6 +68,11 @@ def parse_args():
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--calibration-images", type=int, help="instead of the number in the recipe")
     add("--test-images", type=int, help="only the first so many; such a row is not published")
+    add(
+        "--held-out",
+        action="store_true",
+        help="evaluate on the held-out training images, to choose on; such a row is not published",
+    )
     add("--latency-runs", type=int, default=100, help="timed calls per row")
     add("--seed", type=int, default=0, help="of the choice of calibration images")
     add("--workers", type=int, default=torch.get_num_threads(), help="threads that evaluate")
@@ -104,22 +109,29 @@ class Workbench:
         self.sha256 = rows.sha256(self.path)
         dataset = self.config["dataset"]
         self.name = rows.model_name(self.checkpoint["model"], dataset)
-        self.test = data.load(dataset, args.data_dir, train=False)[: args.test_images]
+        images = data.load(dataset, args.data_dir, train=args.held_out)
+        if args.held_out:
+            images = images[data.split(images.labels, self.config["val_size"])[1]]
+        self.images = images[: args.test_images]
+        self.split = "held-out" if args.held_out else "test"
         self.prepared = None
-        self.sample = data.to_input(self.test.images[:1], self.img_size)  # [1, 3, S, S], for timing
+        self.sample = data.to_input(
+            self.images.images[:1], self.img_size
+        )  # [1, 3, S, S], for timing
 
     def identity(self, recipe, engine) -> dict:
         """What makes a row the same row: asked for again, it need not be measured again."""
         return {
             "model": self.name,
             "dataset": self.config["dataset"],
+            "split": self.split,
             "img_size": self.img_size,
             "checkpoint_sha256": self.sha256,
             "recipe": recipe.asdict(),
             "engine": engine.NAME,
             "seed": self.args.seed,
             "calibration_images": self.n_calibration(recipe),
-            "n_images": len(self.test),
+            "n_images": len(self.images),
             "latency_runs": self.args.latency_runs,
         }
 
@@ -129,7 +141,8 @@ class Workbench:
 
     def row_path(self, recipe, engine) -> Path:
         size = "" if self.img_size == 256 else f"-{self.img_size}"
-        file = f"{recipe.name}{size}@{engine.NAME}.json"
+        split = "" if self.split == "test" else f"-{self.split}"
+        file = f"{recipe.name}{size}{split}@{engine.NAME}.json"
         run = self.path.resolve().parent.name
         folder = self.name if run == self.name else f"{self.name}-{run}"
         return Path(self.args.output, folder, file)
@@ -168,7 +181,7 @@ class Workbench:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
         elif size_bytes is None:
             size_bytes = estimated_size_bytes(self.model, recipe)
-        images = data.EvalBatches(self.test, self.img_size, EVAL_BATCH)
+        images = data.EvalBatches(self.images, self.img_size, EVAL_BATCH)
         logits, labels = predict(loaded.run, images, self.args.workers)
         predictions = logits.argmax(1)
         n_correct = int((predictions == labels).sum())

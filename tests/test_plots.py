@@ -19,6 +19,7 @@ def row(recipe, dataset="cifar10"):
     return {
         "model": "mobilevit_xxs",
         "dataset": dataset,
+        "split": "test",
         "img_size": 256,
         "checkpoint": "best.pth",
         "checkpoint_sha256": sha256(b"weights"),
@@ -113,7 +114,7 @@ def test_readme_check_and_figures(tree):
 
 @pytest.mark.parametrize(
     "other",
-    [{"dataset": "synthetic"}, {"n_images": 100}, {"seed": 1}, {"latency_runs": 5},
+    [{"dataset": "synthetic"}, {"split": "held-out"}, {"n_images": 100}, {"seed": 1}, {"latency_runs": 5},
      {"calibration_images": 10}, {"checkpoint_sha256": "of other weights"}],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip

@@ -64,6 +64,15 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     path.write_text(before)
 
 
+def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
+    run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "--latency-runs", "3",
+        "--held-out", "--output", tmp_path)  # fmt: skip
+    row = rows.read_json(tmp_path / "mobilevit_xxs-synthetic/fp32-32-held-out@torch-eager.json")
+    trained = torch.load(checkpoint, weights_only=True)
+    assert (row["split"], row["n_images"]) == ("held-out", 200)
+    assert row["accuracy_pct"] == pytest.approx(trained["val_accuracy_pct"])
+
+
 def test_the_table_pairs_rows_with_their_baseline(swept):
     results = list(swept[2].values())
     table = results_table(results, results)
