@@ -114,10 +114,17 @@ def test_readme_check_and_figures(tree):
 
 @pytest.mark.parametrize(
     "other",
-    [{"dataset": "synthetic"}, {"split": "held-out"}, {"n_images": 100}, {"seed": 1}, {"latency_runs": 5},
-     {"calibration_images": 10}, {"checkpoint_sha256": "of other weights"}],
+    [
+        {"dataset": "synthetic"},
+        {"split": "held-out"},
+        {"n_images": 100},
+        {"seed": 1},
+        {"latency_runs": 5},
+        {"calibration_images": 10},
+        {"checkpoint_sha256": "of other weights"},
+    ],
     ids=lambda other: next(iter(other)),
-)  # fmt: skip
+)
 def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
     path = tree / "results" / "mobilevit_xxs" / "fp16@engine.json"
     path.write_text(json.dumps(row("fp16") | other))
