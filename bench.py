@@ -158,7 +158,7 @@ def published_way(args) -> float:
     torch.set_num_threads(1)
     began = time.perf_counter()
     for name in ("fp32", "fp16", "int8-fx", "int4-percentile"):
-        engine = torch_fx if RECIPES[name].qconfig else torch_eager
+        engine = torch_fx if RECIPES[name].peer else torch_eager
         batches = list(calibration) if engine is torch_fx else None
         with mock.patch.object(torch_fx, "FastHistc", contextlib.nullcontext):
             run = engine.load(

@@ -42,6 +42,7 @@ from tables import in_protocol, printed, results_table
 from weights import model_from_checkpoint
 
 ENGINES = {engine.NAME: engine for engine in (torch_eager, onnx_runtime, openvino_cpu)}
+PEERS = {engine.NAME: engine for engine in (torch_fx,)}  # they quantize by their own methods
 EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
@@ -63,7 +64,7 @@ def parse_args():
         nargs="+",
         choices=ENGINES,
         default=[torch_eager.NAME],
-        help="what executes them; int8-fx always runs in torch-fx",
+        help="what executes them, but for int8-fx, which torch-fx quantizes and executes itself",
     )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--calibration-images", type=int, help="instead of the number in the recipe")
@@ -261,7 +262,7 @@ def jobs(benches, args):
     """Every (checkpoint, recipe, engine) to measure."""
     for bench in benches:
         for recipe in (RECIPES[name] for name in args.recipes):
-            engines = [torch_fx] if recipe.qconfig else [ENGINES[name] for name in args.engines]
+            engines = [PEERS[recipe.peer]] if recipe.peer else map(ENGINES.get, args.engines)
             yield from ((bench, recipe, engine) for engine in engines)
 
 

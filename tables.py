@@ -90,7 +90,7 @@ def arithmetic(row: dict) -> str:
             for kind in ("Conv", "MatMul")
         )
         return f"INT8 ({', '.join(counts)})"
-    return "INT8" if row["recipe"]["qconfig"] else "FP32"
+    return "INT8" if row["recipe"]["peer"] else "FP32"
 
 
 def published_text(model: str, recipe: str) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from engines import EngineMissing, Loaded
 
 NAME = "torch-fx"
+QCONFIG = "x86"  # torch's own default settings and kernels for this kind of processor
 CHUNK = 2**16  # values that a thread counts at a time; what it makes of them stays in its cache
 
 
@@ -20,7 +21,7 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` converted with the default qconfig named by the recipe.
+    """`model` converted with the default settings of QCONFIG.
 
     `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. Raises
     EngineMissing where torch no longer has torch.ao.quantization or its INT8 kernels.
@@ -33,12 +34,12 @@ def load(model, recipe, calibration, example) -> Loaded:
             f"torch {torch.__version__} has no torch.ao.quantization any more: "
             "its FX INT8 row needs an older torch, such as 2.11"
         ) from error
-    if recipe.qconfig not in torch.backends.quantized.supported_engines:
-        raise EngineMissing(f"this torch has no {recipe.qconfig!r} INT8 kernels for this CPU")
-    torch.backends.quantized.engine = recipe.qconfig
+    if QCONFIG not in torch.backends.quantized.supported_engines:
+        raise EngineMissing(f"this torch has no {QCONFIG!r} INT8 kernels for this CPU")
+    torch.backends.quantized.engine = QCONFIG
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # of deprecation, and of observers that saw nothing
-        mapping = get_default_qconfig_mapping(recipe.qconfig)
+        mapping = get_default_qconfig_mapping(QCONFIG)
         prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, (example,))
         with FastHistc():
             for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):

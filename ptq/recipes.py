@@ -45,7 +45,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named way to quantize: either `rules` for tensors, or `layers` for layers, or `qconfig`.
+    """A named way to quantize: either `rules` for tensors, or `layers` for layers, or `peer`.
     Of rules and of layers the first that applies decides.
 
     `rounding`: how codes of weights are chosen, a name of ptq.rounding.
@@ -53,7 +53,7 @@ class Recipe:
     outside of them are learnt one by one.
     `reestimate_norms`: whether batch norms get new statistics once weights are quantized.
     `correct_biases`: whether biases make up for the shift of each layer's mean output.
-    `qconfig`: quantized by torch's FX graph mode with the default settings of this name instead.
+    `peer`: name of the engine that quantizes the network by its own methods instead.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Recipe:
     units: str | None = None
     reestimate_norms: bool = False
     correct_biases: bool = False
-    qconfig: str | None = None
+    peer: str | None = None
     calibration_images: int = 0
     calibration_batch: int = 128
 
@@ -119,7 +119,7 @@ def _rebuilt(plain):
 PROTOCOL = (
     Recipe("fp32"),
     Recipe("fp16", rules=(Rule(".*", Float16()),)),
-    Recipe("int8-fx", qconfig="x86", calibration_images=32 * 128),
+    Recipe("int8-fx", peer="torch-fx", calibration_images=32 * 128),
     Recipe("int4-percentile", rules=(Rule(".*", PercentileUniform(), min_ndim=2),)),
 )
 
