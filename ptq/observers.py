@@ -28,12 +28,17 @@ class MinMax:
         """Raises ValueError if `x` is empty or holds a NaN or an infinity."""
         if not x.numel():
             raise ValueError("an observer was given an empty tensor")
-        low, high = self.format.rows(x.detach().float()).aminmax(dim=1)
+        rows = self.format.rows(x.detach().float())  # [G, n]
+        low, high = rows.aminmax(dim=1)
         if not (low.isfinite().all() and high.isfinite().all()):
             raise ValueError("the calibration data or what a layer makes of it is not finite")
         low, high = low.clamp(max=0), high.clamp(min=0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.accumulate(rows)
+
+    def accumulate(self, rows: Tensor) -> None:
+        """Take in the values [G, n] of one tensor, after `low` and `high` have."""
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self.low is None:
@@ -52,9 +57,7 @@ class Histogram(MinMax):
         super().__init__(format)
         self.limit = self.counts = None
 
-    def update(self, x: Tensor) -> None:
-        super().update(x)
-        rows = self.format.rows(x.detach().float())
+    def accumulate(self, rows: Tensor) -> None:
         largest = torch.maximum(-self.low, self.high)  # [G]
         if self.counts is None:
             self.limit = torch.where(largest > 0, largest, 1.0)
@@ -108,11 +111,10 @@ class MSE(Histogram):
         super().__init__(format)
         self.only = None  # the rows, while there has been one tensor
 
-    def update(self, x: Tensor) -> None:
-        first = self.low is None
-        super().update(x)
-        exact = first and self.format.symmetric
-        self.only = self.format.rows(x.detach().float()) if exact else None
+    def accumulate(self, rows: Tensor) -> None:
+        exact = self.counts is None and self.format.symmetric
+        super().accumulate(rows)
+        self.only = rows if exact else None
 
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = super().range()

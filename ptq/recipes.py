@@ -146,18 +146,18 @@ _MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", _weights(8)), 
 _BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
 _REPAIRED = {"reestimate_norms": True, "calibration_images": 256, "calibration_batch": 32}
 _LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_REPAIRED}
-_PLAIN = {"calibration_images": 256, "calibration_batch": 32}
+_CALIBRATED = {"calibration_images": 256, "calibration_batch": 32}
 
 # Ours, each with its baseline: the same formats, rounded to nearest, nothing repaired.
 OURS = (
     Recipe("w8a8", layers=_layers(8, 8), **_REPAIRED),
-    Recipe("w8a8-nearest", layers=_layers(8, 8), **_PLAIN),
+    Recipe("w8a8-nearest", layers=_layers(8, 8), **_CALIBRATED),
     # Full 8-bit products overflow the 16 bits in which CPUs without VNNI first add them up.
     Recipe("w7a8", layers=_layers(7, 8), **_REPAIRED),
     Recipe("w6a6", layers=_layers(6, 6), **_LEARNT),
-    Recipe("w6a6-nearest", layers=_layers(6, 6), **_PLAIN),
+    Recipe("w6a6-nearest", layers=_layers(6, 6), **_CALIBRATED),
     Recipe("w4a8", layers=_layers(4, 8), **_LEARNT),
-    Recipe("w4a8-nearest", layers=_layers(4, 8), **_PLAIN),
+    Recipe("w4a8-nearest", layers=_layers(4, 8), **_CALIBRATED),
     Recipe("w4", layers=_layers(4), **_LEARNT),
     Recipe("w4-nearest", layers=_layers(4)),
     Recipe("w4-mixed", layers=_MIXED, **_LEARNT),
