@@ -52,9 +52,16 @@ def load_rows(folder, checkpoints) -> list[dict]:
 
 
 def is_protocol(row: dict) -> bool:
-    settings = ("dataset", "split", "n_images", "calibration_images", "seed", "latency_runs")
-    protocol = ("cifar10", "test", 10_000, row["recipe"]["calibration_images"], 0, 100)
-    return tuple(row[name] for name in settings) == protocol
+    protocol = {
+        "dataset": "cifar10",
+        "split": "test",
+        "img_size": 256,
+        "n_images": 10_000,
+        "calibration_images": row["recipe"]["calibration_images"],
+        "seed": 0,
+        "latency_runs": 100,
+    }
+    return all(row[name] == value for name, value in protocol.items())
 
 
 def load_runs(folder) -> list[dict]:

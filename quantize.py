@@ -9,8 +9,9 @@
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL with the
 name of the checkpoint's folder behind it where that differs. A row that is there already, made from
 the same weights with the same settings, is kept; one made otherwise is an error. A checkpoint is
-evaluated on the data set and at the image size it was trained for, on all test images and all
-cores; latency is one image on one thread. Prints one line a row and a table at the end.
+evaluated on the data set it was trained for, at that run's image size unless --img-size names
+another, on all test images and all cores; latency is one image on one thread. Prints one line a
+row and a table at the end.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from engines import (
     torch_eager,
     torch_fx,
 )
+from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, Recipe, packing
 from ptq.packing import estimated_size_bytes, packed
 from ptq.recipes import PROTOCOL
@@ -67,6 +69,7 @@ def parse_args():
         help="what executes them, but for int8-fx, which torch-fx quantizes and executes itself",
     )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
+    add("--img-size", type=int, help="input side in pixels (default: the checkpoint's)")
     add("--calibration-images", type=int, help="instead of the number in the recipe")
     add("--test-images", type=int, help="only the first so many; such a row is not published")
     add(
@@ -80,6 +83,8 @@ def parse_args():
     add("--output", default="results", help="folder of the result files")
     add("--force", action="store_true", help="measure and replace rows that are there already")
     args = p.parse_args()
+    if args.img_size is not None and args.img_size < MIN_IMG_SIZE:
+        p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
     for name in ("calibration_images", "test_images", "latency_runs", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -106,7 +111,7 @@ class Workbench:
         self.path, self.args = Path(path), args
         self.model, self.checkpoint = model_from_checkpoint(path)
         self.config = self.checkpoint["config"]
-        self.img_size = self.checkpoint["img_size"]
+        self.img_size = args.img_size or self.checkpoint["img_size"]
         self.sha256 = rows.sha256(self.path)
         dataset = self.config["dataset"]
         self.name = rows.model_name(self.checkpoint["model"], dataset)

@@ -26,18 +26,19 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     calibration, or if calibration meets values that are not finite.
     """
     model = copy.deepcopy(model).eval()
-    write_tensors(model, recipe)
-    if recipe.layers:
-        make_norms_positive(model)
+    with torch.no_grad():
+        write_tensors(model, recipe)
+        if recipe.layers:
+            make_norms_positive(model)
         reference = copy.deepcopy(model)
-        attach(model, recipe)
-        with torch.no_grad():
+        if recipe.layers:
+            attach(model, recipe)
             ROUNDINGS[recipe.rounding](model, reference, batches, recipe)
-            if recipe.reestimate_norms:
-                reestimate_norms(model, batches)
-            calibrate(model, batches)
-            if recipe.correct_biases:
-                correct_biases(model, reference, batches)
+        if recipe.reestimate_norms:
+            reestimate_norms(model, batches)
+        calibrate(model, batches)
+        if recipe.correct_biases:
+            correct_biases(model, reference, batches)
     return model
 
 

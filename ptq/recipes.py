@@ -150,6 +150,8 @@ _CALIBRATED = {"calibration_images": 256, "calibration_batch": 32}
 
 # Ours, each with its baseline: the same formats, rounded to nearest, nothing repaired.
 OURS = (
+    # For images of another size than the network was trained on.
+    Recipe("fp32-renorm", **_REPAIRED),
     Recipe("w8a8", layers=_layers(8, 8), **_REPAIRED),
     Recipe("w8a8-nearest", layers=_layers(8, 8), **_CALIBRATED),
     # Full 8-bit products overflow the 16 bits in which CPUs without VNNI first add them up.

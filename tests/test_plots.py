@@ -117,6 +117,7 @@ def test_readme_check_and_figures(tree):
     [
         {"dataset": "synthetic"},
         {"split": "held-out"},
+        {"img_size": 128},
         {"n_images": 100},
         {"seed": 1},
         {"latency_runs": 5},

@@ -73,6 +73,18 @@ def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
     assert row["accuracy_pct"] == pytest.approx(trained["val_accuracy_pct"])
 
 
+def test_another_image_size_gets_a_row_of_its_own(checkpoint, tmp_path):
+    run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "fp32-renorm",
+        "--img-size", "64", "--calibration-images", "100", "--latency-runs", "3",
+        "--test-images", "50", "--output", tmp_path)  # fmt: skip
+    folder = tmp_path / "mobilevit_xxs-synthetic"
+    plain, renormed = (
+        rows.read_json(folder / f"{name}-64@torch-eager.json") for name in ("fp32", "fp32-renorm")
+    )
+    assert plain["img_size"] == renormed["img_size"] == 64
+    assert plain["predictions"] != renormed["predictions"]
+
+
 def test_the_table_pairs_rows_with_their_baseline(swept):
     results = list(swept[2].values())
     table = results_table(results, results)
