@@ -30,14 +30,13 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
         write_tensors(model, recipe)
         if recipe.layers:
             make_norms_positive(model)
-        reference = copy.deepcopy(model)
-        if recipe.layers:
+            reference = copy.deepcopy(model)
             attach(model, recipe)
             ROUNDINGS[recipe.rounding](model, reference, batches, recipe)
         if recipe.reestimate_norms:
             reestimate_norms(model, batches)
         calibrate(model, batches)
-        if recipe.correct_biases:
+        if recipe.correct_biases:  # only with layers
             correct_biases(model, reference, batches)
     return model
 

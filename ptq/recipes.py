@@ -67,6 +67,11 @@ class Recipe:
     calibration_images: int = 0
     calibration_batch: int = 128
 
+    def __post_init__(self):
+        kinds = [kind for kind in ("rules", "layers", "peer") if getattr(self, kind)]
+        if len(kinds) > 1 or (self.correct_biases and kinds != ["layers"]):
+            raise ValueError(f"recipe {self.name} mixes what does not go together: {kinds}")
+
     def format_of(self, name: str, tensor: Tensor) -> Format | None:
         """The format that the rules give a tensor of a state dict, None if it stays as it is."""
         return next((rule.format for rule in self.rules if rule.applies(name, tensor)), None)

@@ -142,6 +142,13 @@ def test_corrected_biases_restore_mean_outputs(model, batches):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_recipes_that_contradict_themselves_are_refused():
+    layers = W8A8.layers
+    for kinds in ({"layers": layers, "peer": "torch-fx"}, {"correct_biases": True}):
+        with pytest.raises(ValueError, match="does not go together"):
+            Recipe("r", **kinds)
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_recipes_are_data(recipe):
     assert Recipe.fromdict(recipe.asdict()) == recipe
