@@ -26,6 +26,7 @@ from torchvision import transforms
 import data
 import ptq
 import rows
+from augment import POLICIES, Augmentation
 from engines import latency, torch_eager, torch_fx
 from mobilevit import VARIANTS, MobileViT
 from ptq import RECIPES
@@ -113,13 +114,13 @@ def bench_loader(args) -> dict:
     made = {}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for augment in data.AUGMENTATIONS:
-        batches = data.TrainBatches(images, args.batch_size, 0, augment)
+    for policy in POLICIES:
+        batches = data.TrainBatches(images, args.batch_size, 0, Augmentation(policy))
         began, n = time.perf_counter(), 0
         while time.perf_counter() - began < args.seconds:
             batches[n]
             n += 1
-        made[augment] = n * args.batch_size / (time.perf_counter() - began)
+        made[policy] = n * args.batch_size / (time.perf_counter() - began)
     torch.set_num_threads(torch_threads)
     step = trainer(MobileViT(args.variant, len(data.CLASSES)), args)
     return {

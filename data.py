@@ -17,16 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.transforms import v2
 
+from augment import DRAWS, Augmentation
 from rows import BadInput
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images in [0, 1], per RGB channel
 STD = (0.2470, 0.2435, 0.2616)
 SIDE = 32  # pixels
-CROP_PADDING = SIDE // 8  # pixels on each side
-AUGMENTATIONS = ("none", "crop-flip", "autoaugment")
 DATASETS = ("cifar10", "synthetic")
 _SPLIT_SEED = 0  # one for all runs: what one holds out, none with as large a share trains on
 
@@ -117,7 +115,8 @@ def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tenso
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, w, w], labels.
+    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, w, w] and their
+    labels int64 [b] or, where `augment` mixes images, class probabilities float32 [b, K].
 
     Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
     last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
@@ -125,11 +124,24 @@ class TrainBatches(torch.utils.data.Dataset):
     epoch, the side w <= 32 of a random window to cut from every image (default: 32).
     """
 
-    def __init__(self, data: Images, batch_size, seed, augment, rank=0, world=1, windows=None):
+    def __init__(
+        self,
+        data: Images,
+        batch_size: int,
+        seed: int,
+        augment: Augmentation,
+        rank: int = 0,
+        world: int = 1,
+        windows: list[int] | None = None,
+    ):
         if not 0 < batch_size <= len(data):
             raise BadInput(f"batch size {batch_size} is not within 1 to {len(data)} images")
-        if batch_size % world:
-            raise BadInput(f"batch size {batch_size} does not divide by {world} processes")
+        divisor = 2 * world if augment.mixes else world  # images mix within a process, by halves
+        if batch_size % divisor:
+            raise BadInput(
+                f"batch size {batch_size} does not divide by {divisor}: {world} processes"
+                + (", which mix images in pairs" if augment.mixes else "")
+            )
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
         self.rank, self.world, self.windows = rank, world, windows
         self.steps_per_epoch = len(data) // batch_size
@@ -141,48 +153,21 @@ class TrainBatches(torch.utils.data.Dataset):
         x, labels = self.data.images[indices], self.data.labels[indices]
         share = slice(self.rank, None, self.world)
         # Drawn for the whole batch and then shared out, so that `world` changes no image.
-        draws = torch.randint(2**31, (self.batch_size, 4), generator=_generator(self.seed, 0, step))
+        draws = torch.randint(
+            2**31, (self.batch_size, DRAWS), generator=_generator(self.seed, 0, step)
+        )
         x, labels, draws = x[share], labels[share], draws[share]
         window = self.windows[epoch] if self.windows else SIDE
-        if self.augment == "none":
-            return _crop(x, draws[:, 0], draws[:, 1], window, padding=0), labels
-        x = _flip(_crop(x, draws[:, 0], draws[:, 1], window, CROP_PADDING), draws[:, 2])
-        if self.augment == "autoaugment":
-            x = _auto_augment(x, draws[:, 3])
-        return x, labels
+        x = self.augment.images(x, draws, window)
+        if not self.augment.mixes:
+            return x, labels
+        rng = np.random.default_rng((self.seed, 1, step))
+        return self.augment.mixed(x, F.one_hot(labels, len(CLASSES)).float(), rng)
 
 
 def _generator(*key: int) -> torch.Generator:
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-
-
-def _crop(x: Tensor, top: Tensor, left: Tensor, side: int, padding: int) -> Tensor:
-    """Pad [b, 3, 32, 32] with black and cut [b, 3, side, side] at `top`, `left` (taken modulo)."""
-    padded = F.pad(x, (padding,) * 4)
-    places, offsets = padded.shape[-1] - side + 1, torch.arange(side)
-    rows = (top % places)[:, None] + offsets  # [b, side]
-    cols = (left % places)[:, None] + offsets
-    image, channel = torch.arange(len(x))[:, None, None, None], torch.arange(3)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
-
-
-def _flip(x: Tensor, draw: Tensor) -> Tensor:
-    return torch.where((draw % 2 == 1)[:, None, None, None], x.flip(-1), x)
-
-
-_AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-
-
-def _auto_augment(x: Tensor, seeds: Tensor) -> Tensor:
-    """CIFAR-10 AutoAugment (Cubuk et al., CVPR 2019), each image with its own seed."""
-    state = torch.get_rng_state()  # torchvision draws from the global generator
-    augmented = []
-    for image, seed in zip(x, seeds.tolist()):
-        torch.default_generator.manual_seed(seed)
-        augmented.append(_AUTO_AUGMENT(image))
-    torch.set_rng_state(state)
-    return torch.stack(augmented)
 
 
 def to_input(images: Tensor, img_size: int) -> Tensor:

@@ -111,7 +111,8 @@ class Run:
         self.scaler.update()
         if self.ema:
             self.ema.update_parameters(self.model)
-        correct = (logits.detach().argmax(1) == labels).sum()
+        likeliest = labels if labels.dim() == 1 else labels.argmax(1)  # of mixed images
+        correct = (logits.detach().argmax(1) == likeliest).sum()
         self.sums += torch.stack((loss.detach() * len(labels), correct, norm))
         self.step += 1
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import rows
+from augment import POLICIES, Augmentation
 from distributed import World
 from engines import predict
 from mobilevit import VARIANTS
@@ -53,10 +54,13 @@ def parse_args():
     )
     add(
         "--augment",
-        choices=data.AUGMENTATIONS,
+        choices=POLICIES,
         default="autoaugment",
         help="of 32x32 images; autoaugment comes after crop-flip",
     )
+    add("--erase", default=0.0, help="probability of erasing a part of an image", **number)
+    add("--mixup", default=0.0, help="alpha of mixing two images; 0: do not", **number)
+    add("--cutmix", default=0.0, help="alpha of swapping patches of two; 0: do not", **number)
     add("--img-size", type=int, help="input side in pixels (256 unless --resolutions)")
     add("--epochs", type=int, help="passes over the training images (100 unless --resolutions)")
     add(
@@ -116,7 +120,14 @@ def parse_args():
     ):
         if getattr(args, name) is not None and not low < getattr(args, name) <= high:
             p.error(f"--{name.replace('_', '-')} must be above {low} and at most {high}")
-    for name, high in (("weight_decay", 10), ("label_smoothing", 0.99), ("ema_decay", 0.99999)):
+    for name, high in (
+        ("weight_decay", 10),
+        ("label_smoothing", 0.99),
+        ("ema_decay", 0.99999),
+        ("erase", 1),
+        ("mixup", 100),
+        ("cutmix", 100),
+    ):
         if not 0 <= getattr(args, name) <= high:
             p.error(f"--{name.replace('_', '-')} must be within 0 and {high}")
     if args.val_size is None:
@@ -142,7 +153,7 @@ def train(args, world: World) -> None:
         images[train_indices],
         args.batch_size,
         args.seed,
-        args.augment,
+        Augmentation(args.augment, args.erase, args.mixup, args.cutmix),
         world.rank,
         world.size,
         windows,

@@ -2,12 +2,14 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import fails_with_one_line
 from torchvision.transforms import v2
 
 import data
+from augment import POLICIES, Augmentation, crop, flip
 from rows import BadInput
 
 
@@ -38,7 +40,7 @@ def test_balanced_subset_keeps_to_its_indices_and_depends_on_the_seed():
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
-    batches = data.TrainBatches(numbered(), 20, 0, "none")
+    batches = data.TrainBatches(numbered(), 20, 0, Augmentation("none"))
     epochs = [
         [i for s in range(5 * e, 5 * e + 5) for i in batches[s][0][:, 0, 0, 0].tolist()]
         for e in (0, 1)
@@ -47,18 +49,20 @@ def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("augment", data.AUGMENTATIONS)
+@pytest.mark.parametrize("augment", POLICIES)
 def test_windows_change_with_the_epoch(augment):
-    batches = data.TrainBatches(data.synthetic(True), 500, 0, augment, windows=[32, 16])
+    batches = data.TrainBatches(
+        data.synthetic(True), 500, 0, Augmentation(augment), windows=[32, 16]
+    )
     assert [batches[step][0].shape[-1] for step in (0, 3, 4, 7)] == [32, 32, 16, 16]
 
 
-@pytest.mark.parametrize("augment", data.AUGMENTATIONS)
+@pytest.mark.parametrize("augment", POLICIES)
 def test_processes_share_out_the_batch_that_one_would_get(augment):
     images = data.synthetic(True)
-    whole, labels = data.TrainBatches(images, 12, 3, augment)[7]
+    whole, labels = data.TrainBatches(images, 12, 3, Augmentation(augment))[7]
     for rank in range(3):
-        part, part_labels = data.TrainBatches(images, 12, 3, augment, rank, 3)[7]
+        part, part_labels = data.TrainBatches(images, 12, 3, Augmentation(augment), rank, 3)[7]
         assert torch.equal(part, whole[rank::3]) and torch.equal(part_labels, labels[rank::3])
 
 
@@ -66,15 +70,15 @@ def test_augmentation_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    data.TrainBatches(data.synthetic(True), 10, 0, "autoaugment")[0]
+    data.TrainBatches(data.synthetic(True), 10, 0, Augmentation("autoaugment"))[0]
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("side, padding", [(32, 4), (16, 4), (20, 0), (32, 0)])
 def test_crop_and_flip_against_torchvision(side, padding):
     x = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
-    top, left, flip = torch.arange(9), torch.arange(9) * 5, torch.arange(9)
-    ours = data._flip(data._crop(x, top, left, side, padding), flip)
+    top, left, draw = torch.arange(9), torch.arange(9) * 5, torch.arange(9)
+    ours = flip(crop(x, top, left, side, padding), draw)
     places = 32 + 2 * padding - side + 1
     for i in range(9):
         padded = v2.functional.pad(x[i], [padding])
@@ -101,9 +105,9 @@ def test_eval_batches_cover_everything_in_order():
 
 def test_batch_sizes_that_do_not_fit_are_refused():
     with pytest.raises(BadInput, match="batch size 101"):
-        data.TrainBatches(numbered(), 101, 0, "none")
+        data.TrainBatches(numbered(), 101, 0, Augmentation("none"))
     with pytest.raises(BadInput, match="3 processes"):
-        data.TrainBatches(numbered(), 20, 0, "none", 0, 3)
+        data.TrainBatches(numbered(), 20, 0, Augmentation("none"), 0, 3)
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
@@ -130,3 +134,38 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     with pytest.raises(BadInput, match="could not be downloaded"):
         data.load("cifar10", tmp_path / "absent", True)
+
+
+STRONG = Augmentation("crop-flip", erase=1.0, mixup=0.8, cutmix=1.0)
+
+
+def test_mixed_images_and_targets_keep_the_same_shares():
+    black = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    x = torch.cat((black, black + 200))  # halves, so that each image meets the other colour
+    targets = torch.nn.functional.one_hot(torch.arange(8) // 4, 10).float()
+    for augment in (Augmentation(mixup=1.0), Augmentation(cutmix=1.0)):
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            mixed, shares = augment.mixed(x, targets, rng)
+            bright = mixed.float().mean((1, 2, 3)) / 200
+            torch.testing.assert_close(bright, shares[:, 1], atol=0.003, rtol=0)
+            torch.testing.assert_close(shares.sum(1), torch.ones(8))
+
+
+def test_erasing_leaves_the_rest_alone():
+    x = data.synthetic(True).images[:50]
+    draws = torch.randint(2**31, (50, 5), generator=torch.Generator().manual_seed(0))
+    erased = Augmentation("none", erase=1.0).images(x, draws, 32)
+    share = (erased != x).any(1).float().mean((1, 2))
+    assert (share > 0.01).all() and (share < 0.4).all()
+    assert torch.equal(Augmentation("none", erase=1.0).images(x, draws, 32), erased)
+
+
+def test_processes_mix_what_one_process_would():
+    images = data.synthetic(True)
+    whole, targets = data.TrainBatches(images, 12, 3, STRONG)[7]
+    for rank in range(3):
+        part, part_targets = data.TrainBatches(images, 12, 3, STRONG, rank, 3)[7]
+        assert torch.equal(part, whole[rank::3]) and torch.equal(part_targets, targets[rank::3])
+    with pytest.raises(BadInput, match="mix images in pairs"):
+        data.TrainBatches(images, 15, 0, STRONG, 0, 3)
