@@ -203,7 +203,7 @@ def confusions(rows):
         axis.imshow(percent, cmap="Blues", vmin=0, vmax=20)  # the errors, not the diagonal
         for true, line in enumerate(percent):
             for given, value in enumerate(line):
-                if value >= 0.5:
+                if round(value) >= 1:
                     colour = "white" if value > 10 else "black"
                     axis.annotate(
                         f"{value:.0f}",
