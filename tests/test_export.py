@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import ptq
-from engines import EngineMissing, onnx_runtime, openvino_cpu
+from engines import EngineMissing, onnx_runtime, openvino_cpu, predict
 from mobilevit import MV2, ConvNorm, MobileViTBlock
 from ptq import LayerSpec, Recipe
 from ptq.correction import make_norms_positive, norms_after
@@ -115,6 +115,8 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     off, lost = ((y - expected).abs().max().item() for y in (loaded.run(x), model(x)))
     # Rounding of activations may fall either way where a sum is taken in another order.
     assert off < (0.5 if recipe is W7A8 else 0.01) * lost
+    shared, _ = predict(loaded.run, [(x, torch.zeros(5))] * 4, workers=2)
+    torch.testing.assert_close(shared, loaded.run(x).repeat(4, 1))
     if recipe is W7A8:
         assert loaded.products["int8"]["MatMul"] >= 4
         assert engine is onnx_runtime or loaded.products["int8"]["Conv"] == 11
