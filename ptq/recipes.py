@@ -133,6 +133,11 @@ def _weights(bits: int) -> Uniform:
     return Uniform(bits, granularity="channel")
 
 
+# The first filters live on differences between neighbours of an image upsampled eightfold, which
+# are smaller than a level of 8 bits: their inputs stay in float.
+_EARLY = r"stem\.conv|stages\.0\.0\.(expand|depthwise)\.conv|stages\.1\.0\.(expand|depthwise)\.conv"
+
+
 def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec, ...]:
     """Everything with a product in it. Inputs of depthwise convolutions have a scale per channel,
     which their integer kernels can take in with that of the weights; all others one scale."""
@@ -141,6 +146,7 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
     per_tensor = Uniform(input_bits, symmetric=False)
     per_channel = Uniform(input_bits, symmetric=False, granularity="channel", axis=1)
     return (
+        LayerSpec(_EARLY, _weights(weight_bits)),
         LayerSpec(r".*\.depthwise\.conv", _weights(weight_bits), per_channel),
         LayerSpec(".*", _weights(weight_bits), per_tensor),
     )
