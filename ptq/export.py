@@ -31,18 +31,13 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     fold_norms(model)
     int4 = []
     for name, module in list(model.named_modules()):
-        exported = None
         if isinstance(module, QuantizedLayer):
-            exported = _Layer(module)
+            model.set_submodule(name, _Layer(module))
             if module.format is not None and module.format.bits <= 4:
                 int4.append(f"{name}.codes")
         elif isinstance(module, QuantizedAttentionCore):
-            exported = module
             for factor, quantizer in module.inputs.items():
                 module.inputs[factor] = _QDQ(quantizer)
-        if exported is not None and exported is not module:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, exported)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -79,8 +74,7 @@ def fold_norms(model: nn.Module) -> None:
             conv.weight *= factor[:, None, None, None]
         if isinstance(layer, QuantizedLayer) and layer.format is not None:
             _scale_rows(layer, factor.detach())
-        parent, _, child = norm_name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
+        model.set_submodule(norm_name, nn.Identity())
 
 
 def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
@@ -95,7 +89,7 @@ def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
 
 
 class _QDQ(nn.Module):
-    """A quantizer as a pair of ONNX operators; nothing where there is none."""
+    """A quantizer as a pair of ONNX operators."""
 
     def __init__(self, quantizer: Quantizer):
         super().__init__()
@@ -146,12 +140,11 @@ class _Layer(nn.Module):
             self.register_buffer("scale", quantized.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, layer, weight = self.input(x), self.layer, None
-        if self.format is not None:
-            attrs = {"axis": 1 if self.linear else 0}
-            weight = _dequantized(self.codes, (self.scale,), attrs, self.codes.shape)
-        if weight is None:
+        x, layer = self.input(x), self.layer
+        if self.format is None:
             return layer(x)
+        attrs = {"axis": 1 if self.linear else 0}
+        weight = _dequantized(self.codes, (self.scale,), attrs, self.codes.shape)
         if self.linear:
             return x @ weight + layer.bias if layer.bias is not None else x @ weight
         return F.conv2d(

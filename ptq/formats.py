@@ -113,6 +113,10 @@ class Uniform:
         moved = like.movedim(self.axis, 0)
         return rows.reshape(moved.shape).movedim(0, self.axis)
 
+    def spread(self, scale: Tensor, like: Tensor) -> Tensor:
+        """The scale [G] of every single element of a tensor of `like`'s shape."""
+        return self.unrows(scale[:, None].expand_as(self.rows(like)), like)
+
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale float32 [G] and zero-point int32 [G] of levels that cover [low, high] and 0.
 
@@ -123,7 +127,7 @@ class Uniform:
             scale = torch.maximum(-low / -self.qmin, high / self.qmax)
         else:
             scale = (high - low) / self.qmax
-        # Below float16's resolution nothing is lost by calling a range empty.
+        # Below the smallest normal number nothing is lost by calling a range empty.
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).float()
         zero_point = torch.zeros_like(scale) if self.symmetric else (-low / scale).round()
         return scale, zero_point.int()

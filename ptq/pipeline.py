@@ -59,8 +59,7 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
         spec = recipe.layer_spec(name) if isinstance(module, QUANTIZABLE) else None
         if spec is not None:
             unused.discard(spec)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantized(module, spec))
+            model.set_submodule(name, quantized(module, spec))
     if unused:
         patterns = ", ".join(sorted(spec.pattern for spec in unused))
         raise ValueError(f"recipe {recipe.name}: no layer of the network matches {patterns}")

@@ -155,9 +155,9 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
 # Weights of the layers that are few or small but feel it most stay at 8 bits.
 _MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", _weights(8)), *_layers(4))
 _BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
-_REPAIRED = {"reestimate_norms": True, "calibration_images": 256, "calibration_batch": 32}
-_LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_REPAIRED}
 _CALIBRATED = {"calibration_images": 256, "calibration_batch": 32}
+_REPAIRED = {"reestimate_norms": True, **_CALIBRATED}
+_LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_REPAIRED}
 
 # Ours, each with its baseline: the same formats, rounded to nearest, nothing repaired.
 OURS = (

@@ -82,9 +82,8 @@ def gptq_codes(layer: QuantizedLayer, scale: Tensor, hessian: Tensor) -> Tensor:
     """Codes int32 of the weight's shape; `hessian` [groups, n, n] up to a factor."""
     weight, fmt = layer.layer.weight, layer.format
     groups, n = hessian.shape[:2]
-    # The scale of every single weight, whatever the granularity; [groups, filters, n].
-    scales = fmt.unrows(scale[:, None].expand_as(fmt.rows(weight)), weight)
-    w, s = (t.reshape(groups, -1, n).clone() for t in (weight, scales))
+    # Both [groups, filters, n].
+    w, s = (t.reshape(groups, -1, n).clone() for t in (weight, fmt.spread(scale, weight)))
     diagonal = hessian.diagonal(dim1=1, dim2=2)  # [groups, n]
     order = diagonal.argsort(dim=1, descending=True)
     back = order.argsort(dim=1)
@@ -121,7 +120,7 @@ class SoftRounding(nn.Module):
         super().__init__()
         fmt, weight = layer.format, layer.layer.weight.detach()
         self.fmt = fmt
-        self.scale = fmt.unrows(scale[:, None].expand_as(fmt.rows(weight)), weight).clone()
+        self.scale = fmt.spread(scale, weight)
         self.floor = (weight / self.scale).floor()
         rest = (weight / self.scale - self.floor).clamp(0.01, 0.99)
         self.v = nn.Parameter(((rest + 0.1) / (1.2 - rest - 0.1)).log())  # h(v) = rest
