@@ -13,7 +13,7 @@ from engines import EngineMissing, Loaded
 
 NAME = "torch-fx"
 QCONFIG = "x86"  # torch's own default settings and kernels for this kind of processor
-CHUNK = 2**16  # values that a thread counts at a time; what it makes of them stays in its cache
+CHUNK = 2**18  # values that a thread counts at a time: few enough for its cache
 
 
 def version() -> str:
@@ -41,41 +41,54 @@ def load(model, recipe, calibration, example) -> Loaded:
         warnings.simplefilter("ignore")  # of deprecation, and of observers that saw nothing
         mapping = get_default_qconfig_mapping(QCONFIG)
         prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, (example,))
-        with FastHistc():
+        with FastHistograms():
             for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):
                 prepared(x)
         converted = convert_fx(prepared)
     return Loaded(converted, state=converted.state_dict())
 
 
-class FastHistc(TorchFunctionMode):
-    """Within this context torch.histc gives the same counts several times faster.
+class FastHistograms(TorchFunctionMode):
+    """Within this context torch.aminmax and torch.histc give the same values several times faster.
 
-    Calibration spends most of its time in the histograms of torch's default observer. The counts
-    are exact integers where torch.histc adds in float32, which stops at 2**24 a bin and thread.
+    Calibration spends most of its time in torch's default observer: in aminmax, which copies
+    channels-last tensors first, and in histc. Counts are exact integers where torch.histc adds in
+    float32, which stops at 2**24 a bin and thread.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.histc:
-            return self.histc(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        faster = {torch.aminmax: self.aminmax, torch.histc: self.histc}
+        return faster.get(func, func)(*args, **(kwargs or {}))
+
+    @staticmethod
+    def aminmax(x, **dim):
+        return torch.aminmax(x if dim else in_memory_order(x), **dim)
 
     @staticmethod
     def histc(x, bins=100, min=0, max=0):
-        low, high = float(min), float(max)
-        if x.is_contiguous(memory_format=torch.channels_last) and x.dim() == 4:
-            x = x.permute(0, 2, 3, 1)  # the order of the values is free: take that in memory
+        x, low, high = in_memory_order(x).flatten(), float(min), float(max)
+        if low == high or not len(x):
+            return torch.histc(x, bins, min, max)  # chooses a range by itself
+        smallest, largest = (edge.item() for edge in x.aminmax())
+        if not low <= smallest <= largest <= high:
+            return torch.histc(x, bins, min, max)  # leaves out values beyond the range
 
-        def counts(part):
-            smallest, largest = (edge.item() for edge in part.aminmax())
-            if not low <= smallest <= largest <= high or low == high:
-                return torch.histc(part, bins, min, max)  # values outside the range, or none given
-            codes = ((part - low) * bins / (high - low)).int().clamp_(max=bins - 1)
-            return torch.bincount(codes, minlength=bins)
+        def counts(parts):
+            total = torch.zeros(bins, dtype=torch.int64)
+            values = torch.empty(CHUNK, dtype=x.dtype)
+            indices = torch.empty(CHUNK, dtype=torch.int32)
+            for part in parts:
+                value, index = values[: len(part)], indices[: len(part)]
+                torch.sub(part, low, out=value).mul_(bins).div_(high - low)
+                total += torch.bincount(index.copy_(value).clamp_(max=bins - 1), minlength=bins)
+            return total
 
-        parts = x.flatten().split(CHUNK)
-        if len(parts) == 1 or low == high:
-            return counts(x.flatten()).to(x.dtype)
-        threads = torch.get_num_threads()
+        parts, threads = x.split(CHUNK), torch.get_num_threads()
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return sum(pool.map(counts, parts)).to(x.dtype)
+            return sum(pool.map(counts, (parts[i::threads] for i in range(threads)))).to(x.dtype)
+
+
+def in_memory_order(x):
+    """A channels-last tensor as the contiguous one that it is in memory; others as they are."""
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1) if channels_last else x
