@@ -14,7 +14,7 @@ results: $(VENV)/run
 	$(PY) plots.py --readme
 
 test: $(VENV)/dev
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)

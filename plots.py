@@ -12,20 +12,14 @@ import csv
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import figures
 import tables
-from data import CLASSES
 from mobilevit import MobileViT
-from rows import MB, BadInput, atomic, command, read_json, sha256, write_text
+from rows import BadInput, atomic, command, read_json, sha256, write_text
 
-# Okabe and Ito's palette, told apart with any colour vision.
-COLOURS = {"mobilevit_xxs": "#0072B2", "mobilevit_xs": "#E69F00", "mobilevit_s": "#009E73"}
-MARKERS = {"fp32": "o", "fp16": "s", "int8-fx": "^", "int4-percentile": "v"}
-WIDTH_IN = 8.5  # inches; 850 pixels at the 100 dpi of a README column
+FULL = {"test": 10_000, "held-out": 2_000}  # images of a split
 
 
 def parse_args():
@@ -45,23 +39,41 @@ def parse_args():
 
 
 def load_rows(folder, checkpoints) -> list[dict]:
-    """The rows to publish: of shipped CIFAR-10 weights, with every setting as the recipe has it."""
+    """The rows of shipped CIFAR-10 weights that differ from published ones at most in split, side
+    of the images and seed."""
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
     rows = [read_json(path) for path in sorted(Path(folder).glob("*/*@*.json"))]
-    return [row for row in rows if row["checkpoint_sha256"] in shipped and is_protocol(row)]
+    return [row for row in rows if row["checkpoint_sha256"] in shipped and is_full(row)]
 
 
-def is_protocol(row: dict) -> bool:
-    protocol = {
+def is_full(row: dict) -> bool:
+    full = {
         "dataset": "cifar10",
-        "split": "test",
-        "img_size": 256,
-        "n_images": 10_000,
+        "n_images": FULL[row["split"]],
         "calibration_images": row["recipe"]["calibration_images"],
-        "seed": 0,
         "latency_runs": 100,
     }
-    return all(row[name] == value for name, value in protocol.items())
+    return all(row[name] == value for name, value in full.items())
+
+
+def is_published(row: dict) -> bool:
+    return (row["split"], row["img_size"], row["seed"]) == ("test", 256, 0)
+
+
+def load_report(args) -> dict | None:
+    """The report per layer of the shipped XXS that docs/quantization.md shows."""
+    path = Path(args.results, "mobilevit_xxs", "per-layer", "w8a8-early.json")
+    weights = Path(args.checkpoints, "mobilevit_xxs", "best.pth")
+    report = read_json(path) if path.exists() else None
+    return report if report and report["checkpoint_sha256"] == sha256(weights) else None
+
+
+def of_input_sizes(rows: list[dict]) -> list[dict]:
+    """The rows of a sweep over input sides, for models that have more than one."""
+    swept = [row for row in rows if (row["split"], row["engine"]) == ("test", "openvino")]
+    swept = [row for row in swept if row["recipe"]["name"] in tables.SIZE_SWEEP]
+    several = {row["model"] for row in swept if row["img_size"] != 256}
+    return [row for row in swept if row["model"] in several]
 
 
 def load_runs(folder) -> list[dict]:
@@ -84,146 +96,9 @@ def load_runs(folder) -> list[dict]:
     return sorted(runs, key=lambda run: tables.MODELS.index(run["model"]))
 
 
-def training_curves(runs):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_IN, 3.4))
-    for run in runs:
-        log, colour = run["log"], COLOURS[run["model"]]
-        epochs = [row["epoch"] for row in log]
-        for axis, name in ((left, "accuracy_pct"), (right, "loss")):
-            axis.plot(
-                epochs,
-                [r[f"train_{name}"] for r in log],
-                "--",
-                color=colour,
-                alpha=0.7,
-                label=f"{run['model']}, training",
-            )
-            axis.plot(
-                epochs,
-                [r[f"val_{name}"] for r in log],
-                "-",
-                color=colour,
-                marker="o",
-                markersize=3,
-                label=f"{run['model']}, held-out",
-            )
-        if len(runs) == 1:  # the sides of several runs would cover each other
-            for before, row in zip(log, log[1:]):
-                sides = [{r["window"], r["img_size"]} for r in (before, row)]
-                if sides[0] != sides[1]:
-                    for axis in (left, right):
-                        axis.axvline(row["epoch"] - 0.5, color="#999999", linewidth=0.8)
-                    left.annotate(
-                        " of ".join(f"{side:.0f}" for side in sorted(sides[1])) + " px",
-                        (row["epoch"] - 0.45, 0.02),
-                        xycoords=("data", "axes fraction"),
-                        fontsize=8,
-                        rotation=90,
-                    )
-    left.set(xlabel="epoch", ylabel="accuracy, %")
-    right.set(xlabel="epoch", ylabel="loss (training: with label smoothing)")
-    left.legend(fontsize=8)
-    return fig
-
-
-def methods(rows):
-    """Accuracy, size and latency by method, grouped by variant."""
-    rows = [row for row in rows if row["model"] in tables.MODELS and tables.in_protocol(row)]
-    models = [m for m in tables.MODELS if any(row["model"] == m for row in rows)]
-    recipes = [name for name in tables.TITLES if any(r["recipe"]["name"] == name for r in rows)]
-    by_method = {(row["model"], row["recipe"]["name"]): row for row in rows}
-    panels = (
-        ("test accuracy, %", lambda r: r["accuracy_pct"], "{:.1f}"),
-        ("file size, MB", lambda r: r["size_bytes"] / MB, "{:.2f}"),
-        ("latency, ms, one thread", lambda r: r["latency_ms"]["median"], "{:.0f}"),
-    )
-    fig, axes = plt.subplots(1, 3, figsize=(WIDTH_IN, 0.9 + 0.42 * len(models) * len(recipes)))
-    for axis, (label, value, form) in zip(axes, panels):
-        ticks, names = [], []
-        for i, model in enumerate(models):
-            for j, recipe in enumerate(recipes):
-                row = by_method.get((model, recipe))
-                if row is None:
-                    continue
-                y = i * (len(recipes) + 0.6) + j
-                hatch = "//" if row["simulated"] else None
-                axis.barh(y, value(row), color=COLOURS[model], hatch=hatch, edgecolor="white")
-                text = " " + form.format(value(row))
-                axis.annotate(text, (value(row), y), va="center", fontsize=8)
-                size = model.removeprefix("mobilevit_").upper()
-                ticks.append(y)
-                names.append(f"{size} {tables.TITLES[recipe].split(',')[0]}")
-        axis.set_yticks(ticks, names if axis is axes[0] else [""] * len(names))
-        axis.invert_yaxis()
-        axis.grid(visible=False, axis="y")
-        axis.set_xlabel(label)
-        axis.set_xlim(right=axis.get_xlim()[1] * 1.18)
-    fig.suptitle("hatched: low-bit weights simulated in FP32", fontsize=9)
-    return fig
-
-
-def pareto(rows):
-    """Accuracy against size; hollow: the published re-implementation."""
-    fig, axis = plt.subplots(figsize=(WIDTH_IN, 4))
-    for model in tables.MODELS:
-        ours = [r for r in rows if r["model"] == model and tables.in_protocol(r)]
-        ours.sort(key=lambda row: -row["size_bytes"])
-        if not ours:
-            continue
-        points = [(r["recipe"]["name"], r["size_bytes"] / MB, r["accuracy_pct"]) for r in ours]
-        theirs = [(k, v[1], v[0]) for (m, k), v in tables.PUBLISHED.items() if m == model]
-        for these, face, style in ((points, COLOURS[model], "-"), (theirs, "none", ":")):
-            axis.plot(
-                [x for _, x, _ in these],
-                [y for *_, y in these],
-                style,
-                lw=0.8,
-                color=COLOURS[model],
-            )
-            for recipe, x, y in these:
-                axis.plot(x, y, MARKERS.get(recipe, "D"), color=COLOURS[model], mfc=face, ms=8)
-    for model in (m for m in tables.MODELS if any(row["model"] == m for row in rows)):
-        axis.plot([], [], "-", color=COLOURS[model], label=model)
-    axis.plot([], [], ":", color="black", label="published, hollow")
-    for recipe, marker in MARKERS.items():
-        axis.plot([], [], marker, color="black", mfc="none", label=tables.TITLES[recipe])
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="size of the weights, MB", ylabel="test accuracy, %")
-    axis.legend(fontsize=8)
-    return fig
-
-
-def confusions(rows):
-    """Which classes are taken for which, in percent of the true class, for each FP32 row."""
-    rows = [row for row in tables.in_order(rows) if tables.is_baseline(row)]
-    fig, axes = plt.subplots(1, len(rows), figsize=(WIDTH_IN, 1 + WIDTH_IN / max(2, len(rows))))
-    for axis, row in zip(fig.axes, rows):
-        percent = [[100 * n / sum(line) for n in line] for line in row["confusion"]]
-        axis.imshow(percent, cmap="Blues", vmin=0, vmax=20)  # the errors, not the diagonal
-        for true, line in enumerate(percent):
-            for given, value in enumerate(line):
-                if round(value) >= 1:
-                    colour = "white" if value > 10 else "black"
-                    axis.annotate(
-                        f"{value:.0f}",
-                        (given, true),
-                        ha="center",
-                        va="center",
-                        color=colour,
-                        fontsize=7,
-                    )
-        ticks = range(len(CLASSES))
-        axis.set_xticks(ticks, CLASSES, rotation=90, fontsize=8)
-        axis.set_yticks(ticks, CLASSES if axis is fig.axes[0] else [""] * len(CLASSES), fontsize=8)
-        axis.grid(visible=False)
-        axis.set(title=row["model"], xlabel="predicted")
-    fig.axes[0].set_ylabel("true")
-    return fig
-
-
 def save(fig, path: Path) -> None:
-    fig.tight_layout()
+    if fig.get_layout_engine() is None:
+        fig.tight_layout()
     for suffix in (".png", ".svg"):
         # A date in the SVG would change the file at every run.
         metadata = {"Date": None} if suffix == ".svg" else None
@@ -244,8 +119,9 @@ def filled_page(text: str, blocks: dict[str, str], path) -> str:
     return text
 
 
-def fill_pages(args, rows, runs) -> None:
-    """Rewrite the tables of the README and of the model card, or check that they are up to date."""
+def fill_pages(args, every_row, runs) -> None:
+    """Rewrite the tables of README, model card and docs, or check that they are up to date."""
+    rows = [row for row in every_row if is_published(row)]
     benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
     training = tables.training_table(runs)
     pages = {
@@ -259,6 +135,10 @@ def fill_pages(args, rows, runs) -> None:
         Path(args.checkpoints, "README.md"): {
             "training": training,
             "classes": tables.classes_table(rows),
+        },
+        Path(args.readme_file).parent / "docs" / "quantization.md": {
+            "per-layer": tables.per_layer_table(load_report(args)),
+            "ablation": tables.ablation_table([r for r in every_row if r["split"] == "held-out"]),
         },
     }
     for path, blocks in pages.items():
@@ -279,30 +159,25 @@ def fill_pages(args, rows, runs) -> None:
 @command
 def main():
     args = parse_args()
-    rows, runs = load_rows(args.results, args.checkpoints), load_runs(args.checkpoints)
+    every_row, runs = load_rows(args.results, args.checkpoints), load_runs(args.checkpoints)
+    rows = [row for row in every_row if is_published(row)]
     if args.check or args.readme:
-        fill_pages(args, rows, runs)
+        fill_pages(args, every_row, runs)
         if args.check:
             return
-    plt.rcParams |= {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "axes.axisbelow": True,
-        "svg.hashsalt": "mobilevit",
-    }
-    figures = Path(args.results, "figures")
-    if runs:
-        save(training_curves(runs), figures / "training_curves")
-    if rows:
-        save(methods(rows), figures / "methods")
-        save(pareto(rows), figures / "pareto")
-    if any(tables.is_baseline(row) for row in rows):
-        save(confusions(rows), figures / "confusion")
     if not rows and not runs:
         raise BadInput(f"{args.results} and {args.checkpoints} hold no CIFAR-10 row and no run yet")
+    drawn = {
+        "training_curves": (figures.training_curves, runs),
+        "methods": (figures.methods, [row for row in rows if tables.in_protocol(row)]),
+        "pareto": (figures.pareto, [row for row in rows if tables.in_protocol(row)]),
+        "confusion": (figures.confusions, [row for row in rows if tables.is_baseline(row)]),
+        "engines": (figures.engines, [row for row in rows if not row["simulated"]]),
+        "input_sizes": (figures.input_sizes, of_input_sizes(every_row)),
+    }
+    for name, (draw, shown) in drawn.items():
+        if shown:
+            save(draw(shown), Path(args.results, "figures", name))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
 
+    python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
+
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL with the
 name of the checkpoint's folder behind it where that differs. A row that is there already, made from
 the same weights with the same settings, is kept; one made otherwise is an error. A checkpoint is
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,22 +32,28 @@ import rows
 from engines import (
     EngineMissing,
     latency,
+    nncf_openvino,
     onnx_runtime,
     openvino_cpu,
+    ort_static,
     predict,
     torch_eager,
     torch_fx,
+    torch_pt2e,
 )
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, Recipe, packing
 from ptq.packing import estimated_size_bytes, packed
 from ptq.recipes import PROTOCOL
+from ptq.sensitivity import sensitivities
 from rows import BadInput
-from tables import in_protocol, printed, results_table
+from tables import in_protocol, per_layer_table, printed, results_table
 from weights import model_from_checkpoint
 
 ENGINES = {engine.NAME: engine for engine in (torch_eager, onnx_runtime, openvino_cpu)}
-PEERS = {engine.NAME: engine for engine in (torch_fx,)}  # they quantize by their own methods
+# These quantize by their own methods.
+PEERS = {engine.NAME: engine for engine in (torch_fx, nncf_openvino, ort_static, torch_pt2e)}
+REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
 EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
@@ -66,7 +75,7 @@ def parse_args():
         nargs="+",
         choices=ENGINES,
         default=[torch_eager.NAME],
-        help="what executes them, but for int8-fx, which torch-fx quantizes and executes itself",
+        help="what executes them, but for int8-*, which their engines quantize themselves",
     )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add("--img-size", type=int, help="input side in pixels (default: the checkpoint's)")
@@ -82,6 +91,12 @@ def parse_args():
     add("--workers", type=int, default=torch.get_num_threads(), help="threads that evaluate")
     add("--output", default="results", help="folder of the result files")
     add("--force", action="store_true", help="measure and replace rows that are there already")
+    add(
+        "--per-layer",
+        action="store_true",
+        help="in place of rows: how much each single weight and input that a recipe quantizes "
+        "changes the logits",
+    )
     args = p.parse_args()
     if args.img_size is not None and args.img_size < MIN_IMG_SIZE:
         p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
@@ -121,9 +136,11 @@ class Workbench:
         self.images = images[: args.test_images]
         self.split = "held-out" if args.held_out else "test"
         self.prepared = None
-        self.sample = data.to_input(
-            self.images.images[:1], self.img_size
-        )  # [1, 3, S, S], for timing
+        # One image [1, 3, S, S] for timing, also at the size that the network was trained for.
+        self.sample, self.trained_sample = (
+            data.to_input(self.images.images[:1], size)
+            for size in (self.img_size, self.checkpoint["img_size"])
+        )
 
     def identity(self, recipe, engine) -> dict:
         """What makes a row the same row: asked for again, it need not be measured again."""
@@ -148,7 +165,8 @@ class Workbench:
     def row_path(self, recipe, engine) -> Path:
         size = "" if self.img_size == 256 else f"-{self.img_size}"
         split = "" if self.split == "test" else f"-{self.split}"
-        file = f"{recipe.name}{size}{split}@{engine.NAME}.json"
+        seed = f"-seed{self.args.seed}" if self.args.seed else ""
+        file = f"{recipe.name}{size}{split}{seed}@{engine.NAME}.json"
         run = self.path.resolve().parent.name
         folder = self.name if run == self.name else f"{self.name}-{run}"
         return Path(self.args.output, folder, file)
@@ -191,9 +209,11 @@ class Workbench:
         logits, labels = predict(loaded.run, images, self.args.workers)
         predictions = logits.argmax(1)
         n_correct = int((predictions == labels).sum())
-        times = latency(
-            {"row": loaded.run, "fp32": self.model}, self.sample, self.args.latency_runs
-        )
+        timed = {
+            "row": lambda: loaded.run(self.sample),
+            "fp32": lambda: self.model(self.trained_sample),
+        }
+        times = latency(timed, self.args.latency_runs)
         return self.identity(recipe, engine) | {
             "checkpoint": str(self.path),
             "engine_version": engine.version(),
@@ -210,6 +230,21 @@ class Workbench:
             "calibration": prepared.described,
             "quantize_s": prepared.seconds,
             "wall_s": prepared.seconds + time.monotonic() - began,
+            **rows.provenance(),
+        }
+
+    def report(self, recipe) -> dict:
+        """Noise in the logits from each single tensor that the recipe quantizes."""
+        began = time.monotonic()
+        batches, described = self.calibration(recipe, self.n_calibration(recipe))
+        noises = sensitivities(self.model, recipe, batches, REPORT_BATCHES)
+        identity = self.identity(recipe, torch_eager)
+        kept_fields = ("model", "dataset", "img_size", "checkpoint_sha256", "recipe", "seed")
+        return {name: identity[name] for name in kept_fields} | {
+            "noise": noises,
+            "n_images": sum(len(x) for x, _ in islice(batches, REPORT_BATCHES)),
+            "calibration": described,
+            "wall_s": time.monotonic() - began,
             **rows.provenance(),
         }
 
@@ -263,6 +298,18 @@ def kept(path: Path, identity: dict) -> dict | None:
     return row
 
 
+def write_reports(benches, args) -> None:
+    """The reports per layer of all recipes, one file each, and their most sensitive tensors."""
+    for bench in benches:
+        for recipe in (RECIPES[name] for name in args.recipes):
+            if not recipe.layers or not recipe.calibration_images:
+                raise BadInput(f"--per-layer: recipe {recipe.name} quantizes no layer's input")
+            report = bench.report(recipe)
+            path = bench.row_path(recipe, torch_eager).parent / "per-layer" / f"{recipe.name}.json"
+            rows.write_json(path, report)
+            print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}")
+
+
 def jobs(benches, args):
     """Every (checkpoint, recipe, engine) to measure."""
     for bench in benches:
@@ -278,6 +325,9 @@ def main():
     rows.require_writable(args.output)
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
+    if args.per_layer:
+        write_reports(benches, args)
+        return
     done, failed = [], False
     for bench, recipe, engine in jobs(benches, args):
         path = bench.row_path(recipe, engine)

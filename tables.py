@@ -1,6 +1,7 @@
 """Result files as Markdown tables: the same ones that quantize.py prints and the README holds."""
 
 import re
+import statistics
 
 from data import CLASSES
 from rows import MB
@@ -28,6 +29,33 @@ TITLES = {
     "int8-fx": "INT8, torch FX",
     "int4-percentile": "INT4 weights, 1-99 percentile",
 }
+
+
+RUNS_ON = {  # what executes a network that a peer quantized
+    "torch-eager": "torch",
+    "torch-fx": "torch",
+    "torch-pt2e": "torch",
+    "nncf": "openvino",
+    "ort-static": "onnxruntime",
+}
+ABLATION = {  # steps from each to the next, by recipe
+    "fp32": "float",
+    "w4-minmax": "W4: to nearest, ranges up to the extremes",
+    "w4-nearest": "ranges of least squared error",
+    "w4-renorm": "and batch norms re-estimated",
+    "w4-biases": "and biases corrected",
+    "w4-gptq": "GPTQ, norms re-estimated",
+    "w4-adaround": "AdaRound by layer, norms re-estimated",
+    "w4": "AdaRound by block, norms re-estimated",
+    "w8a8": "W8A8: as it is",
+    "w8a8-equalized": "with layer norms equalized",
+    "w8a8-nearest": "without norms re-estimated",
+    "w8a8-minmax": "with activations from extreme to extreme",
+    "w8a8-tensor": "with one scale for each weight",
+    "w8a7": "with 7 bits for activations",
+    "w8a8-early": "with the first five inputs in 8 bits, too",
+}
+SIZE_SWEEP = ("fp32-renorm", "w7a8", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
 
 def markdown(lines: list[dict], left: int = 1) -> str:
@@ -78,6 +106,11 @@ def changed_predictions(row: dict, baseline: dict) -> int:
     return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
 
 
+def speed_up(row: dict) -> float:
+    """Over FP32 in torch at the side that the network was trained for, timed in turn."""
+    return row["fp32_latency_ms"]["median"] / row["latency_ms"]["median"]
+
+
 def arithmetic(row: dict) -> str:
     """In which numbers the row's network computed."""
     if row["simulated"]:
@@ -115,7 +148,7 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
             delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
             smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
         if not is_baseline(row):
-            faster = f"{row['fp32_latency_ms']['median'] / ms:.2f}x"
+            faster = f"{speed_up(row):.2f}x"
         lines.append(
             {
                 "Model": row["model"],
@@ -180,7 +213,8 @@ def commands_block(rows: list[dict], runs: list[dict]) -> str:
         parts.append((command, f"{run['printed']}, after {run['train_s'] / 60:.0f} min"))
     for row in in_order(rows):
         recipe = row["recipe"]["name"]
-        engine = "" if in_protocol(row) else f" --engines {row['engine']}"
+        own = row["recipe"]["peer"] or in_protocol(row)  # no choice of an engine
+        engine = "" if own else f" --engines {row['engine']}"
         command = f"python quantize.py --checkpoint {row['checkpoint']} --recipes {recipe}{engine}"
         parts.append((f"{command} --force", printed(row)))
     return "\n\n".join(f"```bash\n{command}\n# {line}\n```" for command, line in parts)
@@ -193,6 +227,49 @@ def printed(row: dict) -> str:
         f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
         f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )
+
+
+def per_layer_table(report: dict | None, n: int = 10) -> str:
+    """The `n` tensors that change the logits most when they alone are quantized, and all others."""
+    if report is None:
+        return markdown([])
+    noises = [
+        (noise, f"{kind.removesuffix('s')} of {name.removesuffix('.input')}")
+        for kind, of_layers in report["noise"].items()
+        for name, noise in of_layers.items()
+    ]
+    noises.sort(reverse=True)
+    lines = [{"Quantized alone": name, "Noise in the logits": f"{x:.4f}"} for x, name in noises[:n]]
+    if len(noises) > n:
+        rest = f"the other {len(noises) - n}, each at most"
+        lines.append({"Quantized alone": rest, "Noise in the logits": f"{noises[n][0]:.4f}"})
+    return markdown(lines)
+
+
+def ablation_table(rows: list[dict]) -> str:
+    """Accuracy on held-out images, mean and deviation over seeds of calibration: a line a step."""
+    lines = []
+    for model in MODELS:
+        by_recipe = {}
+        for row in rows:
+            if row["model"] == model and row["engine"] == "torch-eager":
+                by_recipe.setdefault(row["recipe"]["name"], []).append(row["accuracy_pct"])
+        for recipe, step in ABLATION.items():
+            if recipe in by_recipe and "fp32" in by_recipe:
+                accuracies = by_recipe[recipe]
+                mean = statistics.mean(accuracies)
+                spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+                lines.append(
+                    {
+                        "Model": model,
+                        "Step": step,
+                        "Recipe": recipe,
+                        "Held-out %": f"{mean:.2f}{spread}",
+                        "Δ points": f"{mean - by_recipe['fp32'][0]:+.2f}",
+                        "Seeds": str(len(accuracies)),
+                    }
+                )
+    return markdown(lines, left=3)
 
 
 def benchmarks_table(results: dict[str, dict]) -> str:

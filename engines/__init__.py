@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ def require(*packages: str) -> list:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
         raise EngineMissing(f"{error.name} is missing: pip install {' '.join(packages)}") from error
+
+
+def has_vnni() -> bool:
+    """Whether the CPU multiplies 8-bit integers without an overflow of the sums of two products."""
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,9 @@ def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat(column) for column in zip(*shown))
 
 
-def latency(runs: dict[str, Callable], x: Tensor, n: int = 100, warmup: int = 10) -> dict:
-    """Milliseconds a call of each of `runs` on `x` takes on one thread: median, p10 and p90 of `n`.
+def latency(runs: dict[str, Callable], n: int = 100, warmup: int = 10) -> dict:
+    """Milliseconds a call of each of `runs` takes, for one image on one thread: median, p10 and p90
+    of `n`.
 
     The runs take turns, so that a change of the machine's speed meets all of them alike.
     """
@@ -76,7 +86,7 @@ def latency(runs: dict[str, Callable], x: Tensor, n: int = 100, warmup: int = 10
             for i in range(warmup + n):
                 for name, run in runs.items():
                     began = time.perf_counter()
-                    run(x)
+                    run()
                     if i >= warmup:
                         times[name].append(1000 * (time.perf_counter() - began))
     finally:
@@ -88,6 +98,6 @@ def latency(runs: dict[str, Callable], x: Tensor, n: int = 100, warmup: int = 10
         stats[name] = {"median": median, "p10": p10, "p90": p90} | {
             "runs": n,
             "threads": 1,
-            "batch": len(x),
+            "batch": 1,
         }
     return stats

@@ -34,27 +34,34 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` exported and loaded, one thread a call."""
-    ort, *_ = require("onnxruntime", "onnx", "onnxscript")
+    """`model` exported, loaded and run in FP32 where it is not quantized."""
+    require("onnxruntime", "onnx", "onnxscript")
     from ptq.export import to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
-        path, optimised = Path(folder, "model.onnx"), Path(folder, "optimised.onnx")
+        path = Path(folder, "model.onnx")
         to_onnx(model, example, path)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Products with 4-bit weights in FP32, where the default may round activations to 8 bits.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        options.optimized_model_filepath = str(optimised)
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        size_bytes, products = path.stat().st_size, executed_products(optimised)
+        return loaded(path)
+
+
+def loaded(path: Path) -> Loaded:
+    """The network of an ONNX file, one thread a call. Leaves a file beside `path`."""
+    ort, *_ = require("onnxruntime", "onnx")
+    optimised = path.with_suffix(".optimised.onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Products with 4-bit weights in FP32, where the default may round activations to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.optimized_model_filepath = str(optimised)
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(x):
         (logits,) = session.run(None, {"images": x.contiguous().numpy()})
         return torch.from_numpy(logits)
 
-    return Loaded(run, size_bytes=size_bytes, products=products)
+    size_bytes = path.stat().st_size
+    return Loaded(run, size_bytes=size_bytes, products=executed_products(optimised))
 
 
 def executed_products(path) -> dict[str, dict[str, int]]:

@@ -18,19 +18,29 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` exported and compiled for one image and one thread a call, in FP32 where it is not
-    quantized. Each calling thread gets a compiled network of its own: with several streams in one,
-    OpenVINO 2026.4 computes networks with INT4 weights wrongly."""
+    """`model` exported, compiled and run in FP32 where it is not quantized."""
+    network, size_bytes = exported(model, example)
+    return loaded(network, size_bytes)
+
+
+def exported(model, example) -> tuple:
+    """`model` as a network of OpenVINO for one image, and the bytes of its ONNX file."""
     openvino, *_ = require("openvino", "onnx", "onnxscript")
     from ptq.export import to_onnx
 
-    core = openvino.Core()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         to_onnx(model, example, path)
-        network = core.read_model(path)
+        network = openvino.Core().read_model(path)
         size_bytes = path.stat().st_size
     network.reshape(list(example[:1].shape))
+    return network, size_bytes
+
+
+def loaded(network, size_bytes: int) -> Loaded:
+    """A network compiled for one thread a call. Each calling thread gets one of its own: with
+    several streams in one, OpenVINO 2026.4 computes networks with INT4 weights wrongly."""
+    core = require("openvino")[0].Core()
     settings = {
         "INFERENCE_NUM_THREADS": 1,
         "NUM_STREAMS": 1,

@@ -132,14 +132,24 @@ class Uniform:
         zero_point = torch.zeros_like(scale) if self.symmetric else (-low / scale).round()
         return scale, zero_point.int()
 
-    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Codes, int32 of `x`'s shape, of the nearest levels (halves to even)."""
-        codes = (self.rows(x) / scale[:, None]).round() + zero_point[:, None]
-        return self.unrows(codes.clamp(self.qmin, self.qmax).int(), x)
+    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Codes, int32 of `x`'s shape, of the nearest levels (halves to even).
 
-    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        values = (self.rows(codes) - zero_point[:, None]) * scale[:, None]
-        return self.unrows(values, codes)
+        A symmetric format does without a zero-point, here and in `decode`.
+        """
+        return self.unrows(self.encode_rows(self.rows(x), scale, zero_point), x)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        return self.unrows(self.decode_rows(self.rows(codes), scale, zero_point), codes)
+
+    def encode_rows(self, rows: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """`encode` of what `rows` gives."""
+        zero = 0 if zero_point is None else zero_point[:, None]
+        return ((rows / scale[:, None]).round() + zero).clamp(self.qmin, self.qmax).int()
+
+    def decode_rows(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        zero = 0 if zero_point is None else zero_point[:, None]
+        return (codes - zero) * scale[:, None]
 
     def size_bits(self, x: Tensor) -> int:
         """Codes, and per scale a float32 and, unless symmetric, a zero-point as wide as a code."""

@@ -89,7 +89,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
-        self.layer.weight.copy_(self.format.decode(codes, scale, torch.zeros_like(scale).int()))
+        self.layer.weight.copy_(self.format.decode(codes, scale))
 
 
 class QuantizedAttentionCore(nn.Module):

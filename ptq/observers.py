@@ -140,9 +140,9 @@ class MSE(Histogram):
 
 def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
     """Sum over a row of the squared distance to the nearest level of [low, high]; [G]."""
-    scale, zero_point = (p[:, None] for p in format.grid(low, high))
-    codes = ((values / scale).round() + zero_point).clamp(format.qmin, format.qmax)
-    error = (values - (codes - zero_point) * scale).square()
+    grid = format.grid(low, high)
+    levels = format.decode_rows(format.encode_rows(values, *grid), *grid)
+    error = (values - levels).square()
     return (error if weights is None else error * weights).sum(1)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.correction import correct_biases, make_norms_positive, reestimate_norms
+from ptq.correction import correct_biases, equalize, make_norms_positive, reestimate_norms
 from ptq.layers import (
     QUANTIZABLE,
     QuantizedAttentionCore,
@@ -30,6 +30,8 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
         write_tensors(model, recipe)
         if recipe.layers:
             make_norms_positive(model)
+            if recipe.equalize:
+                equalize(model, batches)
             reference = copy.deepcopy(model)
             attach(model, recipe)
             ROUNDINGS[recipe.rounding](model, reference, batches, recipe)

@@ -4,7 +4,7 @@ A recipe can be printed, compared, saved beside its result (`asdict`) and read b
 """
 
 import re
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 from torch import Tensor
 
@@ -48,6 +48,7 @@ class Recipe:
     """A named way to quantize: either `rules` for tensors, or `layers` for layers, or `peer`.
     Of rules and of layers the first that applies decides.
 
+    `equalize`: whether norms share their outputs' ranges with the weights that take them in.
     `rounding`: how codes of weights are chosen, a name of ptq.rounding.
     `units`: pattern of module names whose weights rounding by "adaround" learns together; layers
     outside of them are learnt one by one.
@@ -59,6 +60,7 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...] = ()
     layers: tuple[LayerSpec, ...] = ()
+    equalize: bool = False
     rounding: str = "nearest"
     units: str | None = None
     reestimate_norms: bool = False
@@ -69,7 +71,8 @@ class Recipe:
 
     def __post_init__(self):
         kinds = [kind for kind in ("rules", "layers", "peer") if getattr(self, kind)]
-        if len(kinds) > 1 or (self.correct_biases and kinds != ["layers"]):
+        layered = self.correct_biases or self.equalize
+        if len(kinds) > 1 or (layered and kinds != ["layers"]):
             raise ValueError(f"recipe {self.name} mixes what does not go together: {kinds}")
 
     def format_of(self, name: str, tensor: Tensor) -> Format | None:
@@ -152,6 +155,10 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
     )
 
 
+def _changed(layers: tuple[LayerSpec, ...], **changes) -> tuple[LayerSpec, ...]:
+    return tuple(replace(spec, **changes) for spec in layers)
+
+
 # Weights of the layers that are few or small but feel it most stay at 8 bits.
 _MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", _weights(8)), *_layers(4))
 _BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
@@ -177,4 +184,27 @@ OURS = (
     Recipe("w4-mixed-nearest", layers=_MIXED),
 )
 
-RECIPES = {recipe.name: recipe for recipe in PROTOCOL + OURS}
+# One step of w4 after the other, and w8a8 with one thing put back as it is commonly done.
+_W4 = {"layers": _layers(4)}
+_W8A8 = {"layers": _layers(8, 8), **_REPAIRED}
+ABLATION = (
+    Recipe("w4-minmax", layers=_changed(_layers(4), weight_observer="minmax")),
+    Recipe("w4-renorm", **_W4, **_REPAIRED),
+    Recipe("w4-biases", **_W4, **_REPAIRED, correct_biases=True),
+    Recipe("w4-gptq", **_W4, **_REPAIRED, rounding="gptq"),
+    Recipe("w4-adaround", **_W4, **_REPAIRED, rounding="adaround"),
+    Recipe("w8a8-equalized", **_W8A8, equalize=True),
+    Recipe("w8a8-minmax", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="minmax")}),
+    Recipe("w8a8-tensor", **_W8A8 | {"layers": _changed(_layers(8, 8), weight=Uniform(8))}),
+    Recipe("w8a8-early", **_W8A8 | {"layers": _layers(8, 8)[1:]}),
+    Recipe("w8a7", layers=_layers(8, 7), **_REPAIRED),
+)
+
+# What people would otherwise use, by its own methods, on the same calibration images.
+PEERS = (
+    Recipe("int8-nncf", peer="nncf", **_CALIBRATED),
+    Recipe("int8-ort", peer="ort-static", **_CALIBRATED),
+    Recipe("int8-pt2e", peer="torch-pt2e", **_CALIBRATED),
+)
+
+RECIPES = {recipe.name: recipe for recipe in PROTOCOL + OURS + ABLATION + PEERS}

@@ -39,8 +39,7 @@ def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> 
     """Each weight to its nearest level."""
     for layer in layers_to_round(model).values():
         scale = weight_scale(layer)
-        zero_point = torch.zeros_like(scale).int()
-        layer.set_weight(layer.format.encode(layer.layer.weight, scale, zero_point), scale)
+        layer.set_weight(layer.format.encode(layer.layer.weight, scale), scale)
 
 
 GPTQ_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it

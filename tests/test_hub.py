@@ -30,7 +30,7 @@ def test_pretrained_is_the_shipped_checkpoint_from_image_file_to_class_name(tmp_
         x = to_input(pil_to_tensor(photo)[None], 256)
         logits = model(x)
         assert torch.equal(logits, shipped(x)) and not model.training
-    assert CLASSES[logits.argmax()] in CLASSES
+    assert logits.shape == (1, len(CLASSES))
 
 
 def test_shipped_weights_have_ten_classes():

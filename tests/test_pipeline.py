@@ -1,5 +1,7 @@
 """Quantized layers, the pipeline and its corrections on small networks."""
 
+import copy
+
 import pytest
 import torch
 from conftest import ROOT
@@ -8,11 +10,12 @@ from torch import nn
 import ptq
 from mobilevit import AttentionCore, MobileViT
 from ptq import LayerSpec, Recipe
-from ptq.correction import captured, mean_output
+from ptq.correction import captured, equalize, linears_after_norms, mean_output
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
 from ptq.observers import OBSERVERS
 from ptq.recipes import RECIPES
+from ptq.sensitivity import sensitivities
 
 W8A8 = Recipe(
     "test", layers=(LayerSpec(".*", Uniform(8, granularity="channel"), Uniform(8, False)),)
@@ -170,3 +173,32 @@ def test_the_worked_example_runs(model, batches):
     x = batches[0][0]
     assert quantized.stem.conv.input.scale * 255 < x.max() - x.min()  # it clipped
     assert torch.isfinite(quantized(x)).all()
+
+
+def test_equalized_ranges_meet_and_the_float_network_stays(model, batches):
+    model = copy.deepcopy(model)
+    x, before = batches[0][0], model(batches[0][0]).detach()
+    after = linears_after_norms(model)
+    assert len(after) == 18  # two in each of nine transformer layers
+    equalize(model, batches)
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-3, atol=1e-5)
+    for name, (linear,) in after.items():
+        outputs = torch.cat(list(captured(model, model.get_submodule(name), batches, "output")))
+        weight = model.get_submodule(linear).weight.abs().amax(0)
+        torch.testing.assert_close(outputs.abs().flatten(0, -2).amax(0), weight)
+
+
+def test_sensitivity_is_what_a_recipe_for_that_tensor_alone_does(model, batches):
+    weight, input = Uniform(4, granularity="channel"), Uniform(4, False)
+    noises = sensitivities(model, Recipe("r", layers=(LayerSpec(".*", weight, input),)), batches, 1)
+    assert len(noises["weights"]) == 35 + 1 + 4 * 9 and len(noises["inputs"]) == 72 + 4 * 9
+    x = batches[0][0]
+    expected = model(x).detach().double()
+    alone = (
+        ("weights", "stages.2.1.fuse.conv", LayerSpec(r"stages\.2\.1\.fuse\.conv", weight)),
+        ("inputs", "classifier.input", LayerSpec("classifier", None, input)),
+    )
+    for kind, name, spec in alone:
+        logits = ptq.quantize(model, Recipe("one", layers=(spec,)), batches)(x).double()
+        noise = (logits - expected).square().mean() / expected.var()
+        assert noises[kind][name] == pytest.approx(noise.item(), rel=1e-3) and noise > 0

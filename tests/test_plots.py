@@ -5,26 +5,26 @@ import json
 import pytest
 from conftest import fails_with_one_line, run
 
-from plots import filled_page, load_rows
+from plots import filled_page, is_published, load_rows
 from ptq import RECIPES
-from rows import BadInput, sha256
+from rows import BadInput, sha256, write_json, write_text
 
 
 def page(*blocks):
     return "\n".join(f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->" for name in blocks)
 
 
-def row(recipe, dataset="cifar10"):
+def row(recipe, engine=None, **other):
     ms = {"median": 10.0, "p10": 9.0, "p90": 11.0, "runs": 3, "threads": 1, "batch": 1}
     return {
         "model": "mobilevit_xxs",
-        "dataset": dataset,
+        "dataset": "cifar10",
         "split": "test",
         "img_size": 256,
         "checkpoint": "best.pth",
         "checkpoint_sha256": sha256(b"weights"),
         "recipe": RECIPES[recipe].asdict(),
-        "engine": "torch-fx" if recipe == "int8-fx" else "torch-eager",
+        "engine": engine or RECIPES[recipe].peer or "torch-eager",
         "simulated": RECIPES[recipe].simulated,
         "n_images": 10_000,
         "n_correct": 9000,
@@ -42,18 +42,29 @@ def row(recipe, dataset="cifar10"):
         "latency_ms": ms,
         "fp32_latency_ms": ms,
         "wall_s": 1.0,
-    }
+    } | other
+
+
+HELD_OUT = {"split": "held-out", "n_images": 2000}
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two rows of a shipped checkpoint, its training log and a README with markers."""
-    results, shipped = tmp_path / "results" / "mobilevit_xxs", tmp_path / "checkpoints" / "xxs"
+    """Rows of a shipped checkpoint, its training log and pages with markers."""
+    results, shipped = (
+        tmp_path / parent / "mobilevit_xxs" for parent in ("results", "checkpoints")
+    )
     results.mkdir(parents=True)
     shipped.mkdir(parents=True)
     (shipped / "best.pth").write_bytes(b"weights")
-    for recipe in ("fp32", "int8-fx"):
-        (results / f"{recipe}@engine.json").write_text(json.dumps(row(recipe)))
+    rows = {recipe: row(recipe) for recipe in ("fp32", "int8-fx")}
+    rows |= {
+        f"held-out-{i}": row("w4", accuracy_pct=80.0 + 2 * i, seed=i, **HELD_OUT) for i in (0, 1)
+    }
+    rows["held-out"] = row("fp32", **HELD_OUT)
+    rows |= {f"w7a8-{side}": row("w7a8", "openvino", img_size=side) for side in (128, 256)}
+    for name, content in rows.items():
+        (results / f"{name}@engine.json").write_text(json.dumps(content))
     config = {"dataset": "cifar10", "variant": "xxs", "resolutions": "64:1,256:1"}
     metrics = {"config": config, "hardware": "a CPU", "train_s": 60, "epoch": 2, "printed": "done",
                "val_accuracy_pct": 80.0, "test_accuracy_pct": 79.0}  # fmt: skip
@@ -80,6 +91,10 @@ def tree(tmp_path):
     blocks = ("results", "engines", "training", "commands", "benchmarks")
     (tmp_path / "README.md").write_text(page(*blocks))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
+    noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
+    report = {"checkpoint_sha256": sha256(b"weights"), "noise": noise}
+    write_json(results / "per-layer" / "w8a8-early.json", report)
+    write_text(tmp_path / "docs" / "quantization.md", page("per-layer", "ablation"))
     return tmp_path
 
 
@@ -99,16 +114,20 @@ def test_readme_check_and_figures(tree):
     run("plots.py", *flags(tree), "--readme")
     text = (tree / "README.md").read_text()
     assert "| mobilevit_xxs | INT8, torch FX |" in text and "old" not in text
+    assert text.count("| mobilevit_xxs | w7a8 | openvino |") == 1  # the one at 256x256
     run("plots.py", *flags(tree), "--check")
     assert "python train.py --seed 3\n# done, after 1 min" in text
     card = (tree / "checkpoints" / "README.md").read_text()
     assert "| airplane | 90.0 | 90.0 |" in card and "| 954,234 |" in card and "old" not in card
-    for name in ("methods", "pareto", "training_curves", "confusion"):
+    docs = (tree / "docs" / "quantization.md").read_text()
+    assert "| input of stem.conv | 0.5000 |" in docs
+    assert "| w4 | 81.00 ± 1.41 | -9.00 | 2 |" in docs and "old" not in docs
+    for name in ("methods", "pareto", "training_curves", "confusion", "engines", "input_sizes"):
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             figure = tree / "results" / "figures" / f"{name}{suffix}"
             assert figure.read_bytes().startswith(magic)
     changed = tree / "results" / "mobilevit_xxs" / "fp32@engine.json"
-    changed.write_text(json.dumps(row("fp32") | {"accuracy_pct": 91.0, "n_correct": 9100}))
+    changed.write_text(json.dumps(row("fp32", accuracy_pct=91.0, n_correct=9100)))
     run("plots.py", *flags(tree), "--check", code=1)
 
 
@@ -128,9 +147,10 @@ def test_readme_check_and_figures(tree):
 )
 def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
     path = tree / "results" / "mobilevit_xxs" / "fp16@engine.json"
-    path.write_text(json.dumps(row("fp16") | other))
-    (one, two) = load_rows(tree / "results", tree / "checkpoints")
-    assert {one["recipe"]["name"], two["recipe"]["name"]} == {"fp32", "int8-fx"}
+    path.write_text(json.dumps(row("fp16", **other)))
+    rows = load_rows(tree / "results", tree / "checkpoints")
+    published = [row["recipe"]["name"] for row in rows if is_published(row)]
+    assert sorted(published) == ["fp32", "int8-fx", "w7a8"]
 
 
 def test_missing_markers_and_folders_are_one_line(tree):

@@ -80,10 +80,7 @@ def test_gptq_takes_every_granularity(granularity):
     fmt = Uniform(4, granularity=granularity)
     layer, x = make("dense")
     result = quantized(layer, x, "gptq", fmt)[0]
-    zero_point = torch.zeros_like(result.scale).int()
-    torch.testing.assert_close(
-        result.layer.weight.detach(), fmt.decode(result.codes, result.scale, zero_point)
-    )
+    torch.testing.assert_close(result.layer.weight.detach(), fmt.decode(result.codes, result.scale))
     nearest = quantized(layer, x, "nearest", fmt)
     wanted = layer(x)
     assert (result(x) - wanted).square().mean() < (nearest(x) - wanted).square().mean()
@@ -100,7 +97,7 @@ def test_gptq_is_near_the_best_of_all_codes():
         x = correlated(64, 4).double()
         scale, moments = weight_scale(layer), x.T @ x
         weight = layer.layer.weight.detach()
-        nearest = fmt.encode(weight, scale, torch.zeros(1).int())
+        nearest = fmt.encode(weight, scale)
         found = gptq_codes(layer, scale, moments[None].float())
         off = weight.double() - torch.cat((every, found, nearest)) * scale.double()
         errors = ((off @ moments) * off).sum(1)

@@ -1,0 +1,58 @@
+"""How much the quantization of each single tensor changes what a network puts out."""
+
+import copy
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import nn
+
+from ptq.correction import make_norms_positive
+from ptq.layers import Quantizer
+from ptq.pipeline import quantize
+from ptq.recipes import Recipe
+from ptq.rounding import layers_to_round
+
+
+@torch.no_grad()
+def sensitivities(model: nn.Module, recipe: Recipe, batches, n_batches: int) -> dict:
+    """{"weights": {name: noise}, "inputs": {name: noise}} over all layers that `recipe` quantizes.
+
+    The noise is what the outputs for the first `n_batches` of `batches` change by, mean square over
+    variance, when that one weight or input alone takes the values of its format, rounded to
+    nearest. All of `batches` calibrates. Raises ValueError as `quantize` does.
+    """
+    plain = replace(recipe, rounding="nearest", reestimate_norms=False, correct_biases=False)
+    quantized = quantize(model, plain, batches)
+    reference = copy.deepcopy(model).eval()
+    make_norms_positive(reference)  # as `quantize` begins
+    layers = layers_to_round(quantized)
+    quantizers = {n: m for n, m in quantized.named_modules() if isinstance(m, Quantizer)}
+    weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
+    scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
+
+    def outputs():
+        return torch.cat([quantized(x) for x, *_ in islice(batches, n_batches)]).double()
+
+    def restore(name):
+        layers[name].layer.weight.copy_(reference.get_submodule(name).weight)
+
+    for name in layers:
+        restore(name)
+    for quantizer in quantizers.values():
+        quantizer.scale = None  # passes on what comes
+    expected = outputs()
+
+    def noise() -> float:
+        return ((outputs() - expected).square().mean() / expected.var()).item()
+
+    noises = {"weights": {}, "inputs": {}}
+    for name, layer in layers.items():
+        layer.layer.weight.copy_(weights[name])
+        noises["weights"][name] = noise()
+        restore(name)
+    for name, quantizer in quantizers.items():
+        quantizer.scale = scales[name]
+        noises["inputs"][name] = noise()
+        quantizer.scale = None
+    return noises

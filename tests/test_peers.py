@@ -1,0 +1,52 @@
+"""What others quantize by their own methods, on a small network with every kind of layer."""
+
+import pytest
+import torch
+from test_export import Small, with_norms
+
+from engines import EngineMissing, nncf_openvino, ort_static, predict, torch_pt2e
+from ptq import RECIPES
+
+PEERS = (nncf_openvino, ort_static, torch_pt2e)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return with_norms(Small())
+
+
+@pytest.fixture(scope="module")
+def x():
+    """Images that differ in colour, so that what the network makes of them differs, too."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randn(8, 3, 1, 1, generator=generator)
+    return colours + 0.3 * torch.randn(8, 3, 32, 32, generator=generator)
+
+
+@pytest.mark.parametrize("engine", PEERS, ids=lambda engine: engine.NAME)
+def test_peers_compute_about_the_same_in_integers(model, x, engine, capsys):
+    (recipe,) = (recipe for recipe in RECIPES.values() if recipe.peer == engine.NAME)
+    batches = [(x, torch.zeros(8))]
+    loaded = engine.load(model, recipe, batches, x[:1])
+    assert capsys.readouterr().out == ""  # where quantize.py prints rows
+    expected, logits = model(x).detach(), loaded.run(x)
+    differences = [y - y.mean(0) for y in (expected, logits)]
+    error = (differences[1] - differences[0]).square().mean() / differences[0].square().mean()
+    assert 0 < error < 1  # which a constant would give
+    shared, _ = predict(loaded.run, batches * 4, workers=2)
+    torch.testing.assert_close(shared, logits.repeat(4, 1))
+    assert loaded.products["int8"]["Conv"] >= 9 and loaded.products["int8"]["MatMul"] >= 4
+    assert loaded.size_bytes is not None or any(
+        value.dtype == torch.int8 for value in loaded.state.values()
+    )
+
+
+@pytest.mark.parametrize(
+    "engine, package",
+    [(nncf_openvino, "nncf"), (ort_static, "onnxruntime"), (torch_pt2e, "torchao")],
+)
+def test_a_missing_peer_names_its_package(monkeypatch, engine, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(EngineMissing, match=f"pip install {package}"):
+        engine.load(None, None, None, None)
