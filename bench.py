@@ -2,6 +2,7 @@
 
     python bench.py train     # training images/s at 256x256, ours against timm's, 2 min on a CPU
     python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
+    python bench.py engines   # latency of methods and engines, all in turn, 5 min
     python bench.py sweep     # a tenth of the sweep, ours against the published way, 6 min
 
 Each writes results/benchmarks/NAME.json and prints what it wrote. Only ratios carry over to other
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +30,17 @@ import data
 import ptq
 import rows
 from augment import POLICIES, Augmentation
-from engines import latency, torch_eager, torch_fx
+from engines import (
+    EngineMissing,
+    latency,
+    nncf_openvino,
+    onnx_runtime,
+    openvino_cpu,
+    ort_static,
+    torch_eager,
+    torch_fx,
+    torch_pt2e,
+)
 from mobilevit import VARIANTS, MobileViT
 from ptq import RECIPES
 from rows import BadInput
@@ -48,13 +60,23 @@ def parse_args():
     add("--batch-size", type=int, default=32, help="images a training step, for train and loader")
     add("--seconds", type=float, default=8, help="of each round, for train and loader")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for train")
-    add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="for sweep")
+    add(
+        "--checkpoint",
+        default="checkpoints/mobilevit_xxs/best.pth",
+        help="for sweep and engines",
+    )
     add("--test-images", type=int, default=960, help="for sweep: about a tenth of the whole")
     add("--calibration-images", type=int, default=384, help="for sweep: about a tenth")
-    add("--latency-runs", type=int, default=10, help="for sweep: a tenth")
+    add(
+        "--latency-runs",
+        type=int,
+        help="timed calls (default: 10 for sweep, a tenth; 100 for engines)",
+    )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py")
     add("--output", default="results/benchmarks", help="folder of the result files")
-    return p.parse_args()
+    args = p.parse_args()
+    args.latency_runs = args.latency_runs or {"sweep": 10, "engines": 100}.get(args.what)
+    return args
 
 
 def trainer(model, args):
@@ -222,7 +244,51 @@ def bench_sweep(args) -> dict:
     }
 
 
-BENCHMARKS = {"train": bench_train, "loader": bench_loader, "sweep": bench_sweep}
+def bench_engines(args) -> dict:
+    """Milliseconds an image of every method on every engine, all called in turn on one thread.
+
+    Values do not matter for speed: calibration is on noise, and all weights round to nearest.
+    """
+    model, checkpoint = model_from_checkpoint(args.checkpoint)
+    side = checkpoint["img_size"]
+    noise = torch.randint(256, (8, 3, data.SIDE, data.SIDE), dtype=torch.uint8)
+    batches = [(data.to_input(noise, side), torch.zeros(8))]
+    example = batches[0][0][:1]
+    runs, versions = {}, {}
+    for name, engine in ENGINE_ROWS:
+        recipe = replace(RECIPES[name], rounding="nearest")
+        try:
+            network = ptq.quantize(model, recipe, batches)
+            run = engine.load(network, recipe, batches, example).run
+            runs[f"{name}@{engine.NAME}"] = functools.partial(run, example)
+            versions[engine.NAME] = engine.version()
+        except EngineMissing as missing:
+            print(f"{name}@{engine.NAME}: left out, {missing}")
+    return {
+        "model": checkpoint["model"],
+        "img_size": side,
+        "engine_versions": versions,
+        "latency_ms": latency(runs, args.latency_runs),
+    }
+
+
+ENGINE_ROWS = [
+    (name, engine)
+    for engine in (torch_eager, onnx_runtime, openvino_cpu)
+    for name in ("fp32", "w7a8", "w8a8", "w4")
+    if engine is not torch_eager or name == "fp32"  # torch only simulates the others
+] + [
+    ("int8-fx", torch_fx),
+    ("int8-pt2e", torch_pt2e),
+    ("int8-ort", ort_static),
+    ("int8-nncf", nncf_openvino),
+]
+BENCHMARKS = {
+    "train": bench_train,
+    "loader": bench_loader,
+    "engines": bench_engines,
+    "sweep": bench_sweep,
+}
 
 
 @rows.command

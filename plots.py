@@ -130,6 +130,7 @@ def fill_pages(args, every_row, runs) -> None:
             "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
             "training": training,
             "commands": tables.commands_block(rows, runs),
+            "speeds": tables.speed_table(benchmarks.get("engines")),
             "benchmarks": tables.benchmarks_table(benchmarks),
         },
         Path(args.checkpoints, "README.md"): {

@@ -272,6 +272,28 @@ def ablation_table(rows: list[dict]) -> str:
     return markdown(lines, left=3)
 
 
+def speed_table(bench: dict | None) -> str:
+    """Latencies from bench.py engines, fastest first, as shares of FP32's."""
+    if bench is None:
+        return markdown([])
+    ms = {name: times["median"] for name, times in bench["latency_ms"].items()}
+    lines = []
+    for name in sorted(ms, key=ms.get):
+        recipe, engine = name.split("@")
+        runner = RUNS_ON.get(engine, engine)
+        same = ms.get(f"fp32@{'torch-eager' if runner == 'torch' else runner}")
+        lines.append(
+            {
+                "Method": TITLES.get(recipe, recipe),
+                "Engine": f"{engine} {bench['engine_versions'][engine]}",
+                "ms": f"{ms[name]:.1f}",
+                "of FP32 in torch": f"{ms[name] / ms['fp32@torch-eager']:.2f}",
+                "of FP32 on the same engine": f"{ms[name] / same:.2f}" if same else "-",
+            }
+        )
+    return markdown(lines, left=2)
+
+
 def benchmarks_table(results: dict[str, dict]) -> str:
     """A line a benchmark, from results/benchmarks/."""
     lines = []

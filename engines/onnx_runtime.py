@@ -45,7 +45,8 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def loaded(path: Path) -> Loaded:
-    """The network of an ONNX file, one thread a call. Leaves a file beside `path`."""
+    """The network of an ONNX file, one thread a call. Leaves a file beside `path`. Raises ValueError
+    for a file that is damaged."""
     ort, *_ = require("onnxruntime", "onnx")
     optimised = path.with_suffix(".optimised.onnx")
     options = ort.SessionOptions()
@@ -54,7 +55,10 @@ def loaded(path: Path) -> Loaded:
     # Products with 4-bit weights in FP32, where the default may round activations to 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.optimized_model_filepath = str(optimised)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no base of their own
+        raise ValueError(f"{path} is no ONNX file that runs: {error}") from error
 
     def run(x):
         (logits,) = session.run(None, {"images": x.contiguous().numpy()})

@@ -1,6 +1,7 @@
 """From a float network and a recipe to the quantized network."""
 
 import copy
+from itertools import islice
 
 import torch
 from torch import nn
@@ -22,9 +23,14 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     formats can write.
 
     `batches`: a sequence of (input [b, ...], anything), for recipes that calibrate. Raises
-    ValueError if a rule or layer pattern applies to nothing, if a layer never ran during
-    calibration, or if calibration meets values that are not finite.
+    ValueError if a rule or layer pattern applies to nothing, if network and batches are on
+    different devices, if a layer never ran during calibration, or if calibration meets values that
+    are not finite.
     """
+    for x, *_ in islice(batches or (), 1):
+        device = next((p.device for p in model.parameters()), x.device)
+        if x.device != device:
+            raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         write_tensors(model, recipe)

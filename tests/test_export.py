@@ -158,6 +158,14 @@ def test_what_onnx_cannot_write_is_refused(model, x, tmp_path):
         to_onnx(ptq.quantize(model, recipe, []), x[:1], tmp_path / "a.onnx")
 
 
+def test_a_truncated_file_is_refused(model, x, tmp_path):
+    path = tmp_path / "model.onnx"
+    to_onnx(model, x[:1], path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.onnx is no ONNX file that runs"):
+        onnx_runtime.loaded(path)
+
+
 @pytest.mark.parametrize(
     "engine, package", [(onnx_runtime, "onnxruntime"), (openvino_cpu, "openvino")]
 )

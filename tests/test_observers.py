@@ -172,3 +172,13 @@ def test_kl_clips_outliers_and_keeps_a_plain_distribution():
     outlier.update(torch.cat((x, torch.tensor([4.0]))))
     assert float(plain.range()[1]) > 0.9
     assert float(outlier.range()[1]) < 2
+
+
+@pytest.mark.parametrize("name", ["minmax", "mse"])
+def test_constant_channels_are_written_exactly(name):
+    weight = torch.tensor([0.3, 0.0, -0.7, 1e-41])[:, None].expand(4, 9)
+    fmt = Uniform(4, granularity="channel")
+    observer = OBSERVERS[name](fmt)
+    observer.update(weight)
+    scale, _ = fmt.grid(*observer.range())
+    torch.testing.assert_close(fmt.decode(fmt.encode(weight, scale), scale), weight)

@@ -119,6 +119,8 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
         ptq.quantize(model, W8A8, [])
     with pytest.raises(ValueError, match="not finite"):
         ptq.quantize(model, W8A8, [(torch.full((1, 3, 64, 64), torch.nan), None)])
+    with pytest.raises(ValueError, match="network is on meta, the calibration images on cpu"):
+        ptq.quantize(nn.Linear(4, 4, device="meta"), W8A8, [(draw(2, 4), None)])
     with pytest.raises(ValueError, match="never ran"):
         list(captured(Idle(), Idle().idle, [(draw(2, 4), None)], "input"))
 

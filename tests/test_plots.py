@@ -88,12 +88,16 @@ def tree(tmp_path):
         (3, 256, 256, 1.8, 1.6, 40, 45, 99),
     )
     (shipped / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
-    blocks = ("results", "engines", "training", "commands", "benchmarks")
+    blocks = ("results", "engines", "speeds", "training", "commands", "benchmarks")
     (tmp_path / "README.md").write_text(page(*blocks))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
     report = {"checkpoint_sha256": sha256(b"weights"), "noise": noise}
     write_json(results / "per-layer" / "w8a8-early.json", report)
+    times = {"fp32@torch-eager": 20.0, "fp32@openvino": 10.0, "int8-nncf@nncf": 5.0}
+    bench = {"latency_ms": {name: {"median": ms} for name, ms in times.items()},
+             "engine_versions": {"torch-eager": "1", "openvino": "2", "nncf": "3"}}  # fmt: skip
+    write_json(tmp_path / "results" / "benchmarks" / "engines.json", bench)
     write_text(tmp_path / "docs" / "quantization.md", page("per-layer", "ablation"))
     return tmp_path
 
@@ -119,6 +123,7 @@ def test_readme_check_and_figures(tree):
     assert "python train.py --seed 3\n# done, after 1 min" in text
     card = (tree / "checkpoints" / "README.md").read_text()
     assert "| airplane | 90.0 | 90.0 |" in card and "| 954,234 |" in card and "old" not in card
+    assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 |" in text
     docs = (tree / "docs" / "quantization.md").read_text()
     assert "| input of stem.conv | 0.5000 |" in docs
     assert "| w4 | 81.00 ± 1.41 | -9.00 | 2 |" in docs and "old" not in docs
