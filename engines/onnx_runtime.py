@@ -45,8 +45,8 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def loaded(path: Path) -> Loaded:
-    """The network of an ONNX file, one thread a call. Leaves a file beside `path`; raises ValueError
-    if that one is damaged."""
+    """The network of an ONNX file, one thread a call. Leaves a file beside `path`. ValueError if
+    that one is damaged."""
     ort, *_ = require("onnxruntime", "onnx")
     optimised = path.with_suffix(".optimised.onnx")
     options = ort.SessionOptions()
