@@ -1,17 +1,15 @@
 """How much the quantization of each single tensor changes what a network puts out."""
 
 import copy
-from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import nn
 
-from ptq.correction import make_norms_positive
 from ptq.layers import Quantizer
-from ptq.pipeline import quantize
+from ptq.pipeline import attach, calibrate
 from ptq.recipes import Recipe
-from ptq.rounding import layers_to_round
+from ptq.rounding import layers_to_round, nearest
 
 
 @torch.no_grad()
@@ -20,25 +18,26 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, n_batches: int) -> 
 
     The noise is what the outputs for the first `n_batches` of `batches` change by, mean square over
     variance, when that one weight or input alone takes the values of its format, rounded to
-    nearest. All of `batches` calibrates. Raises ValueError as `quantize` does.
+    nearest. All of `batches` calibrates. Raises ValueError as `ptq.quantize` does.
     """
-    plain = replace(recipe, rounding="nearest", reestimate_norms=False, correct_biases=False)
-    quantized = quantize(model, plain, batches)
     reference = copy.deepcopy(model).eval()
-    make_norms_positive(reference)  # as `quantize` begins
-    layers = layers_to_round(quantized)
-    quantizers = {n: m for n, m in quantized.named_modules() if isinstance(m, Quantizer)}
+    network = copy.deepcopy(reference)
+    attach(network, recipe)
+    layers = layers_to_round(network)
+    nearest(network, reference, batches, recipe)
     weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
-    scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
 
     def outputs():
-        return torch.cat([quantized(x) for x, *_ in islice(batches, n_batches)]).double()
+        return torch.cat([network(x) for x, *_ in islice(batches, n_batches)]).double()
 
     def restore(name):
         layers[name].layer.weight.copy_(reference.get_submodule(name).weight)
 
     for name in layers:
         restore(name)
+    calibrate(network, batches)
+    quantizers = {n: m for n, m in network.named_modules() if isinstance(m, Quantizer)}
+    scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
     for quantizer in quantizers.values():
         quantizer.scale = None  # passes on what comes
     expected = outputs()
