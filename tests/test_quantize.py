@@ -73,13 +73,14 @@ def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
     assert row["accuracy_pct"] == pytest.approx(trained["val_accuracy_pct"])
 
 
-def test_another_image_size_gets_a_row_of_its_own(checkpoint, tmp_path):
+def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
     run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "fp32-renorm",
-        "--img-size", "64", "--calibration-images", "100", "--latency-runs", "3",
+        "--img-size", "64", "--seed", "1", "--calibration-images", "100", "--latency-runs", "3",
         "--test-images", "50", "--output", tmp_path)  # fmt: skip
     folder = tmp_path / "mobilevit_xxs-synthetic"
     plain, renormed = (
-        rows.read_json(folder / f"{name}-64@torch-eager.json") for name in ("fp32", "fp32-renorm")
+        rows.read_json(folder / f"{name}-64-seed1@torch-eager.json")
+        for name in ("fp32", "fp32-renorm")
     )
     assert plain["img_size"] == renormed["img_size"] == 64
     assert plain["predictions"] != renormed["predictions"]
@@ -125,6 +126,10 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--latency-runs", "0", says="at least 1"
     )
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--per-layer",
+        says="w4-nearest quantizes no layer's input",
+    )  # fmt: skip
 
 
 def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint, tmp_path):
