@@ -143,7 +143,8 @@ class Run:
         """Log the epoch, keep the weights if they are the best yet, save."""
         world, stage = self.world, self.schedule.stages[self.step - 1]
         loss, correct, _ = world.sum(self.sums).tolist()
-        n = self.steps_per_epoch * self.args.batch_size
+        steps = self.step % self.steps_per_epoch or self.steps_per_epoch  # the last can be short
+        n = steps * self.args.batch_size
         val_loss, val_accuracy_pct = self.evaluate(val, stage.img_size)
         row = {
             "epoch": len(self.history) + 1,

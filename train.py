@@ -65,8 +65,8 @@ def parse_args():
     add("--epochs", type=int, help="passes over the training images (100 unless --resolutions)")
     add(
         "--resolutions",
-        help="in place of the two above: 64:8,128/256:4,256:1 is 8 epochs at 64 pixels, then 4 on "
-        "128-pixel windows of 256-pixel images, then 1 at 256",
+        help="in place of the two above: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, then 4 "
+        "on 128-pixel windows of 256-pixel images, then half a one at 256",
     )
     add("--batch-size", type=int, default=128, help="images a step, over all processes")
     add("--lr", default=2e-3, help="peak learning rate", **number)
@@ -148,7 +148,7 @@ def train(args, world: World) -> None:
         images = data.load(args.dataset, args.data_dir, train=True)
     train_indices, val_indices = data.split(images.labels, args.val_size)
     val = images[val_indices]
-    windows = [stage.window for stage in args.stages for _ in range(stage.epochs)]
+    windows = [stage.window for stage in args.stages for _ in range(math.ceil(stage.epochs))]
     batches = data.TrainBatches(
         images[train_indices],
         args.batch_size,
@@ -194,7 +194,7 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
     for batch in loader:
         run.train_step(*batch)
         bar.update()
-        epoch_ends = run.step % run.steps_per_epoch == 0
+        epoch_ends = run.step % run.steps_per_epoch == 0 or run.step == len(run.schedule)
         if run.step % check_every and not epoch_ends:
             continue
         run.check_finite()

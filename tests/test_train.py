@@ -38,13 +38,20 @@ def test_several_resolutions_share_the_cosine_by_pixels():
     assert schedule.lr(40) == pytest.approx(0.5)  # 4 epochs at 32 are as many pixels as 1 at 64
 
 
+def test_the_last_stage_may_end_within_an_epoch():
+    schedule = Schedule(parse_resolutions("32:2,64:0.25"), 8, 1.0, 0)
+    assert [s.side for s in schedule.stages] == [32] * 16 + [64] * 2
+
+
 def test_a_window_is_as_large_in_the_image_as_in_the_input():
     whole, half = parse_resolutions("64:1,96/192:1")
     assert whole.window == 32 and half.window == 16
 
 
 @pytest.mark.parametrize(
-    "text", ["64", "64:0", "16:2", "64:1,", "64:1:1", "a:b", "64/32:1", "64/100:1", "64/:1"]
+    "text",
+    ["64", "64:0", "16:2", "64:1,", "64:1:1", "a:b", "64/32:1", "64/100:1", "64/:1"]
+    + ["64:0.5,128:1", "64:inf", "64:nan"],
 )
 def test_nonsense_resolutions_are_refused(text):
     with pytest.raises(BadInput, match="WINDOW/SIDE:EPOCHS"):
@@ -150,6 +157,20 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(tmp_path):
     before = (out / "last.pth").read_bytes()
     fails_with_one_line("train.py", *SYNTHETIC, "--output", out, "--resume", says="not finite")
     assert (out / "last.pth").read_bytes() == before
+
+
+def test_a_run_may_end_within_an_epoch_and_resume_there(tmp_path):
+    flags = [flag for flag in SYNTHETIC if flag not in ("--img-size", "--epochs")]
+    flags = [flag for flag in flags if flag not in ("32", "2")] + ["--resolutions", "32:1,64:0.5"]
+    out, _ = run("train.py", *flags, "--output", tmp_path)
+    steps = load_checkpoint(tmp_path / "last.pth", ("step",))["step"]
+    log = list(csv.DictReader((tmp_path / "log.csv").open()))
+    per_epoch = steps / 1.5
+    assert [row["img_size"] for row in log] == ["32", "64"] and per_epoch % 1 == 0
+    assert float(log[1]["images_per_s"]) * float(log[1]["seconds"]) == pytest.approx(
+        50 * per_epoch / 2, rel=0.1
+    )
+    assert run("train.py", *flags, "--output", tmp_path, "--resume")[0] == out.splitlines(True)[-1]
 
 
 @pytest.mark.parametrize("at", [0, 2])
