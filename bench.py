@@ -30,17 +30,8 @@ import data
 import ptq
 import rows
 from augment import POLICIES, Augmentation
-from engines import (
-    EngineMissing,
-    latency,
-    nncf_openvino,
-    onnx_runtime,
-    openvino_cpu,
-    ort_static,
-    torch_eager,
-    torch_fx,
-    torch_pt2e,
-)
+from engines import EngineMissing, latency, torch_eager, torch_fx
+from engines.registry import ENGINES, PEERS
 from mobilevit import VARIANTS, MobileViT
 from ptq import RECIPES
 from rows import BadInput
@@ -50,16 +41,14 @@ ROUNDS = 5  # of each contender, taking turns
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=rows.Help)
     add = p.add_argument
     add("what", choices=BENCHMARKS)
     add("--variant", default="xxs", choices=VARIANTS, help="for train and loader")
     add("--img-size", type=int, default=256, help="input side in pixels, for train and loader")
     add("--batch-size", type=int, default=32, help="images a training step, for train and loader")
     add("--seconds", type=float, default=8, help="of each round, for train and loader")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for train")
+    add("--device", choices=("cpu", "cuda"), help="for train and loader (default: cuda if any)")
     add(
         "--checkpoint",
         default="checkpoints/mobilevit_xxs/best.pth",
@@ -75,6 +64,9 @@ def parse_args():
     add("--data-dir", default="data", help="folder of cifar-10-batches-py")
     add("--output", default="results/benchmarks", help="folder of the result files")
     args = p.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch sees no CUDA device")
     args.latency_runs = args.latency_runs or {"sweep": 10, "engines": 100}.get(args.what)
     return args
 
@@ -274,15 +266,10 @@ def bench_engines(args) -> dict:
 
 ENGINE_ROWS = [
     (name, engine)
-    for engine in (torch_eager, onnx_runtime, openvino_cpu)
+    for engine in ENGINES.values()
     for name in ("fp32", "w7a8", "w8a8", "w4")
     if engine is not torch_eager or name == "fp32"  # torch only simulates the others
-] + [
-    ("int8-fx", torch_fx),
-    ("int8-pt2e", torch_pt2e),
-    ("int8-ort", ort_static),
-    ("int8-nncf", nncf_openvino),
-]
+] + [(recipe.name, PEERS[recipe.peer]) for recipe in RECIPES.values() if recipe.peer]
 BENCHMARKS = {
     "train": bench_train,
     "loader": bench_loader,
@@ -296,7 +283,8 @@ def main():
     args = parse_args()
     rows.keep_freed_memory()
     result = BENCHMARKS[args.what](args)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else rows.cpu_name()
+    on_gpu = args.device == "cuda" and args.what in ("train", "loader")
+    device = torch.cuda.get_device_name() if on_gpu else rows.cpu_name()
     print(json.dumps(result, indent=1))
     path = Path(args.output, f"{args.what}.json")
     rows.write_json(path, result | {"hardware": device} | rows.provenance())

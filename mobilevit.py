@@ -54,7 +54,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-# The four functions below look at sizes, which symbolic tracing does not know yet; torch.fx keeps
+# The functions below look at sizes, which symbolic tracing does not know yet; torch.fx keeps
 # each as one node.
 
 

@@ -17,15 +17,13 @@ import matplotlib.pyplot as plt
 import figures
 import tables
 from mobilevit import MobileViT
-from rows import BadInput, atomic, command, read_json, sha256, write_text
+from rows import BadInput, Help, atomic, command, read_json, sha256, write_text
 
 FULL = {"test": 10_000, "held-out": 2_000}  # images of a split
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     p.add_argument("--results", default="results", help="folder of the result files")
     p.add_argument("--checkpoints", default="checkpoints", help="folder of the training logs")
     p.add_argument("--readme-file", default="README.md", help="file that holds the tables")
@@ -65,7 +63,11 @@ def load_report(args) -> dict | None:
     path = Path(args.results, "mobilevit_xxs", "per-layer", "w8a8-early.json")
     weights = Path(args.checkpoints, "mobilevit_xxs", "best.pth")
     report = read_json(path) if path.exists() else None
-    return report if report and report["checkpoint_sha256"] == sha256(weights) else None
+    usual = report and (
+        report["checkpoint_sha256"] == sha256(weights)
+        and report["calibration"]["n"] == report["recipe"]["calibration_images"]
+    )
+    return report if usual else None
 
 
 def of_input_sizes(rows: list[dict]) -> list[dict]:
@@ -119,9 +121,9 @@ def filled_page(text: str, blocks: dict[str, str], path) -> str:
     return text
 
 
-def fill_pages(args, every_row, runs) -> None:
-    """Rewrite the tables of README, model card and docs, or check that they are up to date."""
-    rows = [row for row in every_row if is_published(row)]
+def fill_pages(args, every_row, rows, runs) -> None:
+    """Rewrite the tables of README, model card and docs, or check that they are up to date; `rows`
+    are the published ones of `every_row`."""
     benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
     training = tables.training_table(runs)
     pages = {
@@ -163,7 +165,7 @@ def main():
     every_row, runs = load_rows(args.results, args.checkpoints), load_runs(args.checkpoints)
     rows = [row for row in every_row if is_published(row)]
     if args.check or args.readme:
-        fill_pages(args, every_row, runs)
+        fill_pages(args, every_row, rows, runs)
         if args.check:
             return
     if not rows and not runs:

@@ -5,15 +5,14 @@
     python quantize.py --checkpoint A.pth B.pth --recipes fp32 int8-fx
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
-
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
 
-Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL with the
-name of the checkpoint's folder behind it where that differs. A row that is there already, made from
-the same weights with the same settings, is kept; one made otherwise is an error. A checkpoint is
-evaluated on the data set it was trained for, at that run's image size unless --img-size names
-another, on all test images and all cores; latency is one image on one thread. Prints one line a
-row and a table at the end.
+Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL followed
+by the name of the run for a checkpoint that is not in checkpoints/. A row that is there already,
+made from the same weights with the same settings, is kept; one made otherwise is an error. A
+checkpoint is evaluated on the data set it was trained for, at that run's image size unless
+--img-size names another, on all test images and all cores; latency is one image on one thread.
+Prints one line a row and a table at the end.
 """
 
 import argparse
@@ -29,18 +28,8 @@ import torch
 import data
 import ptq
 import rows
-from engines import (
-    EngineMissing,
-    latency,
-    nncf_openvino,
-    onnx_runtime,
-    openvino_cpu,
-    ort_static,
-    predict,
-    torch_eager,
-    torch_fx,
-    torch_pt2e,
-)
+from engines import EngineMissing, latency, predict, torch_eager
+from engines.registry import ENGINES, PEERS
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, Recipe, packing
 from ptq.packing import estimated_size_bytes, packed
@@ -50,17 +39,12 @@ from rows import BadInput
 from tables import in_protocol, per_layer_table, printed, results_table
 from weights import model_from_checkpoint
 
-ENGINES = {engine.NAME: engine for engine in (torch_eager, onnx_runtime, openvino_cpu)}
-# These quantize by their own methods.
-PEERS = {engine.NAME: engine for engine in (torch_fx, nncf_openvino, ort_static, torch_pt2e)}
 REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
 EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=rows.Help)
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, metavar="PATH", help="checkpoints to quantize")
     add(
@@ -163,13 +147,23 @@ class Workbench:
         return recipe.calibration_images and asked_for
 
     def row_path(self, recipe, engine) -> Path:
-        size = "" if self.img_size == 256 else f"-{self.img_size}"
         split = "" if self.split == "test" else f"-{self.split}"
-        seed = f"-seed{self.args.seed}" if self.args.seed else ""
-        file = f"{recipe.name}{size}{split}{seed}@{engine.NAME}.json"
-        run = self.path.resolve().parent.name
-        folder = self.name if run == self.name else f"{self.name}-{run}"
-        return Path(self.args.output, folder, file)
+        return self.folder() / f"{recipe.name}{self.setting()}{split}@{engine.NAME}.json"
+
+    def report_path(self, recipe) -> Path:
+        return self.folder() / "per-layer" / f"{recipe.name}{self.setting()}.json"
+
+    def setting(self) -> str:
+        """What a file's name says of image size and seed where they are not the usual ones."""
+        size = "" if self.img_size == 256 else f"-{self.img_size}"
+        return size + (f"-seed{self.args.seed}" if self.args.seed else "")
+
+    def folder(self) -> Path:
+        """One for each run, so that rows of one's own never get among those of shipped weights."""
+        run = self.path.resolve().parent
+        name = run.parent.name if run.name == self.name else run.name  # runs/mobilevit_xxs: runs
+        suffix = "" if name == "checkpoints" else f"-{name}"
+        return Path(self.args.output, self.name + suffix)
 
     def calibration(self, recipe, n: int) -> tuple:
         """Batches of `n` training images under evaluation transforms, and their description."""
@@ -198,8 +192,10 @@ class Workbench:
 
     def measure(self, recipe, engine) -> dict:
         """Quantize, store, load, evaluate, time; the whole row."""
+        version = engine.version()  # before long work: it may be missing
         prepared, began = self.prepare(recipe), time.monotonic()
         loaded = engine.load(prepared.network, recipe, prepared.batches, self.sample)
+        quantize_s = prepared.seconds + time.monotonic() - began
         size_bytes = loaded.size_bytes or prepared.file_bytes
         if size_bytes is None and recipe.storable:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
@@ -216,7 +212,7 @@ class Workbench:
         times = latency(timed, self.args.latency_runs)
         return self.identity(recipe, engine) | {
             "checkpoint": str(self.path),
-            "engine_version": engine.version(),
+            "engine_version": version,
             "simulated": recipe.simulated and engine is torch_eager,
             "n_correct": n_correct,
             "accuracy_pct": 100 * n_correct / len(labels),
@@ -228,7 +224,7 @@ class Workbench:
             "latency_ms": times["row"],
             "fp32_latency_ms": times["fp32"],
             "calibration": prepared.described,
-            "quantize_s": prepared.seconds,
+            "quantize_s": quantize_s,
             "wall_s": prepared.seconds + time.monotonic() - began,
             **rows.provenance(),
         }
@@ -239,7 +235,7 @@ class Workbench:
         batches, described = self.calibration(recipe, self.n_calibration(recipe))
         noises = sensitivities(self.model, recipe, batches, REPORT_BATCHES)
         identity = self.identity(recipe, torch_eager)
-        kept_fields = ("model", "dataset", "img_size", "checkpoint_sha256", "recipe", "seed")
+        kept_fields = ("model", "img_size", "checkpoint_sha256", "recipe", "seed")
         return {name: identity[name] for name in kept_fields} | {
             "noise": noises,
             "n_images": sum(len(x) for x, _ in islice(batches, REPORT_BATCHES)),
@@ -303,9 +299,8 @@ def write_reports(benches, args) -> None:
     for bench in benches:
         for recipe in (RECIPES[name] for name in args.recipes):
             if not recipe.layers or not recipe.calibration_images:
-                raise BadInput(f"--per-layer: recipe {recipe.name} quantizes no layer's input")
-            report = bench.report(recipe)
-            path = bench.row_path(recipe, torch_eager).parent / "per-layer" / f"{recipe.name}.json"
+                raise BadInput(f"--per-layer: recipe {recipe.name} calibrates no layers")
+            report, path = bench.report(recipe), bench.report_path(recipe)
             rows.write_json(path, report)
             print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}")
 

@@ -1,5 +1,6 @@
 """What a run writes and reads: files that are whole or absent, versions, commit and hardware."""
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -22,6 +23,14 @@ MB = 2**20  # bytes
 
 class BadInput(Exception):
     """Something the user gave can't be used; the message says what and what to do."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows defaults, but not those of switches and of options that may be absent."""
+
+    def _get_help_string(self, action):
+        absent = action.default is None or action.default is False
+        return action.help if absent else super()._get_help_string(action)
 
 
 def command(main):

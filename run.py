@@ -25,6 +25,7 @@ EVAL_BATCH = 100  # images; small enough for the activations to stay near the ca
 # Options that a resumed run may be given anew, and those that are not about the run.
 MAY_CHANGE = ("max_minutes", "workers", "resume", "data_dir", "output", "tensorboard")
 DERIVED = ("eval", "checkpoint", "stages")
+OPTIONS = {"world_size": "processes:"}  # what is none of train.py's own
 SAVED = ("step", "seconds", "history", "best_accuracy", "config")  # besides the weights and sums
 
 
@@ -215,7 +216,8 @@ class Run:
         changed = [k for k, v in self.config.items() if state["config"].get(k) != v]
         if changed:
             told = ", ".join(
-                f"--{k.replace('_', '-')} {state['config'].get(k)} (now {self.config[k]})"
+                f"{OPTIONS.get(k) or '--' + k.replace('_', '-')} {state['config'].get(k)} "
+                f"(now {self.config[k]})"
                 for k in changed
             )
             raise BadInput(f"{path} began with {told}: resume with the same options")

@@ -6,8 +6,9 @@ import statistics
 from data import CLASSES
 from rows import MB
 
-# What the re-implementation whose protocol we follow published (100 epochs, checkpoint chosen on
-# test images, another CPU): accuracy in %, size in MB, latency in ms.
+# What github.com/chanjoongx/mobilevit-quantization, whose protocol we follow, published in its
+# README (commit 1317ecf; 100 epochs, checkpoint chosen on test images, another CPU): accuracy in %,
+# size in MB, latency in ms.
 PUBLISHED = {
     ("mobilevit_xxs", "fp32"): (93.99, 3.76, 11.7),
     ("mobilevit_xxs", "fp16"): (94.00, 1.93, 11.5),
@@ -38,12 +39,12 @@ RUNS_ON = {  # what executes a network that a peer quantized
     "nncf": "openvino",
     "ort-static": "onnxruntime",
 }
-ABLATION = {  # steps from each to the next, by recipe
+ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "fp32": "float",
     "w4-minmax": "W4: to nearest, ranges up to the extremes",
     "w4-nearest": "ranges of least squared error",
     "w4-renorm": "and batch norms re-estimated",
-    "w4-biases": "and biases corrected",
+    "w4-biases": "and biases without a norm after them corrected",
     "w4-gptq": "GPTQ, norms re-estimated",
     "w4-adaround": "AdaRound by layer, norms re-estimated",
     "w4": "AdaRound by block, norms re-estimated",
@@ -51,9 +52,11 @@ ABLATION = {  # steps from each to the next, by recipe
     "w8a8-equalized": "with layer norms equalized",
     "w8a8-nearest": "without norms re-estimated",
     "w8a8-minmax": "with activations from extreme to extreme",
-    "w8a8-tensor": "with one scale for each weight",
+    "w8a8-percentile": "with activations up to the 99.99th percentile",
+    "w8a8-kl": "with activations of least KL divergence",
+    "w8a8-tensor": "with one scale per weight tensor",
     "w8a7": "with 7 bits for activations",
-    "w8a8-early": "with the first five inputs in 8 bits, too",
+    "w8a8-early": "with the five early inputs in 8 bits, too",
 }
 SIZE_SWEEP = ("fp32-renorm", "w7a8", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
@@ -304,7 +307,8 @@ def benchmarks_table(results: dict[str, dict]) -> str:
     if train := results.get("train"):
         speeds, side = train["images_per_s"], train["img_size"]
         add(
-            f"Training mobilevit_{train['variant']} at {side}x{side}, {train['hardware']}",
+            f"Training mobilevit_{train['variant']} with four heads at {side}x{side}, "
+            f"{train['hardware']}",
             f"{speeds['ours']:.1f} images/s",
             f"timm {train['timm']}: {speeds['timm']:.1f} images/s",
             f"{train['ratio']:.2f}",

@@ -28,7 +28,7 @@ import rows
 from augment import POLICIES, Augmentation
 from distributed import World
 from engines import predict
-from mobilevit import VARIANTS
+from mobilevit import MIN_IMG_SIZE, VARIANTS
 from rows import BadInput
 from run import EVAL_BATCH, Run
 from schedule import parse_resolutions
@@ -39,9 +39,7 @@ SAVE_EVERY_S = 120  # seconds between saves within an epoch
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=rows.Help)
     add, number = p.add_argument, {"type": float, "metavar": "X"}
     add("--variant", choices=VARIANTS, default="xxs", help="size of the network")
     add("--heads", type=int, help="attention heads in every block, instead of the variant's")
@@ -98,6 +96,10 @@ def parse_args():
         p.error("--eval and --checkpoint go together")
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
+    if args.epochs is not None and args.epochs < 1:
+        p.error("--epochs must be at least 1")
+    if args.img_size is not None and args.img_size < MIN_IMG_SIZE:
+        p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
     if args.pretrained and (args.init or args.heads is not None):
         p.error("--pretrained excludes --init and --heads")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,7 +30,7 @@ FLOAT = {
 
 
 def version() -> str:
-    return require("onnxruntime")[0].__version__
+    return require("onnxruntime", "onnx", "onnxscript")[0].__version__
 
 
 def load(model, recipe, calibration, example) -> Loaded:

@@ -14,7 +14,7 @@ PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul
 
 
 def version() -> str:
-    return require("openvino")[0].__version__.split("-")[0]
+    return require("openvino", "onnx", "onnxscript")[0].__version__.split("-")[0]
 
 
 def load(model, recipe, calibration, example) -> Loaded:

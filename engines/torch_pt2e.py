@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engines import Loaded, has_vnni, require
+from mobilevit import AttentionCore
 
 NAME = "torch-pt2e"
 # How Inductor counts the products that it found in the graph as quantized ones.
@@ -60,8 +61,8 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def products(model, matched) -> dict[str, dict[str, int]]:
-    """Convolutions and linear layers in integers and in float; products of attention are float."""
-    kinds = {"Conv": nn.Conv2d, "MatMul": nn.Linear}
-    total = {k: sum(isinstance(m, t) for m in model.modules()) for k, t in kinds.items()}
+    """Convolutions and matrix products in integers and in float; attention's two are in float."""
+    kinds = {"Conv": {nn.Conv2d: 1}, "MatMul": {nn.Linear: 1, AttentionCore: 2}}
+    total = {k: sum(n.get(type(m), 0) for m in model.modules()) for k, n in kinds.items()}
     int8 = {kind: matched[name] for name, kind in MATCHED.items()}
     return {"int8": int8, "float": {kind: n - int8[kind] for kind, n in total.items()}}

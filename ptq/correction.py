@@ -91,16 +91,16 @@ def reestimate_norms(model: nn.Module, batches) -> None:
 
 
 @torch.no_grad()
-def correct_biases(model: nn.Module, reference: nn.Module, batches) -> None:
-    """Give each quantized layer, from input to output, the mean output per channel that it has in
-    `reference`.
+def correct_biases(model: nn.Module, reference: nn.Module, batches, done=()) -> None:
+    """Give each quantized layer but those named in `done`, from input to output, the mean output
+    per channel that it has in `reference`. A layer is done whose mean a norm has taken in.
 
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
     2019, section 4.2, with the expectation taken over `batches` (its appendix D). A convolution
     without bias gets one.
     """
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer) and name not in done:
             wanted = mean_output(reference, reference.get_submodule(name), batches)
             layer = module.layer
             shift = wanted - mean_output(model, layer, batches)

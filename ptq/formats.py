@@ -3,7 +3,7 @@
 A format is a frozen dataclass of pure functions. `Float16` and `PercentileUniform` choose their own
 grid: `encode(x)` gives codes and what is needed to read them, `decode(*encode(x))` the float32
 tensor that they stand for. The grid of `Uniform` is chosen by an observer (ptq.observers) or by a
-rounding method, and passed in. `size_bits` counts what a packed file would hold.
+rounding method, and passed in.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,8 @@ class PercentileUniform:
         return codes * scale + offset
 
     def size_bits(self, x: Tensor) -> int:
-        """Codes, and per channel a float32 scale and a zero-point as wide as a code."""
+        """As published: codes, and per channel a float32 scale and a zero-point as wide as a code.
+        A file would need 32 bits for the offset, which is not on the grid."""
         return self.bits * x.numel() + (32 + self.bits) * x.shape[0]
 
 
@@ -151,10 +152,5 @@ class Uniform:
         zero = 0 if zero_point is None else zero_point[:, None]
         return (codes - zero) * scale[:, None]
 
-    def size_bits(self, x: Tensor) -> int:
-        """Codes, and per scale a float32 and, unless symmetric, a zero-point as wide as a code."""
-        metadata = 32 + (0 if self.symmetric else self.bits)
-        return self.bits * x.numel() + metadata * len(self.rows(x))
 
-
-Format = Float16 | PercentileUniform | Uniform
+Format = Float16 | PercentileUniform  # those that rules for tensors take

@@ -175,8 +175,8 @@ class KL(Histogram):
             codes = self.format.encode(centres[None, first : last + 1], scale, zero_point)[0]
             levels = (codes - codes.min()).long()
             n = int(levels.max()) + 1
-            mass = torch.zeros(n, dtype=p.dtype).index_add_(0, levels, kept)
-            filled = torch.zeros(n, dtype=p.dtype).index_add_(0, levels, (kept > 0).double())
+            mass = p.new_zeros(n).index_add_(0, levels, kept)
+            filled = p.new_zeros(n).index_add_(0, levels, (kept > 0).double())
             q = torch.where(kept > 0, (mass / filled.clamp(min=1))[levels], 0.0)
             divergence = kl_divergence(p, q)
             if divergence < best:

@@ -1,13 +1,18 @@
 """From a float network and a recipe to the quantized network."""
 
 import copy
-from itertools import islice
 
 import torch
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.correction import correct_biases, equalize, make_norms_positive, reestimate_norms
+from ptq.correction import (
+    correct_biases,
+    equalize,
+    make_norms_positive,
+    norms_after,
+    reestimate_norms,
+)
 from ptq.layers import (
     QUANTIZABLE,
     QuantizedAttentionCore,
@@ -24,13 +29,11 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
 
     `batches`: a sequence of (input [b, ...], anything), for recipes that calibrate. Raises
     ValueError if a rule or layer pattern applies to nothing, if network and batches are on
-    different devices, if a layer never ran during calibration, or if calibration meets values that
-    are not finite.
+    different devices, if a recipe that calibrates gets no batches, if a layer never ran during
+    calibration, or if calibration meets values that are not finite.
     """
-    for x, *_ in islice(batches or (), 1):
-        device = next((p.device for p in model.parameters()), x.device)
-        if x.device != device:
-            raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
+    if recipe.calibrates:
+        check_batches(model, recipe, batches)
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         write_tensors(model, recipe)
@@ -45,8 +48,19 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             reestimate_norms(model, batches)
         calibrate(model, batches)
         if recipe.correct_biases:  # only with layers
-            correct_biases(model, reference, batches)
+            done = norms_after(model).values() if recipe.reestimate_norms else ()
+            correct_biases(model, reference, batches, done)
     return model
+
+
+def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
+    """Raise ValueError unless `batches` has a length and inputs where the network is."""
+    if not hasattr(batches, "__len__") or len(batches) == 0:
+        raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches, not empty")
+    x, *_ = batches[0]
+    device = next((p.device for p in model.parameters()), x.device)
+    if x.device != device:
+        raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
 
 
 def write_tensors(model: nn.Module, recipe: Recipe) -> None:

@@ -83,6 +83,13 @@ class Recipe:
         return next((spec for spec in self.layers if re.fullmatch(spec.pattern, name)), None)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether it needs batches to look at."""
+        steps = self.reestimate_norms or self.equalize or self.correct_biases
+        inputs = any(spec.input for spec in self.layers)
+        return bool(steps or inputs or self.rounding != "nearest")
+
+    @property
     def simulated(self) -> bool:
         """Whether floats stand in for the recipe's low-bit numbers when it runs in torch."""
         return bool(self.rules or self.layers)
@@ -136,8 +143,9 @@ def _weights(bits: int) -> Uniform:
     return Uniform(bits, granularity="channel")
 
 
-# The first filters live on differences between neighbours of an image upsampled eightfold, which
-# are smaller than a level of 8 bits: their inputs stay in float.
+# The first expansions and depthwise filters live on differences between neighbours of an image
+# upsampled eightfold, which are smaller than a level of 8 bits: their inputs and the stem's stay in
+# float.
 _EARLY = r"stem\.conv|stages\.0\.0\.(expand|depthwise)\.conv|stages\.1\.0\.(expand|depthwise)\.conv"
 
 
@@ -184,7 +192,7 @@ OURS = (
     Recipe("w4-mixed-nearest", layers=_MIXED),
 )
 
-# One step of w4 after the other, and w8a8 with one thing put back as it is commonly done.
+# Ways to w4, and w8a8 with one thing changed.
 _W4 = {"layers": _layers(4)}
 _W8A8 = {"layers": _layers(8, 8), **_REPAIRED}
 ABLATION = (
@@ -195,6 +203,11 @@ ABLATION = (
     Recipe("w4-adaround", **_W4, **_REPAIRED, rounding="adaround"),
     Recipe("w8a8-equalized", **_W8A8, equalize=True),
     Recipe("w8a8-minmax", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="minmax")}),
+    Recipe(
+        "w8a8-percentile",
+        **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="percentile")},
+    ),
+    Recipe("w8a8-kl", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="kl")}),
     Recipe("w8a8-tensor", **_W8A8 | {"layers": _changed(_layers(8, 8), weight=Uniform(8))}),
     Recipe("w8a8-early", **_W8A8 | {"layers": _layers(8, 8)[1:]}),
     Recipe("w8a7", layers=_layers(8, 7), **_REPAIRED),

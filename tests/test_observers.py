@@ -66,14 +66,6 @@ def test_every_range_contains_zero_and_constants_survive(symmetric):
     torch.testing.assert_close(values, x, atol=0.02, rtol=0)
 
 
-def test_size_counts_codes_and_metadata():
-    x = draw(8, 24)
-    assert Uniform(4).size_bits(x) == 4 * 192 + 32
-    assert Uniform(4, granularity="channel").size_bits(x) == 4 * 192 + 32 * 8
-    assert Uniform(4, granularity=12).size_bits(x) == 4 * 192 + 32 * 16
-    assert Uniform(8, symmetric=False).size_bits(x) == 8 * 192 + 32 + 8
-
-
 def test_nonsense_formats_are_refused():
     for bad in ({"bits": 1}, {"bits": 17}, {"bits": 4, "granularity": "row"}):
         with pytest.raises(ValueError):

@@ -7,7 +7,9 @@ from test_export import Small, with_norms
 from engines import EngineMissing, nncf_openvino, ort_static, predict, torch_pt2e
 from ptq import RECIPES
 
-PEERS = (nncf_openvino, ort_static, torch_pt2e)
+# Largest mean squared error over the variance between images; a constant would give 1. ONNX Runtime
+# rounds what products put out, too.
+PEERS = ((nncf_openvino, 0.5), (ort_static, 0.9), (torch_pt2e, 0.4))
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,8 @@ def x():
     return colours + 0.3 * torch.randn(8, 3, 32, 32, generator=generator)
 
 
-@pytest.mark.parametrize("engine", PEERS, ids=lambda engine: engine.NAME)
-def test_peers_compute_about_the_same_in_integers(model, x, engine, capsys):
+@pytest.mark.parametrize("engine, most", PEERS, ids=[engine.NAME for engine, _ in PEERS])
+def test_peers_compute_about_the_same_in_integers(model, x, engine, most, capsys):
     (recipe,) = (recipe for recipe in RECIPES.values() if recipe.peer == engine.NAME)
     batches = [(x, torch.zeros(8))]
     loaded = engine.load(model, recipe, batches, x[:1])
@@ -33,7 +35,7 @@ def test_peers_compute_about_the_same_in_integers(model, x, engine, capsys):
     expected, logits = model(x).detach(), loaded.run(x)
     differences = [y - y.mean(0) for y in (expected, logits)]
     error = (differences[1] - differences[0]).square().mean() / differences[0].square().mean()
-    assert 0 < error < 1  # which a constant would give
+    assert 0 < error < most
     shared, _ = predict(loaded.run, batches * 4, workers=2)
     torch.testing.assert_close(shared, logits.repeat(4, 1))
     assert loaded.products["int8"]["Conv"] >= 9 and loaded.products["int8"]["MatMul"] >= 4

@@ -115,8 +115,10 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
 
     with pytest.raises(ValueError, match="idle.*nothing was seen"):
         ptq.quantize(Idle(), W8A8, [(draw(2, 4), None)])
-    with pytest.raises(ValueError, match="nothing was seen"):
-        ptq.quantize(model, W8A8, [])
+    for recipe in (W8A8, RECIPES["fp32-renorm"], RECIPES["w4-gptq"]):
+        for nothing in ([], None, iter([(draw(2, 4), None)])):
+            with pytest.raises(ValueError, match="needs a sequence of calibration batches"):
+                ptq.quantize(model, recipe, nothing)
     with pytest.raises(ValueError, match="not finite"):
         ptq.quantize(model, W8A8, [(torch.full((1, 3, 64, 64), torch.nan), None)])
     with pytest.raises(ValueError, match="network is on meta, the calibration images on cpu"):
@@ -204,3 +206,16 @@ def test_sensitivity_is_what_a_recipe_for_that_tensor_alone_does(model, batches)
         logits = ptq.quantize(model, Recipe("one", layers=(spec,)), batches)(x).double()
         noise = (logits - expected).square().mean() / expected.var()
         assert noises[kind][name] == pytest.approx(noise.item(), rel=1e-3) and noise > 0
+
+
+def test_biases_leave_to_norms_what_norms_have_taken_in(model, batches):
+    recipe = Recipe("r", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),),
+                    reestimate_norms=True, correct_biases=True)  # fmt: skip
+    quantized = ptq.quantize(model, recipe, batches)
+    assert quantized.stem.conv.layer.bias is None
+    for name in ("stages.2.1.layers.0.attn.qkv", "classifier"):
+        means = [
+            mean_output(network, network.get_submodule(name), batches)
+            for network in (quantized, model)
+        ]
+        torch.testing.assert_close(*means, atol=1e-4, rtol=1e-3)

@@ -45,6 +45,10 @@ def row(recipe, engine=None, **other):
     } | other
 
 
+IN_INT8 = {
+    "simulated": False,
+    "products": {"int8": {"Conv": 30, "MatMul": 37}, "float": {"Conv": 5, "MatMul": 18}},
+}
 HELD_OUT = {"split": "held-out", "n_images": 2000}
 
 
@@ -62,7 +66,9 @@ def tree(tmp_path):
         f"held-out-{i}": row("w4", accuracy_pct=80.0 + 2 * i, seed=i, **HELD_OUT) for i in (0, 1)
     }
     rows["held-out"] = row("fp32", **HELD_OUT)
-    rows |= {f"w7a8-{side}": row("w7a8", "openvino", img_size=side) for side in (128, 256)}
+    rows |= {
+        f"w7a8-{side}": row("w7a8", "openvino", img_size=side, **IN_INT8) for side in (128, 256)
+    }
     for name, content in rows.items():
         (results / f"{name}@engine.json").write_text(json.dumps(content))
     config = {"dataset": "cifar10", "variant": "xxs", "resolutions": "64:1,256:1"}
@@ -92,7 +98,9 @@ def tree(tmp_path):
     (tmp_path / "README.md").write_text(page(*blocks))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
-    report = {"checkpoint_sha256": sha256(b"weights"), "noise": noise}
+    calibration = {"n": RECIPES["w8a8-early"].calibration_images}
+    report = {"checkpoint_sha256": sha256(b"weights"), "noise": noise, "calibration": calibration,
+              "recipe": RECIPES["w8a8-early"].asdict()}  # fmt: skip
     write_json(results / "per-layer" / "w8a8-early.json", report)
     times = {"fp32@torch-eager": 20.0, "fp32@openvino": 10.0, "int8-nncf@nncf": 5.0}
     bench = {"latency_ms": {name: {"median": ms} for name, ms in times.items()},
@@ -118,7 +126,8 @@ def test_readme_check_and_figures(tree):
     run("plots.py", *flags(tree), "--readme")
     text = (tree / "README.md").read_text()
     assert "| mobilevit_xxs | INT8, torch FX |" in text and "old" not in text
-    assert text.count("| mobilevit_xxs | w7a8 | openvino |") == 1  # the one at 256x256
+    computed = "INT8 (Conv 30/35, MatMul 37/55)"
+    assert text.count(f"| mobilevit_xxs | w7a8 | openvino | {computed} |") == 1  # at 256x256
     run("plots.py", *flags(tree), "--check")
     assert "python train.py --seed 3\n# done, after 1 min" in text
     card = (tree / "checkpoints" / "README.md").read_text()
