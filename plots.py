@@ -70,6 +70,14 @@ def load_report(args) -> dict | None:
     return report if usual else None
 
 
+def of_engines(rows: list[dict]) -> list[dict]:
+    """The rows that an engine computed as they are written, once there are other than published
+    methods among them."""
+    if all(tables.in_protocol(row) for row in rows):
+        return []
+    return [row for row in rows if not row["simulated"] and row["recipe"]["name"] != "fp16"]
+
+
 def of_input_sizes(rows: list[dict]) -> list[dict]:
     """The rows of a sweep over input sides, for models that have more than one."""
     swept = [row for row in rows if (row["split"], row["engine"]) == ("test", "openvino")]
@@ -175,7 +183,7 @@ def main():
         "methods": (figures.methods, [row for row in rows if tables.in_protocol(row)]),
         "pareto": (figures.pareto, [row for row in rows if tables.in_protocol(row)]),
         "confusion": (figures.confusions, [row for row in rows if tables.is_baseline(row)]),
-        "engines": (figures.engines, [row for row in rows if not row["simulated"]]),
+        "engines": (figures.engines, of_engines(rows)),
         "input_sizes": (figures.input_sizes, of_input_sizes(every_row)),
     }
     for name, (draw, shown) in drawn.items():
