@@ -9,10 +9,10 @@ Each writes results/benchmarks/NAME.json and prints what it wrote. Only ratios c
 machines.
 """
 
-import argparse
 import contextlib
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -31,8 +31,8 @@ import ptq
 import rows
 from augment import POLICIES, Augmentation
 from engines import EngineMissing, latency, torch_eager, torch_fx
-from engines.registry import ENGINES, PEERS
-from mobilevit import VARIANTS, MobileViT
+from engines.registry import engines_for
+from mobilevit import MIN_IMG_SIZE, VARIANTS, MobileViT
 from ptq import RECIPES
 from rows import BadInput
 from weights import model_from_checkpoint
@@ -41,7 +41,7 @@ ROUNDS = 5  # of each contender, taking turns
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=rows.Help)
+    p = rows.parser(__doc__)
     add = p.add_argument
     add("what", choices=BENCHMARKS)
     add("--variant", default="xxs", choices=VARIANTS, help="for train and loader")
@@ -64,10 +64,17 @@ def parse_args():
     add("--data-dir", default="data", help="folder of cifar-10-batches-py")
     add("--output", default="results/benchmarks", help="folder of the result files")
     args = p.parse_args()
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no CUDA device")
-    args.latency_runs = args.latency_runs or {"sweep": 10, "engines": 100}.get(args.what)
+    args.device = rows.device(p, args.device)
+    if args.latency_runs is None:
+        args.latency_runs = {"sweep": 10}.get(args.what, 100)
+    if args.img_size < MIN_IMG_SIZE:
+        p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
+    if not 0 < args.seconds < math.inf:
+        p.error("--seconds must be above 0")
+    lows = {"batch_size": 2, "test_images": 1, "calibration_images": 1, "latency_runs": 1}
+    for name, low in lows.items():
+        if getattr(args, name) < low:
+            p.error(f"--{name.replace('_', '-')} must be at least {low}")
     return args
 
 
@@ -174,7 +181,7 @@ def published_way(args) -> float:
     torch.set_num_threads(1)
     began = time.perf_counter()
     for name in ("fp32", "fp16", "int8-fx", "int4-percentile"):
-        engine = torch_fx if RECIPES[name].peer else torch_eager
+        (engine,) = engines_for(RECIPES[name], [torch_eager.NAME])
         batches = list(calibration) if engine is torch_fx else None
         with mock.patch.object(torch_fx, "FastHistograms", contextlib.nullcontext):
             run = engine.load(
@@ -247,15 +254,22 @@ def bench_engines(args) -> dict:
     batches = [(data.to_input(noise, side), torch.zeros(8))]
     example = batches[0][0][:1]
     runs, versions = {}, {}
-    for name, engine in ENGINE_ROWS:
+    peers = [recipe.name for recipe in RECIPES.values() if recipe.peer]
+    for name in ("fp32", "w7a8-convs", "w7a8", "w8a8", "w4", *peers):
         recipe = replace(RECIPES[name], rounding="nearest")
-        try:
-            network = ptq.quantize(model, recipe, batches)
-            run = engine.load(network, recipe, batches, example).run
-            runs[f"{name}@{engine.NAME}"] = functools.partial(run, example)
-            versions[engine.NAME] = engine.version()
-        except EngineMissing as missing:
-            print(f"{name}@{engine.NAME}: left out, {missing}")
+        network = ptq.quantize(model, recipe, batches)
+        for engine in engines_for(recipe):
+            if recipe.simulated and engine is torch_eager:
+                continue
+            try:
+                versions[engine.NAME] = engine.version()
+                run = engine.load(network, recipe, batches, example).run
+                runs[f"{name}@{engine.NAME}"] = functools.partial(run, example)
+            except EngineMissing as missing:
+                print(f"{name}@{engine.NAME}: left out, {missing}")
+            except Exception as error:  # such as no compiler for PT2E; the others go on
+                reason = str(error).split("\n")[0]
+                print(f"{name}@{engine.NAME}: failed, {type(error).__name__}: {reason}")
     return {
         "model": checkpoint["model"],
         "img_size": side,
@@ -264,12 +278,6 @@ def bench_engines(args) -> dict:
     }
 
 
-ENGINE_ROWS = [
-    (name, engine)
-    for engine in ENGINES.values()
-    for name in ("fp32", "w7a8", "w8a8", "w4")
-    if engine is not torch_eager or name == "fp32"  # torch only simulates the others
-] + [(recipe.name, PEERS[recipe.peer]) for recipe in RECIPES.values() if recipe.peer]
 BENCHMARKS = {
     "train": bench_train,
     "loader": bench_loader,
@@ -282,6 +290,7 @@ BENCHMARKS = {
 def main():
     args = parse_args()
     rows.keep_freed_memory()
+    rows.require_writable(args.output)
     result = BENCHMARKS[args.what](args)
     on_gpu = args.device == "cuda" and args.what in ("train", "loader")
     device = torch.cuda.get_device_name() if on_gpu else rows.cpu_name()

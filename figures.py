@@ -30,8 +30,8 @@ plt.rcParams |= {
 def training_curves(runs):
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_IN, 3.4))
     for run in runs:
-        log, colour = run["log"], COLOURS[run["model"]]
-        epochs = [row["epoch"] for row in log]
+        log = [row for part in tables.in_turn([run]) for row in part["log"]]
+        epochs, colour = range(1, len(log) + 1), COLOURS[run["model"]]
         for axis, name in ((left, "accuracy_pct"), (right, "loss")):
             axis.plot(
                 epochs,
@@ -51,14 +51,14 @@ def training_curves(runs):
                 label=f"{run['model']}, held-out",
             )
         if len(runs) == 1:  # the sides of several runs would cover each other
-            for before, row in zip(log, log[1:]):
+            for epoch, before, row in zip(epochs, log, log[1:]):
                 sides = [{r["window"], r["img_size"]} for r in (before, row)]
                 if sides[0] != sides[1]:
                     for axis in (left, right):
-                        axis.axvline(row["epoch"] - 0.5, color="#999999", linewidth=0.8)
+                        axis.axvline(epoch + 0.5, color="#999999", linewidth=0.8)
                     left.annotate(
                         " of ".join(f"{side:.0f}" for side in sorted(sides[1])) + " px",
-                        (row["epoch"] - 0.45, 0.02),
+                        (epoch + 0.55, 0.02),
                         xycoords=("data", "axes fraction"),
                         fontsize=8,
                         rotation=90,
@@ -165,7 +165,7 @@ def confusions(rows):
 
 
 def family(row) -> str:
-    if row["recipe"]["name"].startswith("fp32"):
+    if row["recipe"]["name"] == "fp32":
         return "FP32"
     return "other methods" if row["recipe"]["peer"] or tables.in_protocol(row) else "ours"
 
@@ -228,7 +228,7 @@ def input_sizes(rows):
             if not points:
                 continue
             xs, ys = [tables.speed_up(r) for r in points], [r["accuracy_pct"] for r in points]
-            style = "--" if recipe.startswith("fp32") else "-"
+            style = "--" if recipe == "fp32" else "-"
             label = f"{model}, {recipe}"
             axis.plot(xs, ys, style, marker="o", ms=5, color=COLOURS[model], label=label)
             for x, y, row in zip(xs, ys, points):

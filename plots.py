@@ -7,7 +7,6 @@
 Prints the path of every file written. Rows and runs on the synthetic data set are left out.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -17,13 +16,13 @@ import matplotlib.pyplot as plt
 import figures
 import tables
 from mobilevit import MobileViT
-from rows import BadInput, Help, atomic, command, read_json, sha256, write_text
+from rows import BadInput, atomic, command, parser, read_json, sha256, write_text
 
 FULL = {"test": 10_000, "held-out": 2_000}  # images of a split
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    p = parser(__doc__)
     p.add_argument("--results", default="results", help="folder of the result files")
     p.add_argument("--checkpoints", default="checkpoints", help="folder of the training logs")
     p.add_argument("--readme-file", default="README.md", help="file that holds the tables")
@@ -62,7 +61,7 @@ def load_report(args) -> dict | None:
     """The report per layer of the shipped XXS that docs/quantization.md shows."""
     path = Path(args.results, "mobilevit_xxs", "per-layer", "w8a8-early.json")
     weights = Path(args.checkpoints, "mobilevit_xxs", "best.pth")
-    report = read_json(path) if path.exists() else None
+    report = read_json(path) if path.exists() and weights.exists() else None
     usual = report and (
         report["checkpoint_sha256"] == sha256(weights)
         and report["calibration"]["n"] == report["recipe"]["calibration_images"]
@@ -80,30 +79,37 @@ def of_engines(rows: list[dict]) -> list[dict]:
 
 def of_input_sizes(rows: list[dict]) -> list[dict]:
     """The rows of a sweep over input sides, for models that have more than one."""
-    swept = [row for row in rows if (row["split"], row["engine"]) == ("test", "openvino")]
+    usual = {"split": "test", "engine": "openvino", "seed": 0}.items()
+    swept = [row for row in rows if usual <= row.items()]
     swept = [row for row in swept if row["recipe"]["name"] in tables.SIZE_SWEEP]
     several = {row["model"] for row in swept if row["img_size"] != 256}
     return [row for row in swept if row["model"] in several]
 
 
 def load_runs(folder) -> list[dict]:
-    """The metrics.json of all finished CIFAR-10 runs under `folder`, each with its log."""
-    runs = []
-    for path in sorted(Path(folder).glob("*/metrics.json")):
-        run = read_json(path)
-        if run["config"]["dataset"] == "cifar10":
-            with open(path.with_name("log.csv")) as file:
-                log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-            began = read_json(path.with_name("config.json"))  # its command is that of the start
-            variant = run["config"]["variant"]
-            described = {
-                "log": log,
-                "model": f"mobilevit_{variant}",
-                "command": began["command"],
-                "parameters": sum(p.numel() for p in MobileViT(variant).parameters()),
-            }
-            runs.append(run | described)
+    """All finished CIFAR-10 runs under `folder`."""
+    runs = [load_run(path.parent) for path in sorted(Path(folder).glob("*/metrics.json"))]
+    runs = [run for run in runs if run["config"]["dataset"] == "cifar10"]
     return sorted(runs, key=lambda run: tables.MODELS.index(run["model"]))
+
+
+def load_run(folder: Path) -> dict:
+    """The metrics.json of a run with its log and, from `folder`/first, the run that its weights
+    came from."""
+    run = read_json(folder / "metrics.json")
+    try:
+        with open(folder / "log.csv") as file:
+            log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"cannot read {folder / 'log.csv'}: {error}") from error
+    variant, first = run["config"]["variant"], folder / "first"
+    return run | {
+        "log": log,
+        "model": f"mobilevit_{variant}",
+        "command": read_json(folder / "config.json")["command"],  # that of the start
+        "parameters": sum(p.numel() for p in MobileViT(variant).parameters()),
+        "first": load_run(first) if first.exists() else None,
+    }
 
 
 def save(fig, path: Path) -> None:
@@ -149,19 +155,23 @@ def fill_pages(args, every_row, rows, runs) -> None:
         },
         Path(args.readme_file).parent / "docs" / "quantization.md": {
             "per-layer": tables.per_layer_table(load_report(args)),
-            "ablation": tables.ablation_table([r for r in every_row if r["split"] == "held-out"]),
+            "ablation": tables.ablation_table(
+                [r for r in every_row if (r["split"], r["img_size"]) == ("held-out", 256)]
+            ),
         },
     }
-    for path, blocks in pages.items():
+    texts = {}
+    for path in pages:
         try:
-            text = path.read_text()
+            texts[path] = path.read_text()
         except OSError as error:
             raise BadInput(f"cannot read {path}: {error.strerror}") from error
-        filled = filled_page(text, blocks, path)
+    new = {path: filled_page(texts[path], blocks, path) for path, blocks in pages.items()}
+    for path, filled in new.items():
         if not args.check:
             write_text(path, filled)
             print(path)
-        elif filled != text:
+        elif filled != texts[path]:
             sys.exit(f"{path} differs from {args.results}/: run plots.py --readme")
         else:
             print(f"{path} agrees with {args.results}/")

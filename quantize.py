@@ -6,6 +6,7 @@
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
+    python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
 
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL followed
 by the name of the run for a checkpoint that is not in checkpoints/. A row that is there already,
@@ -15,7 +16,7 @@ checkpoint is evaluated on the data set it was trained for, at that run's image 
 Prints one line a row and a table at the end.
 """
 
-import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -28,8 +29,8 @@ import torch
 import data
 import ptq
 import rows
-from engines import EngineMissing, latency, predict, torch_eager
-from engines.registry import ENGINES, PEERS
+from engines import EngineMissing, latency, predict, require, torch_eager
+from engines.registry import ENGINES, engines_for
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, Recipe, packing
 from ptq.packing import estimated_size_bytes, packed
@@ -40,11 +41,12 @@ from tables import in_protocol, per_layer_table, printed, results_table
 from weights import model_from_checkpoint
 
 REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
+ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=rows.Help)
+    p = rows.parser(__doc__)
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, metavar="PATH", help="checkpoints to quantize")
     add(
@@ -62,7 +64,12 @@ def parse_args():
         help="what executes them, but for int8-*, which their engines quantize themselves",
     )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
-    add("--img-size", type=int, help="input side in pixels (default: the checkpoint's)")
+    add(
+        "--img-size",
+        type=int,
+        help="input side in pixels; if the network was trained at another, its batch norms are "
+        "adapted",
+    )
     add("--calibration-images", type=int, help="instead of the number in the recipe")
     add("--test-images", type=int, help="only the first so many; such a row is not published")
     add(
@@ -81,12 +88,24 @@ def parse_args():
         help="in place of rows: how much each single weight and input that a recipe quantizes "
         "changes the logits",
     )
+    add(
+        "--export",
+        metavar="FOLDER",
+        help="in place of rows: write the quantized networks there, as packed safetensors and ONNX",
+    )
     args = p.parse_args()
     if args.img_size is not None and args.img_size < MIN_IMG_SIZE:
         p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
     for name in ("calibration_images", "test_images", "latency_runs", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        p.error("--seed must be at least 0 and less than 2**63")
+    if args.per_layer and args.export:
+        p.error("--per-layer and --export exclude each other")
+    if args.per_layer or args.export:
+        if args.held_out or args.test_images or args.engines != [torch_eager.NAME]:
+            p.error("--per-layer and --export exclude --held-out, --test-images and --engines")
     return args
 
 
@@ -138,6 +157,7 @@ class Workbench:
             "engine": engine.NAME,
             "seed": self.args.seed,
             "calibration_images": self.n_calibration(recipe),
+            "adapt_images": ADAPT_IMAGES if self.adapts else None,
             "n_images": len(self.images),
             "latency_runs": self.args.latency_runs,
         }
@@ -165,27 +185,45 @@ class Workbench:
         suffix = "" if name == "checkpoints" else f"-{name}"
         return Path(self.args.output, self.name + suffix)
 
-    def calibration(self, recipe, n: int) -> tuple:
-        """Batches of `n` training images under evaluation transforms, and their description."""
-        if n == 0:
-            return None, {"n": 0}
+    @property
+    def adapts(self) -> bool:
+        """Whether images have another size than the network was trained at."""
+        return self.img_size != self.checkpoint["img_size"]
+
+    @functools.cached_property
+    def network(self) -> torch.nn.Module:
+        """The float network, its batch norms adapted to the size of the images."""
+        if not self.adapts:
+            return self.model
+        images, _ = self.calibration(ADAPT_IMAGES)
+        sizes = (self.img_size, self.checkpoint["img_size"])
+        return ptq.adapted(self.model, *(data.EvalBatches(images, s, ADAPT_BATCH) for s in sizes))
+
+    def calibration(self, n: int) -> tuple[data.Images, dict]:
+        """`n` training images, drawn by classes alike, and their description."""
         train = data.load(self.config["dataset"], self.args.data_dir, train=True)
         usable, _ = data.split(train.labels, self.config["val_size"])
         chosen = data.balanced_subset(train.labels, usable, n, self.args.seed)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed))
-        images, batch = train[chosen[order]], recipe.calibration_batch
         digest = rows.sha256(chosen.numpy().tobytes())
-        described = {"n": n, "seed": self.args.seed, "indices_sha256": digest}
-        return data.EvalBatches(images, self.img_size, batch), described
+        return train[chosen[order]], {"n": n, "seed": self.args.seed, "indices_sha256": digest}
+
+    def batches(self, recipe) -> tuple[data.EvalBatches | None, dict]:
+        """What the recipe calibrates on, and its description."""
+        n = self.n_calibration(recipe)
+        if n == 0:
+            return None, {"n": 0}
+        images, described = self.calibration(n)
+        return data.EvalBatches(images, self.img_size, recipe.calibration_batch), described
 
     def prepare(self, recipe) -> Prepared:
         """Calibration images and quantized network, made once for all engines of a recipe."""
         if self.prepared is None or self.prepared.recipe is not recipe:
-            began, n = time.monotonic(), self.n_calibration(recipe)
-            batches, described = self.calibration(recipe, n)
-            network, file_bytes = ptq.quantize(self.model, recipe, batches), None
+            model, began = self.network, time.monotonic()
+            batches, described = self.batches(recipe)
+            network, file_bytes = ptq.quantize(model, recipe, batches), None
             if recipe.layers:
-                network, file_bytes = reloaded(network, recipe, self.model)
+                network, file_bytes = reloaded(network, recipe, model)
             seconds = time.monotonic() - began
             self.prepared = Prepared(recipe, network, file_bytes, batches, described, seconds)
         return self.prepared
@@ -232,8 +270,8 @@ class Workbench:
     def report(self, recipe) -> dict:
         """Noise in the logits from each single tensor that the recipe quantizes."""
         began = time.monotonic()
-        batches, described = self.calibration(recipe, self.n_calibration(recipe))
-        noises = sensitivities(self.model, recipe, batches, REPORT_BATCHES)
+        batches, described = self.batches(recipe)
+        noises = sensitivities(self.network, recipe, batches, REPORT_BATCHES)
         identity = self.identity(recipe, torch_eager)
         kept_fields = ("model", "img_size", "checkpoint_sha256", "recipe", "seed")
         return {name: identity[name] for name in kept_fields} | {
@@ -296,34 +334,66 @@ def kept(path: Path, identity: dict) -> dict | None:
 
 def write_reports(benches, args) -> None:
     """The reports per layer of all recipes, one file each, and their most sensitive tensors."""
-    for bench in benches:
-        for recipe in (RECIPES[name] for name in args.recipes):
-            if not recipe.layers or not recipe.calibration_images:
-                raise BadInput(f"--per-layer: recipe {recipe.name} calibrates no layers")
-            report, path = bench.report(recipe), bench.report_path(recipe)
-            rows.write_json(path, report)
-            print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}")
+    wanted = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
+    for bench, recipe in wanted:
+        if not recipe.layers or not recipe.calibration_images:
+            raise BadInput(f"--per-layer: recipe {recipe.name} calibrates no layers")
+        if bench.report_path(recipe).exists() and not args.force:
+            raise BadInput(f"{bench.report_path(recipe)} is there already: --force replaces it")
+    for bench, recipe in wanted:
+        report, path = bench.report(recipe), bench.report_path(recipe)
+        rows.write_json(path, report)
+        print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}", flush=True)
+
+
+def write_exports(benches, args) -> None:
+    """The networks of all recipes, each packed and, where ONNX can hold it, as QDQ ONNX."""
+    wanted = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
+    for _, recipe in wanted:
+        if not recipe.layers:
+            raise BadInput(f"--export: recipe {recipe.name} has no quantized layers to write")
+    try:
+        require("onnx", "onnxscript")
+        from ptq.export import to_onnx
+    except EngineMissing as missing:
+        to_onnx = None
+        print(f"ONNX files are left out: {missing}")
+    for bench, recipe in wanted:
+        network = bench.prepare(recipe).network
+        files = {".safetensors": functools.partial(packing.save, network, recipe)}
+        if to_onnx and recipe.exportable:
+            files[".onnx"] = functools.partial(to_onnx, network, bench.sample)
+        for suffix, write in files.items():
+            name = f"{bench.folder().name}-{recipe.name}{bench.setting()}{suffix}"
+            path = Path(args.export, name)
+            with rows.atomic(path) as tmp:
+                write(tmp)
+            print(f"{path}, {path.stat().st_size / rows.MB:.2f} MB", flush=True)
 
 
 def jobs(benches, args):
     """Every (checkpoint, recipe, engine) to measure."""
     for bench in benches:
         for recipe in (RECIPES[name] for name in args.recipes):
-            engines = [PEERS[recipe.peer]] if recipe.peer else map(ENGINES.get, args.engines)
-            yield from ((bench, recipe, engine) for engine in engines)
+            for engine in engines_for(recipe, args.engines):
+                yield bench, recipe, engine
 
 
 @rows.command
 def main():
     args = parse_args()
     rows.keep_freed_memory()
-    rows.require_writable(args.output)
+    rows.require_writable(args.export or args.output)
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
-    if args.per_layer:
-        write_reports(benches, args)
+    if args.per_layer or args.export:
+        write = write_reports if args.per_layer else write_exports
+        write(benches, args)
         return
-    done, failed = [], False
+    for _, recipe, engine in jobs(benches, args):
+        if not (recipe.peer or engine is torch_eager or recipe.exportable):
+            raise BadInput(f"{engine.NAME} can't run {recipe.name}: ONNX has no such formats")
+    done, status = [], 0
     for bench, recipe, engine in jobs(benches, args):
         path = bench.row_path(recipe, engine)
         try:
@@ -336,7 +406,7 @@ def main():
             print(f"{bench.name} {recipe.name}@{engine.NAME}: left out, {missing}")
             continue
         except Exception as error:  # whatever it is, the other rows go on
-            failed = True
+            status = max(status, 2 if isinstance(error, BadInput) else 1)
             kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
             reason = str(error).split("\n")[0]
             what = f"{bench.name} {recipe.name}@{engine.NAME}"
@@ -347,7 +417,9 @@ def main():
     for part in (True, False):  # the published rows and ours, as in the README
         if shown := [row for row in done if in_protocol(row) is part]:
             print(f"\n{results_table(shown, done)}")
-    sys.exit(1 if failed else 0)
+    if not done and not status:
+        raise BadInput("nothing was measured: the engines asked for can't run here")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,19 @@ class BadInput(Exception):
     """Something the user gave can't be used; the message says what and what to do."""
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser for the options of a script with this docstring."""
+    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=_Help)
+
+
+def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
+    """The device to compute on: what was asked for, or CUDA if there is any."""
+    if asked_for == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch sees no CUDA device")
+    return asked_for or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows defaults, but not those of switches and of options that may be absent."""
 
     def _get_help_string(self, action):

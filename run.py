@@ -240,4 +240,5 @@ def tensorboard_writer(folder):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise BadInput("--tensorboard needs tensorboard: pip install tensorboard") from error
+    rows.require_writable(folder)
     return SummaryWriter(folder)

@@ -32,7 +32,8 @@ TITLES = {
 }
 
 
-RUNS_ON = {  # what executes a network that a peer quantized
+RUNS_ON = {  # the package behind an engine
+    "openvino-bf16": "openvino",
     "torch-eager": "torch",
     "torch-fx": "torch",
     "torch-pt2e": "torch",
@@ -43,14 +44,16 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "fp32": "float",
     "w4-minmax": "W4: to nearest, ranges up to the extremes",
     "w4-nearest": "ranges of least squared error",
-    "w4-renorm": "and batch norms re-estimated",
+    "w4-replace": "with statistics of norms replaced",
+    "w4-shift": "with statistics of norms shifted",
     "w4-biases": "and biases without a norm after them corrected",
-    "w4-gptq": "GPTQ, norms re-estimated",
-    "w4-adaround": "AdaRound by layer, norms re-estimated",
-    "w4": "AdaRound by block, norms re-estimated",
+    "w4-gptq": "GPTQ, norms shifted",
+    "w4-adaround": "AdaRound by layer, norms shifted",
+    "w4": "AdaRound by block, norms shifted",
     "w8a8": "W8A8: as it is",
     "w8a8-equalized": "with layer norms equalized",
-    "w8a8-nearest": "without norms re-estimated",
+    "w8a8-nearest": "without norms shifted",
+    "w8a8-replace": "with statistics of norms replaced",
     "w8a8-minmax": "with activations from extreme to extreme",
     "w8a8-percentile": "with activations up to the 99.99th percentile",
     "w8a8-kl": "with activations of least KL divergence",
@@ -58,7 +61,7 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w8a7": "with 7 bits for activations",
     "w8a8-early": "with the five early inputs in 8 bits, too",
 }
-SIZE_SWEEP = ("fp32-renorm", "w7a8", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
+SIZE_SWEEP = ("fp32", "w7a8", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
 
 def markdown(lines: list[dict], left: int = 1) -> str:
@@ -118,6 +121,7 @@ def arithmetic(row: dict) -> str:
     """In which numbers the row's network computed."""
     if row["simulated"]:
         return "FP32, simulated"
+    elsewhere = "BF16" if row["engine"] == "openvino-bf16" else "FP32"
     products = row["products"]
     if products and any(products["int8"].values()):
         counts = (
@@ -126,7 +130,7 @@ def arithmetic(row: dict) -> str:
             for kind in ("Conv", "MatMul")
         )
         return f"INT8 ({', '.join(counts)})"
-    return "INT8" if row["recipe"]["peer"] else "FP32"
+    return "INT8" if row["recipe"]["peer"] else elsewhere
 
 
 def published_text(model: str, recipe: str) -> str:
@@ -172,14 +176,15 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
 
 
 def training_table(runs: list[dict]) -> str:
-    """A line a trained checkpoint, from its metrics.json."""
+    """A line a training run, from its metrics.json."""
     lines = []
-    for run in runs:
+    for run in in_turn(runs):
         published = PUBLISHED.get((run["model"], "fp32"))
+        schedule = run["config"]["resolutions"].replace(",", ", ")
         lines.append(
             {
                 "Model": run["model"],
-                "Schedule (side:epochs)": run["config"]["resolutions"].replace(",", ", "),
+                "Schedule (side:epochs)": f"then {schedule}" if run["first"] else schedule,
                 "Hardware": run["hardware"],
                 "Parameters": f"{run['parameters']:,}",
                 "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",
@@ -191,6 +196,13 @@ def training_table(runs: list[dict]) -> str:
             }
         )
     return markdown(lines, left=3)
+
+
+def in_turn(runs: list[dict]):
+    """Each run, after the one that its weights came from."""
+    for run in runs:
+        yield from in_turn([run["first"]] if run["first"] else [])
+        yield run
 
 
 def classes_table(rows: list[dict]) -> str:
@@ -211,8 +223,8 @@ def classes_table(rows: list[dict]) -> str:
 def commands_block(rows: list[dict], runs: list[dict]) -> str:
     """For every published number: the command, the line it prints, the time it took."""
     parts = []
-    for run in runs:
-        command = re.sub(r" --(data-dir|output|max-minutes) \S+", "", run["command"])
+    for run in in_turn(runs):
+        command = re.sub(r" --(data-dir|max-minutes) \S+| --output /\S+", "", run["command"])
         parts.append((command, f"{run['printed']}, after {run['train_s'] / 60:.0f} min"))
     for row in in_order(rows):
         recipe = row["recipe"]["name"]

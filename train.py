@@ -14,7 +14,6 @@ the accuracy on the test set, which is read that once. The last line printed:
     mobilevit_xxs: epoch 12 chosen, validation 86.10 %, test 85.80 % (8580 of 10000)
 """
 
-import argparse
 import math
 import signal
 import time
@@ -39,7 +38,7 @@ SAVE_EVERY_S = 120  # seconds between saves within an epoch
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=rows.Help)
+    p = rows.parser(__doc__)
     add, number = p.add_argument, {"type": float, "metavar": "X"}
     add("--variant", choices=VARIANTS, default="xxs", help="size of the network")
     add("--heads", type=int, help="attention heads in every block, instead of the variant's")
@@ -94,6 +93,8 @@ def parse_args():
 
     if args.eval != (args.checkpoint is not None):
         p.error("--eval and --checkpoint go together")
+    if args.eval and (args.img_size, args.resolutions) != (None, None):
+        p.error("--eval takes the checkpoint's image side: quantize.py --recipes fp32 takes others")
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
     if args.epochs is not None and args.epochs < 1:
@@ -102,9 +103,7 @@ def parse_args():
         p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
     if args.pretrained and (args.init or args.heads is not None):
         p.error("--pretrained excludes --init and --heads")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no CUDA device")
+    args.device = rows.device(p, args.device)
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     if args.precision == "fp16" and args.device == "cpu":
         p.error("--precision fp16 needs CUDA")
@@ -136,8 +135,12 @@ def parse_args():
         args.val_size = 2000 if args.dataset == "cifar10" else 200
     if args.workers is None:
         args.workers = min(8, torch.multiprocessing.cpu_count()) if args.device == "cuda" else 0
-    if args.workers < 0 or args.seed < 0:
-        p.error("--workers and --seed must be at least 0")
+    if args.workers < 0:
+        p.error("--workers must be at least 0")
+    if not 0 <= args.seed < 2**63:
+        p.error("--seed must be at least 0 and less than 2**63")
+    if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in args.stages):
+        p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
     args.output = Path(args.output or f"runs/{rows.model_name(args.variant, args.dataset)}")
     return args
 

@@ -31,6 +31,8 @@ def load_checkpoint(path, keys=NETWORK_KEYS) -> dict:
     missing = [k for k in keys if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    if keys is NETWORK_KEYS and not {"dataset", "val_size"} <= set(checkpoint["config"]):
+        raise BadInput(f"{path} does not say which images it was trained on")
     return checkpoint
 
 
@@ -50,8 +52,6 @@ def load_weights(model: MobileViT, checkpoint: dict, path) -> None:
 def model_from_checkpoint(path) -> tuple[MobileViT, dict]:
     """The float network in a checkpoint, in eval mode and channels-last, and the checkpoint."""
     checkpoint = load_checkpoint(path)
-    if not {"dataset", "val_size"} <= set(checkpoint["config"]):
-        raise BadInput(f"{path} does not say which images it was trained on")
     try:
         model = MobileViT(checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
     except (ValueError, TypeError) as error:

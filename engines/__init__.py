@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 
 class EngineMissing(Exception):
-    """An engine can't run here; the message says what to install."""
+    """An engine can't run here; the message says why, or what to install."""
 
 
 def require(*packages: str) -> list:

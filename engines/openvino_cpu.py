@@ -37,14 +37,15 @@ def exported(model, example) -> tuple:
     return network, size_bytes
 
 
-def loaded(network, size_bytes: int) -> Loaded:
-    """A network compiled for one thread a call. Each calling thread gets one of its own: with
-    several streams in one, OpenVINO 2026.4 computes networks with INT4 weights wrongly."""
+def loaded(network, size_bytes: int, precision: str = "f32") -> Loaded:
+    """A network compiled for one thread a call, in `precision` where it is not quantized. Each
+    calling thread gets one of its own: with several streams in one, OpenVINO 2026.4 computes
+    networks with INT4 weights wrongly."""
     core = require("openvino")[0].Core()
     settings = {
         "INFERENCE_NUM_THREADS": 1,
         "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     lock, local = threading.Lock(), threading.local()
 

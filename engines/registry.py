@@ -3,6 +3,7 @@
 from engines import (
     nncf_openvino,
     onnx_runtime,
+    openvino_bf16,
     openvino_cpu,
     ort_static,
     torch_eager,
@@ -10,6 +11,13 @@ from engines import (
     torch_pt2e,
 )
 
-ENGINES = {engine.NAME: engine for engine in (torch_eager, onnx_runtime, openvino_cpu)}
+ENGINES = {
+    engine.NAME: engine for engine in (torch_eager, onnx_runtime, openvino_cpu, openvino_bf16)
+}
 # These quantize by their own methods.
 PEERS = {engine.NAME: engine for engine in (torch_fx, nncf_openvino, ort_static, torch_pt2e)}
+
+
+def engines_for(recipe, names=tuple(ENGINES)) -> list:
+    """The peer that a recipe names, or else those of ours with these names."""
+    return [PEERS[recipe.peer]] if recipe.peer else [ENGINES[name] for name in names]

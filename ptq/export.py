@@ -25,7 +25,8 @@ OPSET = 21  # the first with INT4
 def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
 
-    Raises ValueError for activations in other than 8 unsigned bits, which ONNX can't write.
+    Raises ValueError for what is not written: activations in other than 8 unsigned bits, weights of
+    more than 8 or without a scale per channel.
     """
     model = copy.deepcopy(model).eval()
     fold_norms(model)

@@ -152,5 +152,11 @@ class Uniform:
         zero = 0 if zero_point is None else zero_point[:, None]
         return (codes - zero) * scale[:, None]
 
+    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The values of the nearest levels, `decode` of `encode` without codes, in few passes.
+        `scale` and `zero_point` broadcast with `x`."""
+        zero = zero_point.to(x.dtype)
+        return (x / scale).round_().clamp_(self.qmin - zero, self.qmax - zero).mul_(scale)
+
 
 Format = Float16 | PercentileUniform  # those that rules for tensors take

@@ -53,12 +53,13 @@ class Quantizer(nn.Module):
 
 
 def fake_quantize(x: Tensor, format: Uniform, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """`format.decode(format.encode(x))` for scales per tensor or channel, in one pass."""
-    if format.granularity == "tensor":
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, format.qmin, format.qmax)
-    return torch.fake_quantize_per_channel_affine(
-        x, scale, zero_point, format.axis % x.dim(), format.qmin, format.qmax
-    )
+    """`format.decode(format.encode(x))` for scales per tensor or channel. Torch's own function of
+    this name is not vectorised on CPUs."""
+    if format.granularity == "channel":
+        shape = [1] * x.dim()
+        shape[format.axis] = -1
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    return format.nearest(x, scale, zero_point)
 
 
 class QuantizedLayer(nn.Module):

@@ -93,9 +93,9 @@ class Percentile(Histogram):
         last = (share < self.pct / 100).sum(1)
         clipped_low = first * width - self.limit
         clipped_high = (last + 1) * width - self.limit
-        return torch.maximum(low, clipped_low).clamp(max=0), torch.minimum(
-            high, clipped_high
-        ).clamp(min=0)
+        low = torch.maximum(low, clipped_low).clamp(max=0)
+        high = torch.minimum(high, clipped_high).clamp(min=0)
+        return low, high
 
 
 class MSE(Histogram):
@@ -140,8 +140,8 @@ class MSE(Histogram):
 
 def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
     """Sum over a row of the squared distance to the nearest level of [low, high]; [G]."""
-    grid = format.grid(low, high)
-    levels = format.decode_rows(format.encode_rows(values, *grid), *grid)
+    scale, zero_point = format.grid(low, high)
+    levels = format.nearest(values, scale[:, None], zero_point[:, None])
     error = (values - levels).square()
     return (error if weights is None else error * weights).sum(1)
 
@@ -172,7 +172,7 @@ class KL(Histogram):
             p[0] += counts[:first].sum()
             p[-1] += counts[last + 1 :].sum()
             scale, zero_point = self.format.grid((low * s)[None], (high * s)[None])
-            codes = self.format.encode(centres[None, first : last + 1], scale, zero_point)[0]
+            codes = self.format.encode_rows(centres[None, first : last + 1], scale, zero_point)[0]
             levels = (codes - codes.min()).long()
             n = int(levels.max()) + 1
             mass = p.new_zeros(n).index_add_(0, levels, kept)

@@ -38,7 +38,7 @@ def estimated_size_bytes(model: nn.Module, recipe: Recipe) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Signed codes of any shape as uint8 bytes, `bits` to a code, most significant bit first, the
     last byte filled up with zeros."""
-    unsigned = (codes.flatten().numpy() + 2 ** (bits - 1)).astype(">u2")
+    unsigned = (codes.flatten().cpu().numpy() + 2 ** (bits - 1)).astype(">u2")
     all_bits = np.unpackbits(unsigned.view(np.uint8).reshape(-1, 2), axis=1)
     return torch.from_numpy(np.packbits(all_bits[:, 16 - bits :]))
 

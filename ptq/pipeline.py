@@ -6,19 +6,8 @@ import torch
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.correction import (
-    correct_biases,
-    equalize,
-    make_norms_positive,
-    norms_after,
-    reestimate_norms,
-)
-from ptq.layers import (
-    QUANTIZABLE,
-    QuantizedAttentionCore,
-    QuantizedLayer,
-    Quantizer,
-)
+from ptq.correction import NORMS, correct_biases, equalize, make_norms_positive, norms_after
+from ptq.layers import QUANTIZABLE, QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.recipes import LayerSpec, Recipe
 from ptq.rounding import ROUNDINGS
 
@@ -44,12 +33,12 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             reference = copy.deepcopy(model)
             attach(model, recipe)
             ROUNDINGS[recipe.rounding](model, reference, batches, recipe)
-        if recipe.reestimate_norms:
-            reestimate_norms(model, batches)
-        calibrate(model, batches)
-        if recipe.correct_biases:  # only with layers
-            done = norms_after(model).values() if recipe.reestimate_norms else ()
-            correct_biases(model, reference, batches, done)
+            if recipe.norms:
+                NORMS[recipe.norms](model, batches, reference, batches)
+            calibrate(model, batches)
+            if recipe.correct_biases:
+                done = norms_after(model).values() if recipe.norms else ()
+                correct_biases(model, reference, batches, done)
     return model
 
 

@@ -50,9 +50,10 @@ class Recipe:
 
     `equalize`: whether norms share their outputs' ranges with the weights that take them in.
     `rounding`: how codes of weights are chosen, a name of ptq.rounding.
-    `units`: pattern of module names whose weights rounding by "adaround" learns together; layers
-    outside of them are learnt one by one.
-    `reestimate_norms`: whether batch norms get new statistics once weights are quantized.
+    `units`: pattern of module names whose weights rounding takes together; layers outside of them
+    are taken one by one.
+    `norms`: how the statistics of batch norms follow quantized weights, a name of
+    ptq.correction.NORMS.
     `correct_biases`: whether biases make up for the shift of each layer's mean output.
     `peer`: name of the engine that quantizes the network by its own methods instead.
     """
@@ -63,7 +64,7 @@ class Recipe:
     equalize: bool = False
     rounding: str = "nearest"
     units: str | None = None
-    reestimate_norms: bool = False
+    norms: str | None = None
     correct_biases: bool = False
     peer: str | None = None
     calibration_images: int = 0
@@ -71,7 +72,7 @@ class Recipe:
 
     def __post_init__(self):
         kinds = [kind for kind in ("rules", "layers", "peer") if getattr(self, kind)]
-        layered = self.correct_biases or self.equalize
+        layered = self.correct_biases or self.equalize or self.norms
         if len(kinds) > 1 or (layered and kinds != ["layers"]):
             raise ValueError(f"recipe {self.name} mixes what does not go together: {kinds}")
 
@@ -85,7 +86,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether it needs batches to look at."""
-        steps = self.reestimate_norms or self.equalize or self.correct_biases
+        steps = self.norms or self.equalize or self.correct_biases
         inputs = any(spec.input for spec in self.layers)
         return bool(steps or inputs or self.rounding != "nearest")
 
@@ -93,6 +94,18 @@ class Recipe:
     def simulated(self) -> bool:
         """Whether floats stand in for the recipe's low-bit numbers when it runs in torch."""
         return bool(self.rules or self.layers)
+
+    @property
+    def exportable(self) -> bool:
+        """Whether QDQ ONNX can hold what it does to layers."""
+        return all(
+            (spec.input is None or (spec.input.bits == 8 and not spec.input.symmetric))
+            and (
+                spec.weight is None
+                or (spec.weight.bits <= 8 and spec.weight.granularity == "channel")
+            )
+            for spec in self.layers
+        )
 
     @property
     def storable(self) -> bool:
@@ -163,6 +176,14 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
     )
 
 
+def _convolutions(weight_bits: int, input_bits: int) -> tuple[LayerSpec, ...]:
+    """As above, but linear layers have 8-bit weights and inputs in float, and attention products
+    stay in float."""
+    early, depthwise, others = _layers(weight_bits, input_bits)
+    linear = LayerSpec(r".*\.(qkv|proj|core|ffn\.\d)|classifier", _weights(8))
+    return early, depthwise, linear, others
+
+
 def _changed(layers: tuple[LayerSpec, ...], **changes) -> tuple[LayerSpec, ...]:
     return tuple(replace(spec, **changes) for spec in layers)
 
@@ -171,17 +192,17 @@ def _changed(layers: tuple[LayerSpec, ...], **changes) -> tuple[LayerSpec, ...]:
 _MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", _weights(8)), *_layers(4))
 _BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
 _CALIBRATED = {"calibration_images": 256, "calibration_batch": 32}
-_REPAIRED = {"reestimate_norms": True, **_CALIBRATED}
+_REPAIRED = {"norms": "shift", **_CALIBRATED}
 _LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_REPAIRED}
 
-# Ours, each with its baseline: the same formats, rounded to nearest, nothing repaired.
+# Ours, most with a baseline of the same formats, rounded to nearest, nothing learnt or repaired.
 OURS = (
-    # For images of another size than the network was trained on.
-    Recipe("fp32-renorm", **_REPAIRED),
     Recipe("w8a8", layers=_layers(8, 8), **_REPAIRED),
     Recipe("w8a8-nearest", layers=_layers(8, 8), **_CALIBRATED),
     # Full 8-bit products overflow the 16 bits in which CPUs without VNNI first add them up.
     Recipe("w7a8", layers=_layers(7, 8), **_REPAIRED),
+    # There integer convolutions beat float ones, but integer matrix products do not.
+    Recipe("w7a8-convs", layers=_convolutions(7, 8), **_REPAIRED),
     Recipe("w6a6", layers=_layers(6, 6), **_LEARNT),
     Recipe("w6a6-nearest", layers=_layers(6, 6), **_CALIBRATED),
     Recipe("w4a8", layers=_layers(4, 8), **_LEARNT),
@@ -197,10 +218,12 @@ _W4 = {"layers": _layers(4)}
 _W8A8 = {"layers": _layers(8, 8), **_REPAIRED}
 ABLATION = (
     Recipe("w4-minmax", layers=_changed(_layers(4), weight_observer="minmax")),
-    Recipe("w4-renorm", **_W4, **_REPAIRED),
+    Recipe("w4-replace", **_W4, **_CALIBRATED, norms="replace"),
+    Recipe("w4-shift", **_W4, **_REPAIRED),
     Recipe("w4-biases", **_W4, **_REPAIRED, correct_biases=True),
-    Recipe("w4-gptq", **_W4, **_REPAIRED, rounding="gptq"),
+    Recipe("w4-gptq", **_W4, **_REPAIRED, rounding="gptq", units=_BLOCKS),
     Recipe("w4-adaround", **_W4, **_REPAIRED, rounding="adaround"),
+    Recipe("w8a8-replace", **_W8A8 | {"norms": "replace"}),
     Recipe("w8a8-equalized", **_W8A8, equalize=True),
     Recipe("w8a8-minmax", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="minmax")}),
     Recipe(

@@ -6,8 +6,9 @@ from itertools import islice
 import torch
 from torch import nn
 
+from ptq.correction import make_norms_positive
 from ptq.layers import Quantizer
-from ptq.pipeline import attach, calibrate
+from ptq.pipeline import attach, calibrate, check_batches
 from ptq.recipes import Recipe
 from ptq.rounding import layers_to_round, nearest
 
@@ -20,7 +21,9 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, n_batches: int) -> 
     variance, when that one weight or input alone takes the values of its format, rounded to
     nearest. All of `batches` calibrates. Raises ValueError as `ptq.quantize` does.
     """
+    check_batches(model, recipe, batches)
     reference = copy.deepcopy(model).eval()
+    make_norms_positive(reference)
     network = copy.deepcopy(reference)
     attach(network, recipe)
     layers = layers_to_round(network)

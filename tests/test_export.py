@@ -3,11 +3,11 @@
 import onnx
 import pytest
 import torch
+from small import Small, small_network
 from torch import nn
 
 import ptq
-from engines import EngineMissing, onnx_runtime, openvino_cpu, predict
-from mobilevit import MV2, ConvNorm, MobileViTBlock
+from engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu, predict
 from ptq import LayerSpec, Recipe
 from ptq.correction import make_norms_positive, norms_after
 from ptq.export import fold_norms, to_onnx
@@ -32,38 +32,9 @@ W7A8 = Recipe(
 W4 = Recipe("w4", layers=(LayerSpec(".*", per_channel(4)),))
 
 
-class Small(nn.Module):
-    """Every kind of layer of MobileViT, few of each."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = ConvNorm(3, 8, kernel=3, stride=2)
-        self.body = nn.Sequential(
-            MV2(8, 8, 1, 2), MV2(8, 12, 2, 2), MobileViTBlock(12, 16, layers=1, heads=2)
-        )
-        self.classifier = nn.Linear(12, 10)
-
-    def forward(self, x):
-        return self.classifier(self.body(self.stem(x)).mean((2, 3)))
-
-
-def with_norms(model):
-    """Batch norms as after training: statistics, factors of either sign, one dead channel."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.bias.data, module.weight.data):
-                tensor.normal_(0, 0.5, generator=generator)
-            module.weight.data += 1
-            module.running_var.uniform_(0.5, 2, generator=generator)
-    model.stem.norm.weight.data[3] = 0
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return with_norms(Small())
+    return small_network()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +91,16 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     if recipe is W7A8:
         assert loaded.products["int8"]["MatMul"] >= 4
         assert engine is onnx_runtime or loaded.products["int8"]["Conv"] == 11
+
+
+def test_bf16_is_computed_in_or_refused(model, x):
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(EngineMissing, match="this CPU does not compute in BF16"):
+            openvino_bf16.load(model, Recipe("fp32"), None, x[:1])
+        return
+    y, expected = openvino_bf16.load(model, Recipe("fp32"), None, x[:1]).run(x), model(x).detach()
+    assert 0 < (y - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_the_float_network_exports_too(model, x):

@@ -175,6 +175,43 @@ def test_kl_clips_outliers_and_keeps_a_plain_distribution():
     assert float(outlier.range()[1]) < 2
 
 
+def numpy_divergence(counts, centres, low, high, bits):
+    """Kullback-Leibler divergence of a histogram clipped to [low, high] from its levels."""
+    inside = (centres >= low) & (centres <= high)
+    kept = counts[inside].astype(float)
+    scale = (high - low) / (2**bits - 1)
+    levels = np.clip(np.round(centres[inside] / scale) + np.round(-low / scale), 0, 2**bits - 1)
+    q = np.zeros_like(kept)
+    for level in set(levels):
+        filled = (levels == level) & (kept > 0)
+        if filled.any():
+            q[filled] = kept[levels == level].sum() / filled.sum()
+    p = kept.copy()
+    p[0] += counts[centres < low].sum()
+    p[-1] += counts[centres > high].sum()
+    for edge in (0, -1):
+        if p[edge] > 0 and q[edge] == 0:
+            q[edge] = 1
+    p, q = p / p.sum(), q / q.sum()
+    return (p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()
+
+
+def test_kl_has_the_least_divergence_of_its_grid():
+    x = torch.nn.functional.silu(2 * draw(20_000))
+    observer = KL(Uniform(4, symmetric=False))
+    observer.update(x)
+    values = x.double().numpy()
+    limit = np.abs(values).max()
+    counts, edges = np.histogram(values, 4096, (-limit, limit))
+    centres = (edges[:-1] + edges[1:]) / 2
+    every = [
+        numpy_divergence(counts, centres, s * values.min(), s * values.max(), 4)
+        for s in np.linspace(1, 0.2, 81)
+    ]
+    low, high = (end.item() for end in observer.range())
+    assert numpy_divergence(counts, centres, low, high, 4) <= 1.01 * min(every) < 0.5 * max(every)
+
+
 @pytest.mark.parametrize("name", ["minmax", "mse"])
 def test_constant_channels_are_written_exactly(name):
     weight = torch.tensor([0.3, 0.0, -0.7, 1e-41])[:, None].expand(4, 9)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_export import Small, with_norms
+from small import small_network
 
 from engines import EngineMissing, nncf_openvino, ort_static, predict, torch_pt2e
 from ptq import RECIPES
@@ -14,8 +14,7 @@ PEERS = ((nncf_openvino, 0.5), (ort_static, 0.9), (torch_pt2e, 0.4))
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return with_norms(Small())
+    return small_network()
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,17 @@ from torch import nn
 import ptq
 from mobilevit import AttentionCore, MobileViT
 from ptq import LayerSpec, Recipe
-from ptq.correction import captured, equalize, linears_after_norms, mean_output
+from ptq.correction import (
+    captured,
+    equalize,
+    linears_after_norms,
+    mean_output,
+    replace_norms,
+)
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
 from ptq.observers import OBSERVERS
+from ptq.pipeline import attach
 from ptq.recipes import RECIPES
 from ptq.sensitivity import sensitivities
 
@@ -49,7 +56,7 @@ def test_a_quantizer_gives_what_its_format_decodes(fmt):
     quantizer.freeze()
     expected = fmt.decode(fmt.encode(x, quantizer.scale, quantizer.zero_point), quantizer.scale,
                           quantizer.zero_point)  # fmt: skip
-    torch.testing.assert_close(quantizer(x), expected)
+    assert torch.equal(quantizer(x), expected)
     assert fake_quantize(x, fmt, quantizer.scale, quantizer.zero_point).unique().numel() > 10
 
 
@@ -115,7 +122,7 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
 
     with pytest.raises(ValueError, match="idle.*nothing was seen"):
         ptq.quantize(Idle(), W8A8, [(draw(2, 4), None)])
-    for recipe in (W8A8, RECIPES["fp32-renorm"], RECIPES["w4-gptq"]):
+    for recipe in (W8A8, RECIPES["w4-shift"], RECIPES["w4-gptq"]):
         for nothing in ([], None, iter([(draw(2, 4), None)])):
             with pytest.raises(ValueError, match="needs a sequence of calibration batches"):
                 ptq.quantize(model, recipe, nothing)
@@ -127,15 +134,48 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
         list(captured(Idle(), Idle().idle, [(draw(2, 4), None)], "input"))
 
 
-def test_reestimated_norms_hold_the_statistics_of_quantized_layers(model, batches):
-    recipe = Recipe(
-        "w4", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),), reestimate_norms=True
-    )
-    quantized = ptq.quantize(model, recipe, batches[:1])
-    seen = quantized.stem.conv(batches[0][0])
-    torch.testing.assert_close(quantized.stem.norm.running_mean, seen.mean((0, 2, 3)))
-    torch.testing.assert_close(quantized.stem.norm.running_var, seen.var((0, 2, 3)))
-    assert not quantized.training
+def test_norms_follow_the_statistics_of_quantized_layers(model, batches):
+    trained = copy.deepcopy(model)
+    trained.stem.norm.running_mean += 0.25
+    trained.stem.norm.running_var *= 9
+    x = batches[0][0]
+    for norms in ("replace", "shift"):
+        layers = (LayerSpec(".*", Uniform(4, granularity="channel")),)
+        quantized = ptq.quantize(trained, Recipe("w4", layers=layers, norms=norms), batches[:1])
+        before, after = trained.stem.conv(x), quantized.stem.conv(x)
+        mean, variance = after.mean((0, 2, 3)), after.var((0, 2, 3))
+        if norms == "shift":
+            eps = trained.stem.norm.eps
+            mean += trained.stem.norm.running_mean - before.mean((0, 2, 3))
+            variance = trained.stem.norm.running_var * (variance + eps)
+            variance /= before.var((0, 2, 3)) + eps
+        torch.testing.assert_close(quantized.stem.norm.running_mean, mean)
+        torch.testing.assert_close(quantized.stem.norm.running_var, variance)
+        assert not quantized.training
+
+
+def test_norms_of_a_network_that_does_not_change_stay(model, batches):
+    layers = (LayerSpec(".*", Uniform(16, granularity="channel")),)
+    quantized = ptq.quantize(model, Recipe("fine", layers=layers, norms="shift"), batches)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            got = quantized.get_buffer(name)
+            torch.testing.assert_close(got, buffer, atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapted_network_has_the_statistics_of_its_new_size(model, batches):
+    trained = copy.deepcopy(model)
+    replace_norms(trained, batches, None, None)
+    smaller = [(nn.functional.avg_pool2d(x, 2), y) for x, y in batches]
+    wanted, adapted = copy.deepcopy(trained), ptq.adapted(trained, smaller, batches)
+    replace_norms(wanted, smaller, None, None)
+    for name in ("stem.norm", "stages.2.1.fuse.norm", "head.norm"):
+        for of in ("running_mean", "running_var"):
+            got, now, before = (
+                network.get_buffer(f"{name}.{of}") for network in (adapted, wanted, trained)
+            )
+            torch.testing.assert_close(got, now, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(got, before, rtol=1e-2)
 
 
 def test_corrected_biases_restore_mean_outputs(model, batches):
@@ -208,9 +248,23 @@ def test_sensitivity_is_what_a_recipe_for_that_tensor_alone_does(model, batches)
         assert noises[kind][name] == pytest.approx(noise.item(), rel=1e-3) and noise > 0
 
 
+def test_recipes_for_convolutions_leave_linear_layers_and_products_their_inputs():
+    network = MobileViT("xxs")
+    attach(network, RECIPES["w7a8-convs"])
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLayer)}
+    for name, layer in layers.items():
+        linear = isinstance(layer.layer, nn.Linear)
+        early = name.startswith(
+            ("stem", "stages.0.0.e", "stages.0.0.d", "stages.1.0.e", "stages.1.0.d")
+        )
+        assert isinstance(layer.input, Quantizer) == (not linear and not early), name
+        assert layer.format.bits == (8 if linear else 7), name
+    assert not any(isinstance(m, QuantizedAttentionCore) for m in network.modules())
+
+
 def test_biases_leave_to_norms_what_norms_have_taken_in(model, batches):
     recipe = Recipe("r", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),),
-                    reestimate_norms=True, correct_biases=True)  # fmt: skip
+                    norms="shift", correct_biases=True)  # fmt: skip
     quantized = ptq.quantize(model, recipe, batches)
     assert quantized.stem.conv.layer.bias is None
     for name in ("stages.2.1.layers.0.attn.qkv", "classifier"):

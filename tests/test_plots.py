@@ -1,6 +1,7 @@
 """Figures and README tables from result files."""
 
 import json
+import shutil
 
 import pytest
 from conftest import fails_with_one_line, run
@@ -94,6 +95,9 @@ def tree(tmp_path):
         (3, 256, 256, 1.8, 1.6, 40, 45, 99),
     )
     (shipped / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    first = shutil.copytree(shipped, shipped / "first", ignore=shutil.ignore_patterns("*.pth"))
+    command = "python train.py --seed 2 --output runs/first --max-minutes 9"
+    (first / "config.json").write_text(json.dumps({"command": command}))
     blocks = ("results", "engines", "speeds", "training", "commands", "benchmarks")
     (tmp_path / "README.md").write_text(page(*blocks))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
@@ -129,7 +133,10 @@ def test_readme_check_and_figures(tree):
     computed = "INT8 (Conv 30/35, MatMul 37/55)"
     assert text.count(f"| mobilevit_xxs | w7a8 | openvino | {computed} |") == 1  # at 256x256
     run("plots.py", *flags(tree), "--check")
-    assert "python train.py --seed 3\n# done, after 1 min" in text
+    for command in ("python train.py --seed 2 --output runs/first", "python train.py --seed 3"):
+        assert f"{command}\n# done, after 1 min" in text
+    assert text.index("--seed 2") < text.index("--seed 3")
+    assert text.index("| mobilevit_xxs | 64:1, 256:1 |") < text.index("| then 64:1, 256:1 |")
     card = (tree / "checkpoints" / "README.md").read_text()
     assert "| airplane | 90.0 | 90.0 |" in card and "| 954,234 |" in card and "old" not in card
     assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 |" in text

@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import fails_with_one_line, run
 
+import data
+import ptq
 import rows
-from engines import EngineMissing, latency, predict, torch_eager, torch_fx
+from engines import EngineMissing, latency, onnx_runtime, predict, torch_eager, torch_fx
 from mobilevit import MobileViT
-from ptq import RECIPES
+from ptq import RECIPES, packing
 from tables import results_table
+from weights import model_from_checkpoint
 
 FLAGS = ("--calibration-images", "60", "--latency-runs", "3")
 
@@ -57,7 +60,7 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     out, _ = run(*command, "--latency-runs", "3")
     assert path.read_text() == before and ", kept" in out
     other = (*command, "--latency-runs", "3", "--test-images", "100")
-    _, err = run(*other, code=1)
+    _, err = run(*other, code=2)
     assert path.read_text() == before and "another n_images: --force replaces it" in err
     run(*other, "--force")
     assert rows.read_json(path)["n_images"] == 100
@@ -75,17 +78,31 @@ def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
 
 
 def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
-    run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "fp32-renorm",
+    run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "w4-shift",
         "--img-size", "64", "--seed", "1", "--calibration-images", "100", "--latency-runs", "3",
         "--test-images", "50", "--output", tmp_path)  # fmt: skip
     (folder,) = tmp_path.iterdir()
     assert folder.name == f"mobilevit_xxs-synthetic-{checkpoint.parent.parent.name}"
-    plain, renormed = (
+    plain, shifted = (
         rows.read_json(folder / f"{name}-64-seed1@torch-eager.json")
-        for name in ("fp32", "fp32-renorm")
+        for name in ("fp32", "w4-shift")
     )
-    assert plain["img_size"] == renormed["img_size"] == 64
-    assert plain["predictions"] != renormed["predictions"]
+    assert plain["img_size"] == shifted["img_size"] == 64
+    assert plain["predictions"] != shifted["predictions"]
+    assert plain["adapt_images"] == 256
+    model, _ = model_from_checkpoint(checkpoint)
+    images = data.load("synthetic", None, train=False)[:50]
+
+    def predictions(network):
+        logits, _ = predict(network, data.EvalBatches(images, 64, 25))
+        return "".join(map(str, logits.argmax(1).tolist()))
+
+    train = data.load("synthetic", None, train=True)
+    usable, _ = data.split(train.labels, 200)
+    chosen = data.balanced_subset(train.labels, usable, 256, seed=1)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    batches = [data.EvalBatches(train[chosen[order]], side, 32) for side in (64, 32)]
+    assert predictions(ptq.adapted(model, *batches)) == plain["predictions"] != predictions(model)
 
 
 def test_the_table_pairs_rows_with_their_baseline(swept):
@@ -113,7 +130,7 @@ def test_a_failing_row_does_not_stop_the_others(checkpoint, tmp_path):
         "fp16",
         "--output",
         tmp_path,
-        code=1,
+        code=2,
     )
     assert "fp32@torch-eager: failed" in err and "Traceback" not in err
     assert (folder / "fp16-32@torch-eager.json").exists()
@@ -133,6 +150,25 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--per-layer",
         says="w4-nearest calibrates no layers",
     )  # fmt: skip
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--recipes", "w6a6", "--engines", "onnxruntime",
+        says="onnxruntime can't run w6a6",
+    )  # fmt: skip
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--recipes", "fp16", "--export", tmp_path,
+        says="fp16 has no quantized layers to write",
+    )  # fmt: skip
+
+
+def test_export_writes_files_that_load(checkpoint, tmp_path):
+    run("quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--export", tmp_path)
+    packed, onnx = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (packed.suffix, onnx.suffix) == (".safetensors", ".onnx")
+    model, _ = model_from_checkpoint(checkpoint)
+    expected = ptq.quantize(model, RECIPES["w4-nearest"])
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for logits in (packing.load(packed, model)[0](x), onnx_runtime.loaded(onnx).run(x)):
+        torch.testing.assert_close(logits, expected(x), rtol=1e-3, atol=1e-3)
 
 
 def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint, tmp_path):

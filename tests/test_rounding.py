@@ -1,5 +1,6 @@
 """Rounding methods against brute force and against each other."""
 
+import copy
 import itertools
 
 import pytest
@@ -43,8 +44,8 @@ def make(kind):
     return layer, x.movedim(1, -1) if kind == "linear" else x
 
 
-def quantized(layer, x, method, fmt=FORMAT, **settings):
-    recipe = Recipe("r", layers=(LayerSpec(".*", fmt),), rounding=method, **settings)
+def quantized(layer, x, method, fmt=FORMAT):
+    recipe = Recipe("r", layers=(LayerSpec(".*", fmt),), rounding=method)
     return ptq.quantize(nn.Sequential(layer), recipe, [(x[:8], None), (x[8:], None)])
 
 
@@ -103,6 +104,33 @@ def test_gptq_is_near_the_best_of_all_codes():
         errors = ((off @ moments) * off).sum(1)
         totals += torch.stack((errors[:-2].min(), errors[-2], errors[-1]))
     assert totals[0] <= totals[1] < 1.1 * totals[0] < totals[2]
+
+
+def test_gptq_of_a_unit_looks_at_inputs_from_before_its_rounding():
+    torch.manual_seed(0)
+    unit = nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 6))
+    x = correlated(64, 6)
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), rounding="gptq", units="0")
+    second = ptq.quantize(nn.Sequential(unit), recipe, [(x, None)])[0][2]
+    fresh = QuantizedLayer(copy.deepcopy(unit[2]), None, FORMAT, "mse")
+    with torch.no_grad():
+        moments = input_moments(unit[2], unit[1](unit[0](x)))
+        expected = gptq_codes(fresh, second.scale, moments)
+    assert torch.equal(second.codes, expected)
+
+
+def test_gptq_of_a_layer_that_never_runs_is_refused():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), rounding="gptq", units="0")
+    with pytest.raises(ValueError, match="never ran"):
+        ptq.quantize(nn.Sequential(Idle()), recipe, [(draw(2, 4), None)])
 
 
 def test_gptq_on_dead_inputs_rounds_to_nearest():

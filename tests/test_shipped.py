@@ -9,7 +9,7 @@ from conftest import ROOT
 import data
 import rows
 from engines import predict
-from ptq.recipes import PROTOCOL
+from ptq.recipes import PROTOCOL, RECIPES, Recipe
 from weights import model_from_checkpoint
 
 SHIPPED = sorted(p for p in Path(ROOT, "checkpoints").glob("mobilevit_*/best.pth")
@@ -27,6 +27,8 @@ def test_every_row_is_of_the_shipped_weights(path):
     results = [rows.read_json(p) for p in (ROOT / "results" / path.parent.name).glob("*.json")]
     assert {row["recipe"]["name"] for row in results} >= {r.name for r in PROTOCOL}
     assert {row["checkpoint_sha256"] for row in results} == {rows.sha256(path)}
+    for row in results:
+        assert Recipe.fromdict(row["recipe"]) == RECIPES[row["recipe"]["name"]]
 
 
 @pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR names no CIFAR-10")

@@ -234,6 +234,8 @@ def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
     "flags, says",
     [
         (("--lr", "-1"), "--lr must be above 0"),
+        (("--seed", str(2**64)), "--seed must be at least 0"),
+        (("--batch-size", "1", "--img-size", "32"), "--batch-size 1 needs more than 32 pixels"),
         (("--epochs", "5"), "--warmup-epochs"),
         (("--variant", "xl"), "invalid choice"),
         (("--heads", "3"), "do not divide"),
