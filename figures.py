@@ -65,7 +65,9 @@ def training_curves(runs):
                     )
     left.set(xlabel="epoch", ylabel="accuracy, %")
     right.set(xlabel="epoch", ylabel="loss (training: with label smoothing)")
-    left.legend(fontsize=8)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(fontsize=8, loc="upper right")
     return fig
 
 
