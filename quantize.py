@@ -99,8 +99,7 @@ def parse_args():
     for name in ("calibration_images", "test_images", "latency_runs", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        p.error("--seed must be at least 0 and less than 2**63")
+    rows.check_seed(p, args.seed)
     if args.per_layer and args.export:
         p.error("--per-layer and --export exclude each other")
     if args.per_layer or args.export:

@@ -37,6 +37,11 @@ def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
     return asked_for or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_seed(p: argparse.ArgumentParser, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        p.error("--seed must be at least 0 and less than 2**63")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows defaults, but not those of switches and of options that may be absent."""
 

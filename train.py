@@ -137,8 +137,7 @@ def parse_args():
         args.workers = min(8, torch.multiprocessing.cpu_count()) if args.device == "cuda" else 0
     if args.workers < 0:
         p.error("--workers must be at least 0")
-    if not 0 <= args.seed < 2**63:
-        p.error("--seed must be at least 0 and less than 2**63")
+    rows.check_seed(p, args.seed)
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in args.stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
     args.output = Path(args.output or f"runs/{rows.model_name(args.variant, args.dataset)}")

@@ -1,4 +1,4 @@
-"""A network small enough for every engine and method to be tried on."""
+"""Networks small enough for every engine and method to be tried on."""
 
 import torch
 from torch import nn
@@ -34,3 +34,14 @@ def small_network() -> Small:
             module.running_var.uniform_(0.5, 2, generator=generator)
     model.stem.norm.weight.data[3] = 0
     return model.eval()
+
+
+class Idle(nn.Module):
+    """With a layer that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import ROOT
+from small import Idle
 from torch import nn
 
 import ptq
@@ -112,14 +113,6 @@ def test_patterns_decide_and_the_first_one_wins(model, batches):
 
 
 def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
-    class Idle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.used(x)
-
     with pytest.raises(ValueError, match="idle.*nothing was seen"):
         ptq.quantize(Idle(), W8A8, [(draw(2, 4), None)])
     for recipe in (W8A8, RECIPES["w4-shift"], RECIPES["w4-gptq"]):

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from small import Idle
 from torch import nn
 
 import ptq
@@ -120,14 +121,6 @@ def test_gptq_of_a_unit_looks_at_inputs_from_before_its_rounding():
 
 
 def test_gptq_of_a_layer_that_never_runs_is_refused():
-    class Idle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.used(x)
-
     recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), rounding="gptq", units="0")
     with pytest.raises(ValueError, match="never ran"):
         ptq.quantize(nn.Sequential(Idle()), recipe, [(draw(2, 4), None)])
