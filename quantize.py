@@ -18,31 +18,19 @@ Prints one line a row and a table at the end.
 
 import functools
 import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-import data
-import ptq
 import rows
-from engines import EngineMissing, latency, predict, require, torch_eager
+from engines import EngineMissing, require, torch_eager
 from engines.registry import ENGINES, engines_for
 from mobilevit import MIN_IMG_SIZE
-from ptq import RECIPES, Recipe, packing
-from ptq.packing import estimated_size_bytes, packed
+from ptq import RECIPES, packing
 from ptq.recipes import PROTOCOL
-from ptq.sensitivity import sensitivities
 from rows import BadInput
 from tables import in_protocol, per_layer_table, printed, results_table
-from weights import model_from_checkpoint
-
-REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
-ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
-EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
+from workbench import Workbench, kept
 
 
 def parse_args():
@@ -108,247 +96,23 @@ def parse_args():
     return args
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A quantized network, before any engine: `file_bytes` of its packed file, where it has one,
-    `described` its calibration images, and the `seconds` that it took."""
-
-    recipe: Recipe
-    network: torch.nn.Module
-    file_bytes: int | None
-    batches: data.EvalBatches | None
-    described: dict
-    seconds: float
-
-
-class Workbench:
-    """One checkpoint with its test images, ready to measure recipes on."""
-
-    def __init__(self, path, args):
-        self.path, self.args = Path(path), args
-        self.model, self.checkpoint = model_from_checkpoint(path)
-        self.config = self.checkpoint["config"]
-        self.img_size = args.img_size or self.checkpoint["img_size"]
-        self.sha256 = rows.sha256(self.path)
-        dataset = self.config["dataset"]
-        self.name = rows.model_name(self.checkpoint["model"], dataset)
-        images = data.load(dataset, args.data_dir, train=args.held_out)
-        if args.held_out:
-            images = images[data.split(images.labels, self.config["val_size"])[1]]
-        self.images = images[: args.test_images]
-        self.split = "held-out" if args.held_out else "test"
-        self.prepared = None
-        # One image [1, 3, S, S] for timing, also at the size that the network was trained for.
-        self.sample, self.trained_sample = (
-            data.to_input(self.images.images[:1], size)
-            for size in (self.img_size, self.checkpoint["img_size"])
-        )
-
-    def identity(self, recipe, engine) -> dict:
-        """What makes a row the same row: asked for again, it need not be measured again."""
-        return {
-            "model": self.name,
-            "dataset": self.config["dataset"],
-            "split": self.split,
-            "img_size": self.img_size,
-            "checkpoint_sha256": self.sha256,
-            "recipe": recipe.asdict(),
-            "engine": engine.NAME,
-            "seed": self.args.seed,
-            "calibration_images": self.n_calibration(recipe),
-            "adapt_images": ADAPT_IMAGES if self.adapts else None,
-            "n_images": len(self.images),
-            "latency_runs": self.args.latency_runs,
-        }
-
-    def n_calibration(self, recipe) -> int:
-        asked_for = self.args.calibration_images or recipe.calibration_images
-        return recipe.calibration_images and asked_for
-
-    def row_path(self, recipe, engine) -> Path:
-        split = "" if self.split == "test" else f"-{self.split}"
-        return self.folder() / f"{recipe.name}{self.setting()}{split}@{engine.NAME}.json"
-
-    def report_path(self, recipe) -> Path:
-        return self.folder() / "per-layer" / f"{recipe.name}{self.setting()}.json"
-
-    def setting(self) -> str:
-        """What a file's name says of image size and seed where they are not the usual ones."""
-        size = "" if self.img_size == 256 else f"-{self.img_size}"
-        return size + (f"-seed{self.args.seed}" if self.args.seed else "")
-
-    def folder(self) -> Path:
-        """One for each run, so that rows of one's own never get among those of shipped weights."""
-        run = self.path.resolve().parent
-        name = run.parent.name if run.name == self.name else run.name  # runs/mobilevit_xxs: runs
-        suffix = "" if name == "checkpoints" else f"-{name}"
-        return Path(self.args.output, self.name + suffix)
-
-    @property
-    def adapts(self) -> bool:
-        """Whether images have another size than the network was trained at."""
-        return self.img_size != self.checkpoint["img_size"]
-
-    @functools.cached_property
-    def network(self) -> torch.nn.Module:
-        """The float network, its batch norms adapted to the size of the images."""
-        if not self.adapts:
-            return self.model
-        images, _ = self.calibration(ADAPT_IMAGES)
-        sizes = (self.img_size, self.checkpoint["img_size"])
-        return ptq.adapted(self.model, *(data.EvalBatches(images, s, ADAPT_BATCH) for s in sizes))
-
-    def calibration(self, n: int) -> tuple[data.Images, dict]:
-        """`n` training images, drawn by classes alike, and their description."""
-        train = data.load(self.config["dataset"], self.args.data_dir, train=True)
-        usable, _ = data.split(train.labels, self.config["val_size"])
-        chosen = data.balanced_subset(train.labels, usable, n, self.args.seed)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed))
-        digest = rows.sha256(chosen.numpy().tobytes())
-        return train[chosen[order]], {"n": n, "seed": self.args.seed, "indices_sha256": digest}
-
-    def batches(self, recipe) -> tuple[data.EvalBatches | None, dict]:
-        """What the recipe calibrates on, and its description."""
-        n = self.n_calibration(recipe)
-        if n == 0:
-            return None, {"n": 0}
-        images, described = self.calibration(n)
-        return data.EvalBatches(images, self.img_size, recipe.calibration_batch), described
-
-    def prepare(self, recipe) -> Prepared:
-        """Calibration images and quantized network, made once for all engines of a recipe."""
-        if self.prepared is None or self.prepared.recipe is not recipe:
-            model, began = self.network, time.monotonic()
-            batches, described = self.batches(recipe)
-            network, file_bytes = ptq.quantize(model, recipe, batches), None
-            if recipe.layers:
-                network, file_bytes = reloaded(network, recipe, model)
-            seconds = time.monotonic() - began
-            self.prepared = Prepared(recipe, network, file_bytes, batches, described, seconds)
-        return self.prepared
-
-    def measure(self, recipe, engine) -> dict:
-        """Quantize, store, load, evaluate, time; the whole row."""
-        version = engine.version()  # before long work: it may be missing
-        prepared, began = self.prepare(recipe), time.monotonic()
-        loaded = engine.load(prepared.network, recipe, prepared.batches, self.sample)
-        quantize_s = prepared.seconds + time.monotonic() - began
-        size_bytes = loaded.size_bytes or prepared.file_bytes
-        if size_bytes is None and recipe.storable:
-            size_bytes = written_size_bytes(packed(loaded.state, recipe))
-        elif size_bytes is None:
-            size_bytes = estimated_size_bytes(self.model, recipe)
-        images = data.EvalBatches(self.images, self.img_size, EVAL_BATCH)
-        logits, labels = predict(loaded.run, images, self.args.workers)
-        predictions = logits.argmax(1)
-        n_correct = int((predictions == labels).sum())
-        timed = {
-            "row": lambda: loaded.run(self.sample),
-            "fp32": lambda: self.model(self.trained_sample),
-        }
-        times = latency(timed, self.args.latency_runs)
-        return self.identity(recipe, engine) | {
-            "checkpoint": str(self.path),
-            "engine_version": version,
-            "simulated": recipe.simulated and engine is torch_eager,
-            "n_correct": n_correct,
-            "accuracy_pct": 100 * n_correct / len(labels),
-            "predictions": "".join(str(k) for k in predictions.tolist()),
-            "confusion": confusion(labels, predictions),
-            "size_bytes": size_bytes,
-            "size_is_estimate": not recipe.storable and loaded.size_bytes is None,
-            "products": loaded.products,
-            "latency_ms": times["row"],
-            "fp32_latency_ms": times["fp32"],
-            "calibration": prepared.described,
-            "quantize_s": quantize_s,
-            "wall_s": prepared.seconds + time.monotonic() - began,
-            **rows.provenance(),
-        }
-
-    def report(self, recipe) -> dict:
-        """Noise in the logits from each single tensor that the recipe quantizes."""
-        began = time.monotonic()
-        batches, described = self.batches(recipe)
-        noises = sensitivities(self.network, recipe, batches, REPORT_BATCHES)
-        identity = self.identity(recipe, torch_eager)
-        kept_fields = ("model", "img_size", "checkpoint_sha256", "recipe", "seed")
-        return {name: identity[name] for name in kept_fields} | {
-            "noise": noises,
-            "n_images": sum(len(x) for x, _ in islice(batches, REPORT_BATCHES)),
-            "calibration": described,
-            "wall_s": time.monotonic() - began,
-            **rows.provenance(),
-        }
-
-
-def confusion(labels, predictions) -> list[list[int]]:
-    """Images of each true class (outer) that were given each class (inner)."""
-    n = len(data.CLASSES)
-    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
-
-
-def reloaded(quantized, recipe, model) -> tuple:
-    """The network as it comes back from the file that it is stored in, and the file's bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "weights.safetensors")
-        packing.save(quantized, recipe, path)
-        return packing.load(path, model)[0], path.stat().st_size
-
-
-def written_size_bytes(state: dict) -> int:
-    """Bytes of a file that holds `state`, written to find out."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "weights.pth")
-        torch.save(state, path)
-        return path.stat().st_size
-
-
-def comparable(recipe: dict | None) -> Recipe | None:
-    """A recipe as it was saved, with the defaults of fields that it was saved without."""
-    try:
-        return Recipe.fromdict(recipe)
-    except ValueError:
-        return None
-
-
-def kept(path: Path, identity: dict) -> dict | None:
-    """The row at `path`, None if there is none; BadInput if it is of other weights or settings."""
-    if not path.exists():
-        return None
-    row = rows.read_json(path)
-    row_recipe = comparable(row.get("recipe"))
-    other = [
-        name
-        for name, value in identity.items()
-        if (row_recipe != comparable(value) if name == "recipe" else row.get(name) != value)
-    ]
-    if other:
-        raise BadInput(
-            f"{path} holds a row with another {', '.join(other)}: "
-            "--force replaces it, --output keeps both"
-        )
-    return row
-
-
-def write_reports(benches, args) -> None:
-    """The reports per layer of all recipes, one file each, and their most sensitive tensors."""
-    wanted = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
-    for bench, recipe in wanted:
+def write_reports(pairs, args) -> int:
+    """A report per layer of each (bench, recipe), one file each, and its most sensitive tensors."""
+    for bench, recipe in pairs:
         if not recipe.layers or not recipe.calibration_images:
             raise BadInput(f"--per-layer: recipe {recipe.name} calibrates no layers")
         if bench.report_path(recipe).exists() and not args.force:
             raise BadInput(f"{bench.report_path(recipe)} is there already: --force replaces it")
-    for bench, recipe in wanted:
+    for bench, recipe in pairs:
         report, path = bench.report(recipe), bench.report_path(recipe)
         rows.write_json(path, report)
         print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}", flush=True)
+    return 0
 
 
-def write_exports(benches, args) -> None:
-    """The networks of all recipes, each packed and, where ONNX can hold it, as QDQ ONNX."""
-    wanted = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
-    for _, recipe in wanted:
+def write_exports(pairs, args) -> int:
+    """The network of each (bench, recipe), packed and, where ONNX can hold it, as QDQ ONNX."""
+    for _, recipe in pairs:
         if not recipe.layers:
             raise BadInput(f"--export: recipe {recipe.name} has no quantized layers to write")
     try:
@@ -357,7 +121,7 @@ def write_exports(benches, args) -> None:
     except EngineMissing as missing:
         to_onnx = None
         print(f"ONNX files are left out: {missing}")
-    for bench, recipe in wanted:
+    for bench, recipe in pairs:
         network = bench.prepare(recipe).network
         files = {".safetensors": functools.partial(packing.save, network, recipe)}
         if to_onnx and recipe.exportable:
@@ -368,33 +132,19 @@ def write_exports(benches, args) -> None:
             with rows.atomic(path) as tmp:
                 write(tmp)
             print(f"{path}, {path.stat().st_size / rows.MB:.2f} MB", flush=True)
+    return 0
 
 
-def jobs(benches, args):
-    """Every (checkpoint, recipe, engine) to measure."""
-    for bench in benches:
-        for recipe in (RECIPES[name] for name in args.recipes):
-            for engine in engines_for(recipe, args.engines):
-                yield bench, recipe, engine
-
-
-@rows.command
-def main():
-    args = parse_args()
-    rows.keep_freed_memory()
-    rows.require_writable(args.export or args.output)
-    torch.set_num_threads(args.workers)
-    benches = [Workbench(path, args) for path in args.checkpoint]
-    if args.per_layer or args.export:
-        write = write_reports if args.per_layer else write_exports
-        write(benches, args)
-        return
-    for _, recipe, engine in jobs(benches, args):
+def write_rows(pairs, args) -> int:
+    """The row of each (bench, recipe) on each engine; 1 or 2 if one failed, and the others went
+    on."""
+    jobs = [(*pair, engine) for pair in pairs for engine in engines_for(pair[1], args.engines)]
+    for _, recipe, engine in jobs:
         if not (recipe.peer or engine is torch_eager or recipe.exportable):
             raise BadInput(f"{engine.NAME} can't run {recipe.name}: ONNX has no such formats")
     done, status = [], 0
-    for bench, recipe, engine in jobs(benches, args):
-        path = bench.row_path(recipe, engine)
+    for bench, recipe, engine in jobs:
+        path, what = bench.row_path(recipe, engine), f"{bench.name} {recipe.name}@{engine.NAME}"
         try:
             row = None if args.force else kept(path, bench.identity(recipe, engine))
             was_there = row is not None
@@ -402,13 +152,12 @@ def main():
                 row = bench.measure(recipe, engine)
                 rows.write_json(path, row)
         except EngineMissing as missing:
-            print(f"{bench.name} {recipe.name}@{engine.NAME}: left out, {missing}")
+            print(f"{what}: left out, {missing}")
             continue
         except Exception as error:  # whatever it is, the other rows go on
             status = max(status, 2 if isinstance(error, BadInput) else 1)
             kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
             reason = str(error).split("\n")[0]
-            what = f"{bench.name} {recipe.name}@{engine.NAME}"
             print(f"{what}: failed, {kind}{reason}", file=sys.stderr)
             continue
         done.append(row)
@@ -418,7 +167,19 @@ def main():
             print(f"\n{results_table(shown, done)}")
     if not done and not status:
         raise BadInput("nothing was measured: the engines asked for can't run here")
-    sys.exit(status)
+    return status
+
+
+@rows.command
+def main():
+    args = parse_args()
+    rows.keep_freed_memory()
+    rows.require_writable(args.export or args.output)
+    torch.set_num_threads(args.workers)
+    benches = [Workbench(path, args) for path in args.checkpoint]
+    pairs = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
+    write = write_reports if args.per_layer else write_exports if args.export else write_rows
+    sys.exit(write(pairs, args))
 
 
 if __name__ == "__main__":
