@@ -52,6 +52,15 @@ def load(dataset: str, data_dir, train: bool) -> Images:
     return synthetic(train) if dataset == "synthetic" else _cifar10(Path(data_dir), train)
 
 
+def require_known(checkpoint: dict, path) -> None:
+    """Raise BadInput unless the network in a checkpoint was trained on a data set of this file."""
+    dataset, n = checkpoint["config"]["dataset"], checkpoint["num_classes"]
+    if dataset not in DATASETS:
+        raise BadInput(f"{path} was trained on {dataset}, known are {' and '.join(DATASETS)}")
+    if n != len(CLASSES):
+        raise BadInput(f"{path} tells {n} classes apart, {dataset} has {len(CLASSES)}")
+
+
 def _cifar10(data_dir: Path, train: bool) -> Images:
     folder = data_dir / CIFAR10.base_folder
     try:

@@ -240,6 +240,15 @@ class MobileViT(nn.Module):
         self.classifier = nn.Linear(v.head, num_classes)
         self.apply(_init_weights)
 
+    @property
+    def settings(self) -> dict:
+        """The arguments that build the same network, as plain values."""
+        return {
+            "variant": self.variant,
+            "num_classes": self.num_classes,
+            "heads": list(self.heads),
+        }
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.head(self.stages(self.stem(check_images(x))))
         return self.classifier(x.mean((2, 3)))

@@ -25,6 +25,7 @@ def parse_args():
     p = parser(__doc__)
     p.add_argument("--results", default="results", help="folder of the result files")
     p.add_argument("--checkpoints", default="checkpoints", help="folder of the training logs")
+    p.add_argument("--figures", help="folder of the figures (default: that in --results)")
     p.add_argument("--readme-file", default="README.md", help="file that holds the tables")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--readme", action="store_true", help="also rewrite the tables")
@@ -198,7 +199,7 @@ def main():
     }
     for name, (draw, shown) in drawn.items():
         if shown:
-            save(draw(shown), Path(args.results, "figures", name))
+            save(draw(shown), Path(args.figures or Path(args.results, "figures"), name))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, packing
 from ptq.recipes import PROTOCOL
 from rows import BadInput
-from tables import in_protocol, per_layer_table, printed, results_table
+from tables import in_protocol, per_layer_table, printed, products_text, results_table
 from workbench import Workbench, kept
 
 
@@ -131,7 +131,8 @@ def write_exports(pairs, args) -> int:
             path = Path(args.export, name)
             with rows.atomic(path) as tmp:
                 write(tmp)
-            print(f"{path}, {path.stat().st_size / rows.MB:.2f} MB", flush=True)
+            checked = f", {bench.parity(recipe, path)}" if suffix == ".onnx" else ""
+            print(f"{path}, {path.stat().st_size / rows.MB:.2f} MB{checked}", flush=True)
     return 0
 
 
@@ -139,13 +140,12 @@ def write_rows(pairs, args) -> int:
     """The row of each (bench, recipe) on each engine; 1 or 2 if one failed, and the others went
     on."""
     jobs = [(*pair, engine) for pair in pairs for engine in engines_for(pair[1], args.engines)]
-    for _, recipe, engine in jobs:
-        if not (recipe.peer or engine is torch_eager or recipe.exportable):
-            raise BadInput(f"{engine.NAME} can't run {recipe.name}: ONNX has no such formats")
     done, status = [], 0
     for bench, recipe, engine in jobs:
         path, what = bench.row_path(recipe, engine), f"{bench.name} {recipe.name}@{engine.NAME}"
         try:
+            if not (recipe.peer or engine is torch_eager or recipe.exportable):
+                raise EngineMissing("ONNX has no such formats")
             row = None if args.force else kept(path, bench.identity(recipe, engine))
             was_there = row is not None
             if not was_there:
@@ -162,6 +162,8 @@ def write_rows(pairs, args) -> int:
             continue
         done.append(row)
         print(printed(row) + ", kept" * was_there, flush=True)
+        if row["products"]:
+            print(products_text(row["products"]), flush=True)
     for part in (True, False):  # the published rows and ours, as in the README
         if shown := [row for row in done if in_protocol(row) is part]:
             print(f"\n{results_table(shown, done)}")
@@ -177,6 +179,14 @@ def main():
     rows.require_writable(args.export or args.output)
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
+    folders = {}
+    for bench in benches:
+        other = folders.setdefault(bench.folder(), bench.path)
+        if other is not bench.path:
+            raise BadInput(
+                f"rows of {other} and {bench.path} would share {bench.folder()}: keep the "
+                "checkpoints in folders of different names"
+            )
     pairs = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
     write = write_reports if args.per_layer else write_exports if args.export else write_rows
     sys.exit(write(pairs, args))

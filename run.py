@@ -19,7 +19,7 @@ from engines import predict
 from mobilevit import MobileViT
 from rows import BadInput
 from schedule import Schedule
-from weights import load_checkpoint, load_timm, load_weights, save_checkpoint
+from weights import FORMAT, load_checkpoint, load_timm, load_weights, save_checkpoint
 
 EVAL_BATCH = 100  # images; small enough for the activations to stay near the cache of a CPU
 # Options that a resumed run may be given anew, and those that are not about the run.
@@ -125,6 +125,12 @@ class Run:
                 f"--precision fp32; {self.args.output / 'last.pth'} keeps the last good state"
             )
 
+    @property
+    def epoch_due(self) -> bool:
+        """Whether an epoch has had its last step, but not yet its validation and line."""
+        ended = self.step % self.steps_per_epoch == 0 or self.step == len(self.schedule)
+        return ended and math.ceil(self.step / self.steps_per_epoch) > len(self.history)
+
     def network(self) -> MobileViT:
         """The weights to evaluate and ship."""
         return self.ema.module if self.ema else self.model
@@ -179,6 +185,7 @@ class Run:
 
     def shippable(self) -> dict:
         return {
+            "format": FORMAT,
             "model": self.model.variant,
             "num_classes": self.model.num_classes,
             "heads": list(self.model.heads),

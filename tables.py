@@ -61,6 +61,7 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w8a7": "with 7 bits for activations",
     "w8a8-early": "with the five early inputs in 8 bits, too",
 }
+PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
 SIZE_SWEEP = ("fp32", "w7a8", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
 
@@ -112,6 +113,17 @@ def changed_predictions(row: dict, baseline: dict) -> int:
     return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
 
 
+def agreement(row: dict, rows: list[dict]) -> str:
+    """On how many images an engine's prediction is that of the simulation in torch, where both were
+    measured."""
+    same = ("checkpoint_sha256", "split", "img_size", "seed", "recipe", "n_images")
+    for other in rows:
+        if other["simulated"] and all(other[name] == row[name] for name in same):
+            if row is not other:
+                return f"{100 - 100 * changed_predictions(row, other) / row['n_images']:.2f} %"
+    return "-"
+
+
 def speed_up(row: dict) -> float:
     """Over FP32 in torch at the side that the network was trained for, timed in turn."""
     return row["fp32_latency_ms"]["median"] / row["latency_ms"]["median"]
@@ -125,12 +137,30 @@ def arithmetic(row: dict) -> str:
     products = row["products"]
     if products and any(products["int8"].values()):
         counts = (
-            f"{kind} {products['int8'].get(kind, 0)}/"
-            f"{sum(of.get(kind, 0) for of in products.values())}"
-            for kind in ("Conv", "MatMul")
+            f"{kind} {products['int8'].get(kind, 0)}/{all_products(products, kind)}"
+            for kind in PRODUCTS
         )
         return f"INT8 ({', '.join(counts)})"
     return "INT8" if row["recipe"]["peer"] else elsewhere
+
+
+def all_products(products: dict, kind: str) -> int:
+    return products["int8"].get(kind, 0) + products["float"].get(kind, 0)
+
+
+def products_text(products: dict) -> str:
+    """What an engine computed in integers, and why it did not compute the rest so."""
+    parts = []
+    for kind, name in PRODUCTS.items():
+        n, of = products["int8"].get(kind, 0), all_products(products, kind)
+        text = f"{n} of {of} {name} in INT8"
+        if "asked" in products:
+            asked = products["asked"].get(kind, 0)
+            reasons = {"by the recipe": of - asked, "for want of a kernel": asked - n}
+            floats = ", ".join(f"{m} {why}" for why, m in reasons.items() if m > 0)
+            text += f" (in float {floats})" if floats else ""
+        parts.append(text)
+    return "  " + "; ".join(parts)
 
 
 def published_text(model: str, recipe: str) -> str:
@@ -170,7 +200,9 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
                 "Faster": "as FP32" if row["simulated"] else faster,
             }
         )
-        if in_protocol(row):
+        if not in_protocol(row):
+            lines[-1]["As simulated"] = agreement(row, all_rows)
+        else:
             lines[-1]["Published % / MB / ms"] = published_text(row["model"], recipe)
     return markdown(lines, left=4)
 

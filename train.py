@@ -4,7 +4,8 @@
     python train.py --variant xxs --resolutions 64:8,128:3,256:1 ...  # a short run on a CPU
     python train.py --variant xxs --resume                            # go on where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
-    python train.py --dataset synthetic ...                           # smoke run, no download
+    python train.py --dataset synthetic --img-size 64 --epochs 3 --batch-size 32 \\
+        --warmup-epochs 0.5 --augment none              # smoke run, no download, under a minute
     torchrun --nproc-per-node=2 train.py ...                          # data-parallel
 
 Writes into --output: best.pth (weights chosen on held-out training images), last.pth (all that a
@@ -169,13 +170,13 @@ def train(args, world: World) -> None:
         if world.rank == 0:
             rows.write_json(output / "config.json", run.config | rows.provenance())
         run.save()
-    fit(run, batches, val)
-    if run.step == len(run.schedule) and world.rank == 0:
+    if fit(run, batches, val) and world.rank == 0:
         finish(run)
 
 
-def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
-    """Train from where `run` stands to its end, to --max-minutes, or to SIGINT or SIGTERM."""
+def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> bool:
+    """Train from where `run` stands to its end, to --max-minutes, or to SIGINT or SIGTERM; whether
+    it came to its end."""
     args, world = run.args, run.world
     loader = torch.utils.data.DataLoader(
         batches,
@@ -194,11 +195,14 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
     saved = clock = time.monotonic()
     silent = True if world.rank else None  # None: where the output is no terminal
     bar = tqdm(total=len(run.schedule), initial=run.step, unit="step", disable=silent)
+    if run.epoch_due:  # it stopped before that
+        run.end_epoch(val)
     run.model.train()
+    stop = False
     for batch in loader:
         run.train_step(*batch)
         bar.update()
-        epoch_ends = run.step % run.steps_per_epoch == 0 or run.step == len(run.schedule)
+        epoch_ends = run.epoch_due
         if run.step % check_every and not epoch_ends:
             continue
         run.check_finite()
@@ -208,19 +212,20 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> None:
         late = args.max_minutes is not None and 2 * now - clock > BEGAN + 60 * args.max_minutes
         stop = world.any(late or bool(asked_to_stop))
         save = world.any(now - saved > SAVE_EVERY_S)
-        if epoch_ends:
+        if epoch_ends and not stop:  # validation takes its time, too
             run.end_epoch(val)
         elif stop or save:
             run.save()
         if epoch_ends or save:
             saved = time.monotonic()
         clock = time.monotonic()
-        if stop and run.step < len(run.schedule):
+        if stop:
             if world.rank == 0:
                 print(f"stopped at step {run.step} of {len(run.schedule)}: --resume goes on")
             break
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    return not stop
 
 
 def finish(run: Run) -> None:
@@ -261,6 +266,7 @@ def hardware(device: torch.device) -> str:
 def test_accuracy(path, data_dir, device) -> tuple[int, int]:
     """Correct and all test images of a checkpoint's data set, at its image size."""
     model, checkpoint = model_from_checkpoint(path)
+    data.require_known(checkpoint, path)
     test = data.load(checkpoint["config"]["dataset"], data_dir, train=False)
     batches = data.EvalBatches(test, checkpoint["img_size"], EVAL_BATCH, device)
     logits, labels = predict(model.to(device), batches)

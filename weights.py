@@ -1,7 +1,8 @@
 """Weights in and out: this project's checkpoints and timm's ImageNet weights.
 
-A checkpoint is a file of tensors and plain values: {"model": variant, "num_classes", "heads",
-"img_size", "state_dict", "test_accuracy_pct", "val_accuracy_pct", "epoch", "config", "commit"}.
+A checkpoint is a file of tensors and plain values: {"format", "model": variant, "num_classes",
+"heads", "img_size", "state_dict", "test_accuracy_pct", "val_accuracy_pct", "epoch", "config",
+"commit"}.
 It is always read with `weights_only=True`, so it can't run code.
 """
 
@@ -10,6 +11,7 @@ import torch
 from mobilevit import MobileViT, from_timm
 from rows import BadInput, atomic
 
+FORMAT = 1  # of a checkpoint; one without a number is of the first, too
 NETWORK_KEYS = ("model", "num_classes", "heads", "img_size", "state_dict", "config")
 
 
@@ -28,6 +30,9 @@ def load_checkpoint(path, keys=NETWORK_KEYS) -> dict:
     except Exception as error:  # truncated, no archive, pickled objects: torch has no common base
         reason = str(error).split("\n")[0].split(". ")[0]
         raise BadInput(f"{path} is not a readable checkpoint of tensors: {reason}") from error
+    if isinstance(checkpoint, dict) and checkpoint.get("format", 1) != FORMAT:
+        theirs = checkpoint["format"]
+        raise BadInput(f"{path} has checkpoint format {theirs}, this code reads format {FORMAT}")
     missing = [k for k in keys if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
@@ -39,7 +44,7 @@ def load_checkpoint(path, keys=NETWORK_KEYS) -> dict:
 def load_weights(model: MobileViT, checkpoint: dict, path) -> None:
     """Load a checkpoint of the same network into `model`; BadInput names both sides otherwise."""
     theirs = (checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
-    ours = (model.variant, model.num_classes, list(model.heads))
+    ours = tuple(model.settings.values())
     if ours != theirs:
         what = "{} with {} classes and heads {}".format
         raise BadInput(f"{path} holds {what(*theirs)}, but asked for is {what(*ours)}")

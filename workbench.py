@@ -1,19 +1,24 @@
 """One checkpoint on the bench: every recipe on every engine as one row, kept when it is there."""
 
+import contextlib
 import functools
+import shutil
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import data
 import ptq
 import rows
-from engines import latency, predict, torch_eager
+from engines import EngineMissing, latency, onnx_runtime, predict, torch_eager
 from ptq import Recipe, packing
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.packing import estimated_size_bytes, packed
 from ptq.sensitivity import sensitivities
 from rows import BadInput
@@ -21,6 +26,7 @@ from weights import model_from_checkpoint
 
 REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
+PARITY_IMAGES = 200  # that an exported file is checked on
 EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
@@ -43,6 +49,7 @@ class Workbench:
     def __init__(self, path, args):
         self.path, self.args = Path(path), args
         self.model, self.checkpoint = model_from_checkpoint(path)
+        data.require_known(self.checkpoint, path)
         self.config = self.checkpoint["config"]
         self.img_size = args.img_size or self.checkpoint["img_size"]
         self.sha256 = rows.sha256(self.path)
@@ -136,7 +143,8 @@ class Workbench:
         if self.prepared is None or self.prepared.recipe is not recipe:
             model, began = self.network, time.monotonic()
             batches, described = self.batches(recipe)
-            network, file_bytes = ptq.quantize(model, recipe, batches), None
+            with named(recipe):
+                network, file_bytes = ptq.quantize(model, recipe, batches), None
             if recipe.layers:
                 network, file_bytes = reloaded(network, recipe, model)
             seconds = time.monotonic() - began
@@ -173,7 +181,7 @@ class Workbench:
             "confusion": confusion(labels, predictions),
             "size_bytes": size_bytes,
             "size_is_estimate": not recipe.storable and loaded.size_bytes is None,
-            "products": loaded.products,
+            "products": loaded.products and loaded.products | asked_for(prepared.network),
             "latency_ms": times["row"],
             "fp32_latency_ms": times["fp32"],
             "calibration": prepared.described,
@@ -182,11 +190,27 @@ class Workbench:
             **rows.provenance(),
         }
 
+    def parity(self, recipe, path) -> str:
+        """On how many training images ONNX Runtime predicts with an exported file what the
+        simulation does, in words."""
+        images, described = self.calibration(PARITY_IMAGES)
+        batches = data.EvalBatches(images, self.img_size, EVAL_BATCH)
+        with tempfile.TemporaryDirectory() as folder:  # the engine leaves a file beside its own
+            try:
+                run = onnx_runtime.loaded(Path(shutil.copy(path, folder))).run
+            except EngineMissing as missing:
+                return f"not checked: {missing}"
+            networks = (run, self.prepare(recipe).network)
+            ours, theirs = (predict(n, batches, self.args.workers)[0].argmax(1) for n in networks)
+        same = int((ours == theirs).sum())
+        return f"predicts as simulated on {same} of {described['n']} training images"
+
     def report(self, recipe) -> dict:
         """Noise in the logits from each single tensor that the recipe quantizes."""
         began = time.monotonic()
         batches, described = self.batches(recipe)
-        noises = sensitivities(self.network, recipe, batches, REPORT_BATCHES)
+        with named(recipe):
+            noises = sensitivities(self.network, recipe, batches, REPORT_BATCHES)
         identity = self.identity(recipe, torch_eager)
         kept_fields = ("model", "img_size", "checkpoint_sha256", "recipe", "seed")
         return {name: identity[name] for name in kept_fields} | {
@@ -196,6 +220,29 @@ class Workbench:
             "wall_s": time.monotonic() - began,
             **rows.provenance(),
         }
+
+
+@contextlib.contextmanager
+def named(recipe):
+    """Name the recipe that weights or calibration images are no good for."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"recipe {recipe.name}: {error}") from error
+
+
+def asked_for(network) -> dict[str, dict[str, int]]:
+    """Convolutions and matrix products whose factors are both quantized, {"asked": {...}}, or
+    nothing of a network that is not quantized here."""
+    counts, quantized = Counter(), False
+    for module in network.modules():
+        if isinstance(module, QuantizedLayer):
+            quantized = True
+            if module.format and isinstance(module.input, Quantizer):
+                counts["Conv" if isinstance(module.layer, nn.Conv2d) else "MatMul"] += 1
+        elif isinstance(module, QuantizedAttentionCore):
+            counts["MatMul"] += 2
+    return {"asked": dict(counts)} if quantized else {}
 
 
 def confusion(labels, predictions) -> list[list[int]]:

@@ -10,7 +10,12 @@ import torch
 from engines import Loaded, require
 
 NAME = "openvino"
-PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
+PRODUCTS = {  # kinds of nodes that multiply, as what and how many times
+    "Convolution": ("Conv", 1),
+    "FullyConnected": ("MatMul", 1),
+    "MatMul": ("MatMul", 1),
+    "ScaledDotProductAttention": ("MatMul", 2),
+}
 
 
 def version() -> str:
@@ -65,12 +70,18 @@ def loaded(network, size_bytes: int, precision: str = "f32") -> Loaded:
 
 
 def executed_products(compiled) -> dict[str, dict[str, int]]:
-    """Convolutions and matrix products of a compiled model: {"int8": {...}, "float": {...}}."""
+    """Convolutions and matrix products of a compiled model: {"int8": {...}, "float": {...}}. Those
+    are in integers whose input is; a node's own precision is that of the narrowest thing that it
+    takes in, be it weights that meet floats."""
+
+    def said(node, what) -> str:
+        return str(node.get_rt_info()[what].astype(str))
+
     counted = {"int8": Counter(), "float": Counter()}
     for node in compiled.get_runtime_model().get_ops():
-        info = node.get_rt_info()
-        kind = PRODUCTS.get(str(info["layerType"].astype(str)))
-        if kind:
-            integer = str(info["runtimePrecision"].astype(str)) in ("i8", "u8")
-            counted["int8" if integer else "float"][kind] += 1
+        if kind := PRODUCTS.get(said(node, "layerType")):
+            source = node.input_value(0)
+            precision = said(source.get_node(), "outputPrecisions").split(",")[source.get_index()]
+            name, times = kind
+            counted["int8" if precision in ("i8", "u8") else "float"][name] += times
     return {precision: dict(counts) for precision, counts in counted.items()}

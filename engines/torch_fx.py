@@ -20,10 +20,11 @@ def version() -> str:
     return torch.__version__
 
 
-def load(model, recipe, calibration, example) -> Loaded:
+def load(model, recipe, calibration, example, histograms=None) -> Loaded:
     """`model` converted with the default settings of QCONFIG.
 
-    `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. Raises
+    `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. `histograms`: the
+    context that observers count in, FastHistograms unless a benchmark names another. Raises
     EngineMissing where torch no longer has torch.ao.quantization or its INT8 kernels.
     """
     try:
@@ -41,7 +42,7 @@ def load(model, recipe, calibration, example) -> Loaded:
         warnings.simplefilter("ignore")  # of deprecation, and of observers that saw nothing
         mapping = get_default_qconfig_mapping(QCONFIG)
         prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, (example,))
-        with FastHistograms():
+        with (histograms or FastHistograms)():
             for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):
                 prepared(x)
         converted = convert_fx(prepared)

@@ -1,5 +1,5 @@
-"""Post-training quantization of any nn.Module: formats, recipes, and the pipeline that applies one
-to the other. Knows nothing of data sets, files or the command line."""
+"""Post-training quantization: formats, recipes, and the pipeline that applies one to the other.
+Knows modules, batches and its own files; nothing of data sets, checkpoints or the command line."""
 
 from ptq.correction import adapted
 from ptq.pipeline import quantize

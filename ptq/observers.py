@@ -60,7 +60,8 @@ class Histogram(MinMax):
     def accumulate(self, rows: Tensor) -> None:
         largest = torch.maximum(-self.low, self.high)  # [G]
         if self.counts is None:
-            self.limit = torch.where(largest > 0, largest, 1.0)
+            tiny = torch.finfo(largest.dtype).tiny  # below it, doublings could be without end
+            self.limit = torch.where(largest > tiny, largest, 1.0)
             self.counts = torch.zeros(len(rows), BINS, dtype=torch.int64, device=rows.device)
         for g in (largest > self.limit).nonzero().flatten().tolist():
             doublings = int((largest[g] / self.limit[g]).log2().ceil())

@@ -56,7 +56,8 @@ def unpack(data: Tensor, bits: int, shape) -> Tensor:
 
 def save(model: nn.Module, recipe: Recipe, path) -> None:
     """Write a network that `ptq.quantize` gave to a safetensors file: packed codes and scales in
-    the place of weights, everything else in float32, the recipe in the header."""
+    the place of weights, everything else in float32, the recipe in the header, and beside it the
+    network's `settings`, if it has any."""
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.format is not None:
@@ -65,7 +66,8 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             del tensors[f"{name}.num_batches_tracked"]  # of use in training only
     tensors = {name: t.contiguous() for name, t in tensors.items()}
-    save_file(tensors, path, metadata={"recipe": json.dumps(recipe.asdict())})
+    header = {"recipe": recipe.asdict(), "settings": getattr(model, "settings", None)}
+    save_file(tensors, path, metadata={key: json.dumps(value) for key, value in header.items()})
 
 
 def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
@@ -76,10 +78,14 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     """
     try:
         with safe_open(path, "pt") as file:
-            recipe = Recipe.fromdict(json.loads(file.metadata()["recipe"]))
+            header = {key: json.loads(value) for key, value in file.metadata().items()}
+            recipe, settings = Recipe.fromdict(header["recipe"]), header["settings"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no quantized network: {error}") from error
+    ours = getattr(model, "settings", None)
+    if settings != ours:  # weights have the same shapes with other heads
+        raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
     model = copy.deepcopy(model).eval()
     attach(model, recipe)
     try:

@@ -8,6 +8,7 @@ from torch import nn
 from mobilevit import AttentionCore
 from ptq.correction import NORMS, correct_biases, equalize, make_norms_positive, norms_after
 from ptq.layers import QUANTIZABLE, QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.observers import OBSERVERS
 from ptq.recipes import LayerSpec, Recipe
 from ptq.rounding import ROUNDINGS
 
@@ -18,9 +19,11 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
 
     `batches`: a sequence of (input [b, ...], anything), for recipes that calibrate. Raises
     ValueError if a rule or layer pattern applies to nothing, if network and batches are on
-    different devices, if a recipe that calibrates gets no batches, if a layer never ran during
-    calibration, or if calibration meets values that are not finite.
+    different devices, if a recipe that calibrates gets no batches, if one for norms is a single
+    image, if a layer never ran during calibration, or if calibration meets values that are not
+    finite.
     """
+    rounding = chosen(ROUNDINGS, recipe.rounding, "rounding")
     if recipe.calibrates:
         check_batches(model, recipe, batches)
     model = copy.deepcopy(model).eval()
@@ -32,9 +35,9 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
                 equalize(model, batches)
             reference = copy.deepcopy(model)
             attach(model, recipe)
-            ROUNDINGS[recipe.rounding](model, reference, batches, recipe)
+            rounding(model, reference, batches, recipe)
             if recipe.norms:
-                NORMS[recipe.norms](model, batches, reference, batches)
+                chosen(NORMS, recipe.norms, "norms")(model, batches, reference, batches)
             calibrate(model, batches)
             if recipe.correct_biases:
                 done = norms_after(model).values() if recipe.norms else ()
@@ -50,17 +53,29 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     device = next((p.device for p in model.parameters()), x.device)
     if x.device != device:
         raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
+    last, *_ = batches[len(batches) - 1]
+    if recipe.norms and min(len(x), len(last)) < 2:
+        raise ValueError("norms take their statistics from calibration batches of two and more")
+
+
+def chosen(registry: dict, name: str, what: str):
+    """The entry of this name; ValueError if there is none."""
+    if name not in registry:
+        raise ValueError(f"no {what} is called {name}: there are {', '.join(registry)}")
+    return registry[name]
 
 
 def write_tensors(model: nn.Module, recipe: Recipe) -> None:
     """Give the tensors that the recipe's rules name the values of their format."""
-    state = model.state_dict()
-    formats = {name: recipe.format_of(name, tensor) for name, tensor in state.items()}
-    if recipe.rules and not any(formats.values()):
-        raise ValueError(f"no rule of recipe {recipe.name} applies to any tensor of the network")
-    for name, fmt in formats.items():
-        if fmt is not None:
-            state[name].copy_(fmt.decode(*fmt.encode(state[name])))
+    unused = set(recipe.rules)
+    for name, tensor in model.state_dict().items():
+        rule = recipe.rule_for(name, tensor)
+        if rule is not None:
+            unused.discard(rule)
+            tensor.copy_(rule.format.decode(*rule.format.encode(tensor)))
+    if unused:
+        patterns = ", ".join(sorted(rule.pattern for rule in unused))
+        raise ValueError(f"recipe {recipe.name}: no tensor of the network matches {patterns}")
 
 
 def attach(model: nn.Module, recipe: Recipe) -> None:
@@ -69,6 +84,8 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
     for name, module in list(model.named_modules()):
         spec = recipe.layer_spec(name) if isinstance(module, QUANTIZABLE) else None
         if spec is not None:
+            for observer in (spec.weight_observer, spec.input_observer):
+                chosen(OBSERVERS, observer, "observer")
             unused.discard(spec)
             model.set_submodule(name, quantized(module, spec))
     if unused:

@@ -76,9 +76,13 @@ class Recipe:
         if len(kinds) > 1 or (layered and kinds != ["layers"]):
             raise ValueError(f"recipe {self.name} mixes what does not go together: {kinds}")
 
+    def rule_for(self, name: str, tensor: Tensor) -> Rule | None:
+        """The rule for a tensor of a state dict, None if it stays as it is."""
+        return next((rule for rule in self.rules if rule.applies(name, tensor)), None)
+
     def format_of(self, name: str, tensor: Tensor) -> Format | None:
-        """The format that the rules give a tensor of a state dict, None if it stays as it is."""
-        return next((rule.format for rule in self.rules if rule.applies(name, tensor)), None)
+        rule = self.rule_for(name, tensor)
+        return rule.format if rule else None
 
     def layer_spec(self, name: str) -> LayerSpec | None:
         return next((spec for spec in self.layers if re.fullmatch(spec.pattern, name)), None)
@@ -97,8 +101,8 @@ class Recipe:
 
     @property
     def exportable(self) -> bool:
-        """Whether QDQ ONNX can hold what it does to layers."""
-        return all(
+        """Whether QDQ ONNX can hold what it does to the network."""
+        return not self.rules and all(
             (spec.input is None or (spec.input.bits == 8 and not spec.input.symmetric))
             and (
                 spec.weight is None

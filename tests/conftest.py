@@ -40,7 +40,10 @@ def start(*args, module=(), **env):
 def run(*args, code=0, **kwargs):
     """Run a script to its end, require its exit code, return (stdout, stderr)."""
     process = start(*args, **kwargs)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()  # nothing to one that has ended
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
 

@@ -91,6 +91,16 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     if recipe is W7A8:
         assert loaded.products["int8"]["MatMul"] >= 4
         assert engine is onnx_runtime or loaded.products["int8"]["Conv"] == 11
+    else:
+        assert not any(loaded.products["int8"].values())
+
+
+def test_eight_bit_weights_that_meet_floats_are_no_integer_products(model, x):
+    recipe = Recipe("w8", layers=(LayerSpec(".*", per_channel(8)),))
+    loaded = openvino_cpu.load(ptq.quantize(model, recipe), recipe, None, x[:1])
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert loaded.products["int8"] == {}
+    assert sum(loaded.products["float"].values()) >= len(layers)
 
 
 def test_bf16_is_computed_in_or_refused(model, x):

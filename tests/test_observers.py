@@ -86,6 +86,14 @@ def test_values_that_are_not_finite_are_refused(name, bad):
         observer.update(torch.empty(0))
 
 
+@pytest.mark.parametrize("first", [0.0, 1e-42])
+def test_a_range_may_begin_with_next_to_nothing(first):
+    observer = Histogram(Uniform(8, False))
+    for x in (torch.tensor([first]), draw(50)):
+        observer.update(x)
+    assert observer.counts.sum() == 51 and observer.limit >= draw(50).abs().max()
+
+
 @pytest.mark.parametrize("granularity, axis", [("tensor", 0), ("channel", 1)])
 def test_histograms_accumulate_exactly_while_the_range_grows(granularity, axis):
     batches = [draw(4, 3, 50, seed=i) * 3.0**i for i in range(4)]

@@ -77,3 +77,5 @@ def test_damage_is_an_error(saved, tmp_path):
         packing.load(path, MobileViT("xs"))
     with pytest.raises(ValueError, match="another network"):
         packing.load(path, MobileViT("xxs", num_classes=100))
+    with pytest.raises(ValueError, match=r"heads': \[1, 1, 1\].*asked for is.*heads': \[4, 4, 4\]"):
+        packing.load(path, MobileViT("xxs", heads=4))

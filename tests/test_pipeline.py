@@ -1,6 +1,7 @@
 """Quantized layers, the pipeline and its corrections on small networks."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import ptq
 from mobilevit import AttentionCore, MobileViT
-from ptq import LayerSpec, Recipe
+from ptq import LayerSpec, Recipe, Rule
 from ptq.correction import (
     captured,
     equalize,
@@ -18,7 +19,7 @@ from ptq.correction import (
     mean_output,
     replace_norms,
 )
-from ptq.formats import Uniform
+from ptq.formats import Float16, Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
 from ptq.observers import OBSERVERS
 from ptq.pipeline import attach
@@ -123,6 +124,9 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
         ptq.quantize(model, W8A8, [(torch.full((1, 3, 64, 64), torch.nan), None)])
     with pytest.raises(ValueError, match="network is on meta, the calibration images on cpu"):
         ptq.quantize(nn.Linear(4, 4, device="meta"), W8A8, [(draw(2, 4), None)])
+    with pytest.raises(ValueError, match="batches of two and more"):
+        one, two = (draw(1, 3, 64, 64), None), (draw(2, 3, 64, 64), None)
+        ptq.quantize(model, RECIPES["w4-shift"], [two, one])
     with pytest.raises(ValueError, match="never ran"):
         list(captured(Idle(), Idle().idle, [(draw(2, 4), None)], "input"))
 
@@ -187,6 +191,20 @@ def test_recipes_that_contradict_themselves_are_refused():
     for kinds in ({"layers": layers, "peer": "torch-fx"}, {"correct_biases": True}):
         with pytest.raises(ValueError, match="does not go together"):
             Recipe("r", **kinds)
+
+
+def test_names_and_patterns_of_nothing_are_refused(model, batches):
+    weights = LayerSpec(".*", Uniform(4))
+    rules = (Rule(".*", Float16()), Rule("later", Float16()))
+    for recipe, says in (
+        (Recipe("r", rules=rules), "no tensor of the network matches later"),
+        (Recipe("r", layers=(weights,), rounding="up"), "no rounding is called up: there are near"),
+        (Recipe("r", layers=(weights,), norms="keep"), "no norms is called keep"),
+        (Recipe("r", layers=(replace(weights, weight_observer="l1"),)), "no observer is called l1"),
+        (Recipe("r", layers=(weights,), rounding="gptq", units="block"), "is called block"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ptq.quantize(model, recipe, batches)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))

@@ -1,10 +1,12 @@
 """The sweep as users run it, its engines and its rows."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
-from conftest import fails_with_one_line, run
+from conftest import ROOT, fails_with_one_line, run
 
 import data
 import ptq
@@ -12,7 +14,7 @@ import rows
 from engines import EngineMissing, latency, onnx_runtime, predict, torch_eager, torch_fx
 from mobilevit import MobileViT
 from ptq import RECIPES, packing
-from tables import results_table
+from tables import products_text, results_table
 from weights import model_from_checkpoint
 
 FLAGS = ("--calibration-images", "60", "--latency-runs", "3")
@@ -116,6 +118,52 @@ def test_the_table_pairs_rows_with_their_baseline(swept):
     assert table.index("FP32 |") < table.index("INT8, torch FX") < table.index("FP16 weights")
 
 
+def test_an_engine_without_the_formats_is_left_out(checkpoint, tmp_path):
+    out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--recipes", "fp16", "fp32",
+                 "--engines", "onnxruntime", "--output", tmp_path)  # fmt: skip
+    assert "fp16@onnxruntime: left out, ONNX has no such formats" in out
+    assert [path.stem for path in tmp_path.rglob("*.json")] == ["fp32-32@onnxruntime"]
+
+
+def test_weights_that_are_not_finite_are_one_line(checkpoint, tmp_path):
+    state, path = torch.load(checkpoint, weights_only=True), tmp_path / "nan.pth"
+    state["state_dict"]["stem.conv.weight"][0] = torch.nan
+    torch.save(state, path)
+    for way in (("--per-layer",), ("--export", tmp_path / "exported"), ()):
+        fails_with_one_line(
+            "quantize.py", "--checkpoint", path, "--recipes", "w8a8", *way, "--output", tmp_path,
+            "--calibration-images", "32", says="recipe w8a8: the calibration data or what a layer",
+        )  # fmt: skip
+
+
+def test_checkpoints_of_one_folder_would_share_rows(checkpoint, tmp_path):
+    twin = checkpoint.with_name("twin.pth")
+    shutil.copy(checkpoint, twin)
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, twin, "--output", tmp_path, says="would share"
+    )
+
+
+def test_agreement_with_the_simulation_is_told_where_both_were_measured(swept):
+    simulated = swept[2]["fp16-32@torch-eager"]
+    flipped = ("1" if simulated["predictions"][0] == "0" else "0") + simulated["predictions"][1:]
+    executed = simulated | {"simulated": False, "engine": "openvino", "predictions": flipped}
+    assert "99.80 %" in results_table([executed], [simulated, executed])
+    assert "99.80 %" not in results_table([executed], [simulated | {"seed": 1}, executed])
+
+
+def test_what_ran_in_integers_is_told_with_the_reason():
+    products = {
+        "int8": {"Conv": 28},
+        "float": {"Conv": 7, "MatMul": 55},
+        "asked": {"Conv": 30, "MatMul": 18},
+    }
+    assert products_text(products) == (
+        "  28 of 35 convolutions in INT8 (in float 5 by the recipe, 2 for want of a kernel); "
+        "0 of 55 matrix products in INT8 (in float 37 by the recipe, 18 for want of a kernel)"
+    )
+
+
 def test_a_failing_row_does_not_stop_the_others(checkpoint, tmp_path):
     folder = tmp_path / f"mobilevit_xxs-synthetic-{checkpoint.parent.parent.name}"
     blocked = folder / "fp32-32@torch-eager.json"
@@ -152,7 +200,7 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
     )  # fmt: skip
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "w6a6", "--engines", "onnxruntime",
-        says="onnxruntime can't run w6a6",
+        says="nothing was measured",
     )  # fmt: skip
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "fp16", "--export", tmp_path,
@@ -161,7 +209,10 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
 
 
 def test_export_writes_files_that_load(checkpoint, tmp_path):
-    run("quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--export", tmp_path)
+    out, _ = run(
+        "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--export", tmp_path
+    )
+    assert "predicts as simulated on 200 of 200 training images" in out
     packed, onnx = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert (packed.suffix, onnx.suffix) == (".safetensors", ".onnx")
     model, _ = model_from_checkpoint(checkpoint)
@@ -169,6 +220,14 @@ def test_export_writes_files_that_load(checkpoint, tmp_path):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for logits in (packing.load(packed, model)[0](x), onnx_runtime.loaded(onnx).run(x)):
         torch.testing.assert_close(logits, expected(x), rtol=1e-3, atol=1e-3)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (snippet,) = (text for text in snippets if "packing.load" in text)
+    files = snippet.replace("exported/mobilevit_xxs-w4-shift", str(packed.with_suffix("")))
+    scope = {"images": data.load("synthetic", None, train=False).images[:2]}
+    exec(files.replace("256", "32"), scope)
+    torch.testing.assert_close(
+        scope["logits"], torch.from_numpy(scope["same"]), rtol=0.01, atol=0.01
+    )
 
 
 def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch import nn
 from distributed import World
 from mobilevit import MobileViT
 from rows import BadInput
-from run import Run, weight_groups
+from run import Run, tensorboard_writer, weight_groups
 from schedule import Schedule, parse_resolutions
 from weights import load_checkpoint, load_timm, load_weights
 
@@ -173,6 +174,35 @@ def test_a_run_may_end_within_an_epoch_and_resume_there(tmp_path):
     assert run("train.py", *flags, "--output", tmp_path, "--resume")[0] == out.splitlines(True)[-1]
 
 
+def test_a_run_may_stop_before_its_epochs_are_validated(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = ("train.py", *SYNTHETIC, "--batch-size", "1800", "--output")  # one step an epoch
+    run(*command, whole)
+    late = ("--max-minutes", "0.0001")  # after a single step
+    outs = [run(*command, broken, *late, *flags)[0] for flags in ((), *[("--resume",)] * 2)]
+    assert outs[0] == "stopped at step 1 of 2: --resume goes on\n"
+    assert outs[1].startswith("epoch 1") and outs[1].endswith("step 2 of 2: --resume goes on\n")
+    assert outs[2].startswith("epoch 2") and "of 500" in outs[2]
+    ours, theirs = (load_checkpoint(folder / "best.pth") for folder in (whole, broken))
+    assert log_without_times(whole) == log_without_times(broken)
+    for name, tensor in ours["state_dict"].items():
+        assert torch.equal(tensor, theirs["state_dict"][name])
+
+
+def test_every_ingredient_of_the_full_recipe_runs(tmp_path):
+    flags = ("--mixup", "0.2", "--cutmix", "1", "--erase", "0.25", "--ema-decay", "0.9")
+    flags += ("--precision", "bf16", "--augment", "autoaugment", "--tensorboard")
+    out, _ = run("train.py", *SYNTHETIC, *flags, "--output", tmp_path)
+    assert "epoch 2" in out and "of 500" in out
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_missing_tensorboard_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match="pip install tensorboard"):
+        tensorboard_writer(tmp_path)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_loss_or_gradient_norm_that_is_not_finite_is_noticed(at, tmp_path):
     run_state = SimpleNamespace(
@@ -223,6 +253,25 @@ def test_bad_checkpoints_are_one_line(checkpoint, tmp_path):
         (tmp_path / "absent.pth", "no checkpoint at"),
     ):
         fails_with_one_line("train.py", "--eval", "--checkpoint", path, says=says)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"format": 2}, "has checkpoint format 2, this code reads format 1"),
+        ({"num_classes": 7}, "tells 7 classes apart, synthetic has 10"),
+        ({"dataset": "birds"}, "was trained on birds, known are cifar10 and synthetic"),
+    ],
+)
+def test_a_checkpoint_from_elsewhere_is_one_line(change, says, checkpoint, tmp_path):
+    state, path = torch.load(checkpoint, weights_only=True), tmp_path / "other.pth"
+    if "num_classes" in change:
+        state["state_dict"] = MobileViT("xxs", 7).state_dict()
+    for where in (state, state["config"]):
+        where |= {key: value for key, value in change.items() if key in where}
+    torch.save(state, path)
+    fails_with_one_line("train.py", "--eval", "--checkpoint", path, says=says)
+    fails_with_one_line("quantize.py", "--checkpoint", path, "--output", tmp_path, says=says)
 
 
 def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
