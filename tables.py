@@ -58,6 +58,8 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w8a8-percentile": "with activations up to the 99.99th percentile",
     "w8a8-kl": "with activations of least KL divergence",
     "w8a8-tensor": "with one scale per weight tensor",
+    "w8a8-norms": "with 8-bit inputs of layer norms, too",
+    "w8a8-silu": "with 8-bit inputs of SiLU, too",
     "w8a7": "with 7 bits for activations",
     "w8a8-early": "with the five early inputs in 8 bits, too",
 }

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 
 def norms_after(model: nn.Module) -> dict[str, str]:
@@ -28,7 +28,7 @@ def norms_after(model: nn.Module) -> dict[str, str]:
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module, name):
-        ours = isinstance(module, QuantizedLayer | QuantizedAttentionCore)
+        ours = isinstance(module, QuantizedLayer | QuantizedAttentionCore | Quantizer)
         return ours or super().is_leaf_module(module, name)
 
 

@@ -105,4 +105,4 @@ class QuantizedAttentionCore(nn.Module):
         return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
 
 
-QUANTIZABLE = (nn.Conv2d, nn.Linear, AttentionCore)
+KINDS = {"product": (nn.Conv2d, nn.Linear, AttentionCore), "pointwise": (nn.LayerNorm, nn.SiLU)}

@@ -7,7 +7,7 @@ from torch import nn
 
 from mobilevit import AttentionCore
 from ptq.correction import NORMS, correct_biases, equalize, make_norms_positive, norms_after
-from ptq.layers import QUANTIZABLE, QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import KINDS, QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.observers import OBSERVERS
 from ptq.recipes import LayerSpec, Recipe
 from ptq.rounding import ROUNDINGS
@@ -82,7 +82,8 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
     """Put quantized layers in the place of those that the recipe names."""
     unused = set(recipe.layers)
     for name, module in list(model.named_modules()):
-        spec = recipe.layer_spec(name) if isinstance(module, QUANTIZABLE) else None
+        kinds = [kind for kind, classes in KINDS.items() if isinstance(module, classes)]
+        spec = recipe.layer_spec(name, kinds[0]) if kinds else None
         if spec is not None:
             for observer in (spec.weight_observer, spec.input_observer):
                 chosen(OBSERVERS, observer, "observer")
@@ -97,6 +98,8 @@ def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
     def quantizer():
         return Quantizer(spec.input, spec.input_observer) if spec.input else None
 
+    if spec.kind == "pointwise":
+        return nn.Sequential(quantizer(), module) if spec.input else module
     if isinstance(module, AttentionCore):
         return QuantizedAttentionCore(quantizer) if spec.input else module
     return QuantizedLayer(module, quantizer(), spec.weight, spec.weight_observer)

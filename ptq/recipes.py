@@ -30,10 +30,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How the convolutions, linear layers and attention cores whose module name matches `pattern`
-    in full are quantized. A format that is None leaves its tensor in float.
+    """How the layers of a kind whose module name matches `pattern` in full are quantized. A format
+    that is None leaves its tensor in float.
 
-    `input` also holds for all four factors of an attention core's products.
+    `kind`: a name of ptq.layers.KINDS. "product" are convolutions, linear layers and attention
+    cores, for which `input` also holds for all four factors of their products. "pointwise" are
+    layer norms and SiLU, which compute in float on inputs of that format and keep their weights.
     """
 
     pattern: str
@@ -41,6 +43,7 @@ class LayerSpec:
     input: Uniform | None = None
     weight_observer: str = "mse"
     input_observer: str = "mse"
+    kind: str = "product"
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ class Recipe:
         rule = self.rule_for(name, tensor)
         return rule.format if rule else None
 
-    def layer_spec(self, name: str) -> LayerSpec | None:
-        return next((spec for spec in self.layers if re.fullmatch(spec.pattern, name)), None)
+    def layer_spec(self, name: str, kind: str) -> LayerSpec | None:
+        """The first entry for a layer of this name and kind, None if it stays as it is."""
+        of_kind = (spec for spec in self.layers if spec.kind == kind)
+        return next((spec for spec in of_kind if re.fullmatch(spec.pattern, name)), None)
 
     @property
     def calibrates(self) -> bool:
@@ -103,7 +108,8 @@ class Recipe:
     def exportable(self) -> bool:
         """Whether QDQ ONNX can hold what it does to the network."""
         return not self.rules and all(
-            (spec.input is None or (spec.input.bits == 8 and not spec.input.symmetric))
+            spec.kind == "product"
+            and (spec.input is None or (spec.input.bits == 8 and not spec.input.symmetric))
             and (
                 spec.weight is None
                 or (spec.weight.bits <= 8 and spec.weight.granularity == "channel")
@@ -188,6 +194,10 @@ def _convolutions(weight_bits: int, input_bits: int) -> tuple[LayerSpec, ...]:
     return early, depthwise, linear, others
 
 
+def _pointwise(pattern: str) -> LayerSpec:
+    return LayerSpec(pattern, input=Uniform(8, symmetric=False), kind="pointwise")
+
+
 def _changed(layers: tuple[LayerSpec, ...], **changes) -> tuple[LayerSpec, ...]:
     return tuple(replace(spec, **changes) for spec in layers)
 
@@ -237,6 +247,8 @@ ABLATION = (
     Recipe("w8a8-kl", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="kl")}),
     Recipe("w8a8-tensor", **_W8A8 | {"layers": _changed(_layers(8, 8), weight=Uniform(8))}),
     Recipe("w8a8-early", **_W8A8 | {"layers": _layers(8, 8)[1:]}),
+    Recipe("w8a8-norms", **_W8A8 | {"layers": (*_layers(8, 8), _pointwise(r".*norm\d?"))}),
+    Recipe("w8a8-silu", **_W8A8 | {"layers": (*_layers(8, 8), _pointwise(r".*\.act|.*\.ffn\.1"))}),
     Recipe("w8a7", layers=_layers(8, 7), **_REPAIRED),
 )
 

@@ -113,6 +113,26 @@ def test_patterns_decide_and_the_first_one_wins(model, batches):
         ptq.quantize(model, Recipe("r", layers=(LayerSpec("body"), LayerSpec(".*"))), batches)
 
 
+def test_pointwise_layers_compute_on_what_torch_rounds(model, batches):
+    spec = LayerSpec(".*", input=Uniform(8, False), kind="pointwise")
+    quantized = ptq.quantize(model, Recipe("r", layers=(spec,)), batches)
+    pointwise = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm | nn.SiLU)]
+    assert sum(isinstance(m, Quantizer) for m in quantized.modules()) == len(pointwise) > 2 * 9 + 3
+    for name in pointwise:
+        quantizer, _ = layer = quantized.get_submodule(name)
+        x = draw(500, *getattr(layer[1], "normalized_shape", [9]))
+        grid = quantizer.scale.item(), quantizer.zero_point.item(), 0, 255
+        expected = model.get_submodule(name)(torch.fake_quantize_per_tensor_affine(x, *grid))
+        # Torch multiplies by the inverse of the scale, which turns a few halves the other way.
+        assert (layer(x) - expected).abs().gt(1e-4).any(1).float().mean() < 0.01
+        assert (layer(x) - model.get_submodule(name)(x)).abs().gt(1e-4).any(1).float().mean() > 0.9
+    assert not torch.allclose(quantized(batches[0][0]), model(batches[0][0]), rtol=1e-3, atol=1e-3)
+    with_norms = ptq.quantize(model, RECIPES["w8a8-norms"], batches)
+    assert isinstance(with_norms.stages[2][1].norm[0], Quantizer)
+    assert isinstance(with_norms.stages[2][1].layers[0].norm1[0], Quantizer)
+    assert isinstance(with_norms.stem.norm, nn.BatchNorm2d)
+
+
 def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
     with pytest.raises(ValueError, match="idle.*nothing was seen"):
         ptq.quantize(Idle(), W8A8, [(draw(2, 4), None)])
