@@ -174,6 +174,12 @@ class TrainBatches(torch.utils.data.Dataset):
         return self.augment.mixed(x, F.one_hot(labels, len(CLASSES)).float(), rng)
 
 
+def loader_workers(device: str) -> int:
+    """Loader processes that keep a device busy; none for a CPU, which trains a hundred times longer
+    on a batch than it takes to make it."""
+    return min(8, torch.multiprocessing.cpu_count()) if device == "cuda" else 0
+
+
 def _generator(*key: int) -> torch.Generator:
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))

@@ -359,6 +359,13 @@ def benchmarks_table(results: dict[str, dict]) -> str:
             f"timm {train['timm']}: {speeds['timm']:.1f} images/s",
             f"{train['ratio']:.2f}",
         )
+        if "published" in speeds:
+            add(
+                "The same",
+                f"{speeds['ours']:.1f} images/s",
+                f"our network in the published loop: {speeds['published']:.1f} images/s",
+                f"{train['ratio_published']:.2f}",
+            )
     if sweep := results.get("sweep"):
         add(
             f"Quantization sweep of {sweep['test_images']} test and "

@@ -135,7 +135,7 @@ def parse_args():
     if args.val_size is None:
         args.val_size = 2000 if args.dataset == "cifar10" else 200
     if args.workers is None:
-        args.workers = min(8, torch.multiprocessing.cpu_count()) if args.device == "cuda" else 0
+        args.workers = data.loader_workers(args.device)
     if args.workers < 0:
         p.error("--workers must be at least 0")
     rows.check_seed(p, args.seed)
