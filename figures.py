@@ -80,7 +80,7 @@ def methods(rows):
         ("test accuracy, %", lambda r: r["accuracy_pct"], "{:.1f}"),
         ("file size, MB", lambda r: r["size_bytes"] / MB, "{:.2f}"),
         # Against FP32 called in turn: milliseconds of rows measured apart don't compare.
-        ("latency, % of FP32's, one thread", lambda r: 100 / tables.speed_up(r), "{:.0f}"),
+        ("latency, % of FP32's", lambda r: 100 / tables.speed_up(r), "{:.0f}"),
     )
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH_IN, 0.9 + 0.42 * len(models) * len(recipes)))
     for axis, (label, value, form) in zip(axes, panels):
