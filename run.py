@@ -19,7 +19,8 @@ from engines import predict
 from mobilevit import MobileViT
 from rows import BadInput
 from schedule import Schedule
-from weights import FORMAT, load_checkpoint, load_timm, load_weights, save_checkpoint
+from weights import FORMAT, load_checkpoint, load_timm, load_weights, network, save_checkpoint
+from widen import widen
 
 EVAL_BATCH = 100  # images; small enough for the activations to stay near the cache of a CPU
 # Options that a resumed run may be given anew, and those that are not about the run.
@@ -35,16 +36,25 @@ def build_model(args) -> MobileViT:
         model = MobileViT(args.variant, len(data.CLASSES), 4 if args.pretrained else args.heads)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    if args.init and not args.resume:
-        checkpoint = load_checkpoint(args.init)
-        load_weights(model, checkpoint, args.init)
+    if args.resume:
+        return model
+    source = args.init or args.widen
+    if source:
+        checkpoint = load_checkpoint(source)
         before = checkpoint["config"]
         if before["dataset"] == args.dataset and before["val_size"] < args.val_size:
             raise BadInput(
-                f"{args.init} was trained on images that this run holds out: "
+                f"{source} was trained on images that this run holds out: "
                 f"use its --val-size {before['val_size']}"
             )
-    if args.pretrained and not args.resume:
+    if args.init:
+        load_weights(model, checkpoint, args.init)
+    elif args.widen:
+        try:
+            widen(network(checkpoint, args.widen), model)
+        except ValueError as error:
+            raise BadInput(f"{args.widen}: {error}") from error
+    elif args.pretrained:
         load_timm(model)
     return model
 

@@ -80,6 +80,7 @@ def parse_args():
     )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--init", metavar="CHECKPOINT", help="start from these weights")
+    add("--widen", metavar="CHECKPOINT", help="start as the same function as a narrower variant's")
     add("--pretrained", action="store_true", help="start from timm's ImageNet weights (four heads)")
     add("--seed", type=int, default=0, help="of initialisation, shuffling and augmentation")
     add("--workers", type=int, help="loader processes (default: 0 on CPU, up to 8 on CUDA)")
@@ -102,8 +103,10 @@ def parse_args():
         p.error("--epochs must be at least 1")
     if args.img_size is not None and args.img_size < MIN_IMG_SIZE:
         p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
-    if args.pretrained and (args.init or args.heads is not None):
-        p.error("--pretrained excludes --init and --heads")
+    if sum(map(bool, (args.init, args.widen, args.pretrained))) > 1:
+        p.error("only one of --init, --widen and --pretrained")
+    if args.pretrained and args.heads is not None:
+        p.error("--pretrained excludes --heads")
     args.device = rows.device(p, args.device)
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     if args.precision == "fp16" and args.device == "cpu":

@@ -54,14 +54,20 @@ def load_weights(model: MobileViT, checkpoint: dict, path) -> None:
         raise BadInput(f"{path} does not fit mobilevit_{model.variant}: {error}") from error
 
 
-def model_from_checkpoint(path) -> tuple[MobileViT, dict]:
-    """The float network in a checkpoint, in eval mode and channels-last, and the checkpoint."""
-    checkpoint = load_checkpoint(path)
+def network(checkpoint: dict, path) -> MobileViT:
+    """The network in a checkpoint that was read from `path`."""
     try:
         model = MobileViT(checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path}: {error}") from error
     load_weights(model, checkpoint, path)
+    return model
+
+
+def model_from_checkpoint(path) -> tuple[MobileViT, dict]:
+    """The float network in a checkpoint, in eval mode and channels-last, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    model = network(checkpoint, path)
     return model.eval().to(memory_format=torch.channels_last), checkpoint
 
 
