@@ -126,23 +126,17 @@ def published_batches(args):
     """Batches as the published script makes them, image by image with PIL at the input's size, in
     two loader processes; without end."""
     side = args.img_size
-    transform = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            transforms.Resize(side),
-            transforms.RandomCrop(side, padding=side // 8),
-            transforms.RandomHorizontalFlip(),
-            transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
-            transforms.ToTensor(),
-            transforms.Normalize(data.MEAN, data.STD),
-        ]
+    augmented = (
+        transforms.RandomCrop(side, padding=side // 8),
+        transforms.RandomHorizontalFlip(),
+        transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
     )
-    part = data.load("synthetic", None, train=True)
-    loader = torch.utils.data.DataLoader(
-        _Transformed(list(zip(part.images, part.labels)), transform),
-        args.batch_size,
+    loader = pil_loader(
+        data.load("synthetic", None, train=True),
+        side,
+        augmented,
+        batch_size=args.batch_size,
         shuffle=True,
-        num_workers=2,
         pin_memory=args.device == "cuda",
         drop_last=True,
     )
@@ -214,19 +208,10 @@ def published_way(args) -> float:
     one thread."""
     model, _ = model_from_checkpoint(args.checkpoint)
     model = model.to(memory_format=torch.contiguous_format)
-    to_tensor = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            transforms.Resize(256),
-            transforms.ToTensor(),
-            transforms.Normalize(data.MEAN, data.STD),
-        ]
-    )
 
     def loader(train: bool, n: int):
         part = data.load("cifar10", args.data_dir, train)[:n]
-        dataset = _Transformed(list(zip(part.images, part.labels)), to_tensor)
-        return torch.utils.data.DataLoader(dataset, batch_size=128, num_workers=2)
+        return pil_loader(part, 256, batch_size=128)
 
     test, calibration = loader(False, args.test_images), loader(True, args.calibration_images)
     example = torch.rand(1, 3, 256, 256)
@@ -249,6 +234,21 @@ def published_way(args) -> float:
     seconds = time.perf_counter() - began
     torch.set_num_threads(threads)
     return seconds
+
+
+def pil_loader(part: data.Images, side: int, augmented=(), **how):
+    """The published script's loader: each image resized by PIL, in two processes."""
+    to_tensor = transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.Resize(side),
+            *augmented,
+            transforms.ToTensor(),
+            transforms.Normalize(data.MEAN, data.STD),
+        ]
+    )
+    dataset = _Transformed(list(zip(part.images, part.labels)), to_tensor)
+    return torch.utils.data.DataLoader(dataset, num_workers=2, **how)
 
 
 class _Transformed(torch.utils.data.Dataset):

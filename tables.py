@@ -120,9 +120,9 @@ def agreement(row: dict, rows: list[dict]) -> str:
     measured."""
     same = ("checkpoint_sha256", "split", "img_size", "seed", "recipe", "n_images")
     for other in rows:
-        if other["simulated"] and all(other[name] == row[name] for name in same):
-            if row is not other:
-                return f"{100 - 100 * changed_predictions(row, other) / row['n_images']:.2f} %"
+        alike = other is not row and all(other[name] == row[name] for name in same)
+        if alike and other["simulated"]:
+            return f"{100 - 100 * changed_predictions(row, other) / row['n_images']:.2f} %"
     return "-"
 
 

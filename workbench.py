@@ -181,7 +181,7 @@ class Workbench:
             "confusion": confusion(labels, predictions),
             "size_bytes": size_bytes,
             "size_is_estimate": not recipe.storable and loaded.size_bytes is None,
-            "products": loaded.products and loaded.products | asked_for(prepared.network),
+            "products": loaded.products and loaded.products | asked_for(prepared),
             "latency_ms": times["row"],
             "fp32_latency_ms": times["fp32"],
             "calibration": prepared.described,
@@ -231,18 +231,19 @@ def named(recipe):
         raise BadInput(f"recipe {recipe.name}: {error}") from error
 
 
-def asked_for(network) -> dict[str, dict[str, int]]:
+def asked_for(prepared: Prepared) -> dict[str, dict[str, int]]:
     """Convolutions and matrix products whose factors are both quantized, {"asked": {...}}, or
     nothing of a network that is not quantized here."""
-    counts, quantized = Counter(), False
-    for module in network.modules():
+    if not prepared.recipe.layers:
+        return {}
+    counts = Counter()
+    for module in prepared.network.modules():
         if isinstance(module, QuantizedLayer):
-            quantized = True
             if module.format and isinstance(module.input, Quantizer):
                 counts["Conv" if isinstance(module.layer, nn.Conv2d) else "MatMul"] += 1
         elif isinstance(module, QuantizedAttentionCore):
             counts["MatMul"] += 2
-    return {"asked": dict(counts)} if quantized else {}
+    return {"asked": dict(counts)}
 
 
 def confusion(labels, predictions) -> list[list[int]]:

@@ -80,13 +80,14 @@ def write_tensors(model: nn.Module, recipe: Recipe) -> None:
 
 def attach(model: nn.Module, recipe: Recipe) -> None:
     """Put quantized layers in the place of those that the recipe names."""
+    for spec in recipe.layers:
+        for observer in (spec.weight_observer, spec.input_observer):
+            chosen(OBSERVERS, observer, "observer")
     unused = set(recipe.layers)
     for name, module in list(model.named_modules()):
-        kinds = [kind for kind, classes in KINDS.items() if isinstance(module, classes)]
-        spec = recipe.layer_spec(name, kinds[0]) if kinds else None
+        kind = next((kind for kind, types in KINDS.items() if isinstance(module, types)), None)
+        spec = recipe.layer_spec(name, kind)
         if spec is not None:
-            for observer in (spec.weight_observer, spec.input_observer):
-                chosen(OBSERVERS, observer, "observer")
             unused.discard(spec)
             model.set_submodule(name, quantized(module, spec))
     if unused:

@@ -87,7 +87,7 @@ class Recipe:
         rule = self.rule_for(name, tensor)
         return rule.format if rule else None
 
-    def layer_spec(self, name: str, kind: str) -> LayerSpec | None:
+    def layer_spec(self, name: str, kind: str | None) -> LayerSpec | None:
         """The first entry for a layer of this name and kind, None if it stays as it is."""
         of_kind = (spec for spec in self.layers if spec.kind == kind)
         return next((spec for spec in of_kind if re.fullmatch(spec.pattern, name)), None)

@@ -175,15 +175,14 @@ def units(model: nn.Module, pattern: str | None) -> list[str]:
     """Names of modules that `pattern` matches, the outermost of each, and of the layers to round
     outside of them, from input to output. ValueError if a pattern matches nothing."""
     to_round = layers_to_round(model)
-    chosen, matched = [], False
+    chosen = []
     for name, _ in model.named_modules():
         within = any(name.startswith(f"{outer}.") for outer in chosen)
         matches = pattern is not None and re.fullmatch(pattern, name) is not None
         holds = any(layer == name or layer.startswith(f"{name}.") for layer in to_round)
         if not within and (name in to_round or (matches and holds)):
             chosen.append(name)
-            matched = matched or matches
-    if pattern is not None and not matched:
+    if pattern is not None and not any(re.fullmatch(pattern, name) for name in chosen):
         raise ValueError(f"no module with layers to round is called {pattern}")
     return chosen
 
