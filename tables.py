@@ -215,10 +215,11 @@ def training_table(runs: list[dict]) -> str:
     for run in in_turn(runs):
         published = PUBLISHED.get((run["model"], "fp32"))
         schedule = run["config"]["resolutions"].replace(",", ", ")
+        start = "then " if run["first"] else "widened, " if run["config"].get("widen") else ""
         lines.append(
             {
                 "Model": run["model"],
-                "Schedule (side:epochs)": f"then {schedule}" if run["first"] else schedule,
+                "Schedule (side:epochs)": start + schedule,
                 "Hardware": run["hardware"],
                 "Parameters": f"{run['parameters']:,}",
                 "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",

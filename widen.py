@@ -13,7 +13,8 @@ new channel gets fresh weights and the old ones do not read it yet:
                   in shares to heads that all attend as it did, by the closest product of queries
                   and keys of their rank where they are narrower than it
 
-Only that last rank and the epsilon of the layer norms keep the two from being equal.
+Only that last rank, the epsilon of the layer norms and the residual of the first block, which XXS
+has and the others have not, keep the two from being equal.
 """
 
 from math import sqrt
@@ -27,10 +28,13 @@ from mobilevit import MV2, Attention, ConvNorm, MobileViT, MobileViTBlock, Trans
 @torch.no_grad()
 def widen(narrow: MobileViT, wide: MobileViT) -> None:
     """Write the weights of `narrow` into the freshly initialised `wide`, which then gives the same
-    logits. ValueError if a layer of `wide` is the narrower one, or its heads are no multiple."""
+    logits. ValueError if a layer of `wide` is the narrower one, its heads are no multiple, or the
+    classes differ."""
+    if narrow.num_classes != wide.num_classes:
+        raise ValueError(f"{narrow.num_classes} classes, not {wide.num_classes}")
     theirs, ours = narrow.state_dict(), wide.state_dict()
     if any(n > w for name in ours for n, w in zip(theirs[name].shape, ours[name].shape)):
-        raise ValueError(f"{wide.variant} is nowhere narrower than {narrow.variant}")
+        raise ValueError(f"{narrow.variant} is wider than {wide.variant}")
     if any(w % n for n, w in zip(narrow.heads, wide.heads)):
         raise ValueError(f"heads {list(narrow.heads)} do not divide {list(wide.heads)}")
     _conv_norm(wide.stem, narrow.stem)

@@ -1,0 +1,132 @@
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run
+from torch import nn
+
+import rows
+from mobilevit import MobileViT
+from rows import BadInput
+from run import build_model
+from train import parse_args
+from weights import save_checkpoint
+from widen import widen
+
+
+def trained(variant: str, heads=None) -> MobileViT:
+    """A network whose norms are not those of a fresh one, and whose logits depend on the image."""
+    torch.manual_seed(1)
+    model = MobileViT(variant, heads=heads)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = 1  # one batch gives the statistics
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.1)
+            nn.init.normal_(module.bias, std=0.1)
+    with torch.no_grad():
+        model.train()(torch.rand(8, 3, 64, 96))
+    model.eval()
+    assert logits(model).std(0).mean() > 0.1
+    return model.float()
+
+
+def widened(narrow: MobileViT, variant: str, heads=None) -> MobileViT:
+    torch.manual_seed(2)
+    wide = MobileViT(variant, heads=heads).eval()
+    widen(narrow, wide)
+    return wide
+
+
+def logits(model):
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        return model.double()(torch.rand(2, 3, 64, 96, dtype=torch.float64))
+
+
+def test_the_wide_network_is_the_same_function():
+    narrow = trained("xs")
+    wide = widened(narrow, "s")
+    # What is left is the epsilon of layer norms over more channels.
+    torch.testing.assert_close(logits(wide), logits(narrow), rtol=0, atol=1e-3)
+
+
+def test_split_heads_attend_as_the_whole_one():
+    narrow = trained("xs", heads=1)
+    for layer in (*narrow.stages[3][1].layers, *narrow.stages[4][1].layers):
+        layer.attn.qkv.weight.data[80 : layer.attn.dim] = 0  # queries of a rank that
+        layer.attn.qkv.bias.data[80 : layer.attn.dim] = 0  # heads of 80 channels can hold
+    wide = widened(narrow, "s", heads=(1, 2, 3))
+    torch.testing.assert_close(logits(wide), logits(narrow), rtol=0, atol=1e-3)
+
+
+def test_of_xxs_to_xs_only_a_residual_is_lost():
+    narrow = trained("xxs", heads=1)
+    wide = widened(narrow, "xs", heads=1)
+    first = wide.stages[0][0]
+    forward = first.forward
+    assert (logits(wide) - logits(narrow)).abs().max() > 0.01
+    first.forward = lambda x: forward(x) + F.pad(x, (0, 0, 0, 0, 0, 16))
+    torch.testing.assert_close(logits(wide), logits(narrow), rtol=0, atol=1e-3)
+
+
+def test_all_new_weights_learn():
+    wide = widened(trained("xs"), "s").train()
+    optimizer = torch.optim.SGD(wide.parameters(), 0.1)
+    torch.manual_seed(3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(wide(torch.rand(4, 3, 64, 64)), torch.arange(4)).backward()
+        optimizer.step()
+    for name, parameter in wide.named_parameters():
+        if parameter.ndim > 1:
+            assert parameter.grad.flatten(1).any(1).all(), name
+
+
+def test_a_wider_network_and_other_heads_are_refused():
+    with pytest.raises(ValueError, match="s is wider than xs"):
+        widen(MobileViT("s"), MobileViT("xs"))
+    with pytest.raises(ValueError, match="heads"):
+        widen(MobileViT("xs"), MobileViT("s", heads=1))
+
+
+def start_from(path, **options):
+    """What train.py does with --widen PATH."""
+    given = dict(seed=0, variant="xs", heads=None, pretrained=False, resume=False, init=None)
+    given |= dict(dataset="synthetic", val_size=200)
+    return build_model(Namespace(**given | {"widen": path} | options))
+
+
+def test_training_starts_from_a_narrower_checkpoint(checkpoint, tmp_path):
+    short = ("--dataset", "synthetic", "--resolutions", "32:0.05", "--warmup-epochs", "0")
+    out, _ = run("train.py", *short, "--variant", "xs", "--widen", checkpoint, "--output", tmp_path)
+    assert out.startswith("epoch 1") and "mobilevit_xs-synthetic: epoch 1 chosen" in out
+    assert rows.read_json(tmp_path / "config.json")["widen"] == str(checkpoint)
+    with pytest.raises(BadInput, match=f"{tmp_path}/best.pth: xs is wider than xxs"):
+        start_from(tmp_path / "best.pth", variant="xxs")
+
+
+def test_images_that_a_narrower_checkpoint_was_trained_on_are_not_held_out(checkpoint):
+    start_from(checkpoint)
+    with pytest.raises(BadInput, match="use its --val-size 200"):
+        start_from(checkpoint, val_size=300)
+
+
+def test_a_network_of_other_classes_is_refused(tmp_path):
+    model = MobileViT("xxs", num_classes=3)
+    config = {"dataset": "cifar10", "val_size": 2000}
+    checkpoint = model.settings | {"model": "xxs", "state_dict": model.state_dict()}
+    save_checkpoint(tmp_path / "three.pth", checkpoint | {"config": config, "img_size": 32})
+    with pytest.raises(BadInput, match="3 classes, not 10"):
+        start_from(tmp_path / "three.pth")
+
+
+def test_a_run_has_one_start(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--init", "a.pth", "--widen", "b.pth"])
+    with pytest.raises(SystemExit) as stopped:
+        parse_args()
+    assert stopped.value.code == 2
+    assert "only one of --init, --widen and --pretrained" in capsys.readouterr().err
