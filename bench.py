@@ -206,7 +206,9 @@ def published_way(args) -> float:
     """Seconds of the four rows as the published script makes them: a PIL resize an image in two
     loader processes, contiguous tensors, batches of 128, torch's own histograms, all arithmetic on
     one thread."""
-    model, _ = model_from_checkpoint(args.checkpoint)
+    model, checkpoint = model_from_checkpoint(args.checkpoint)
+    if (checkpoint["config"]["dataset"], checkpoint["img_size"]) != ("cifar10", 256):
+        raise BadInput(f"{args.checkpoint} is not of CIFAR-10 at 256x256, as what was published")
     model = model.to(memory_format=torch.contiguous_format)
 
     def loader(train: bool, n: int):
@@ -265,6 +267,7 @@ class _Transformed(torch.utils.data.Dataset):
 
 def bench_sweep(args) -> dict:
     """quantize.py on a part of the test set against the same rows made the published way."""
+    theirs = published_way(args)
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -286,7 +289,6 @@ def bench_sweep(args) -> dict:
         if done.returncode:
             raise BadInput(f"quantize.py failed: {done.stderr}")
         ours = sum(rows.read_json(path)["wall_s"] for path in Path(folder).rglob("*.json"))
-    theirs = published_way(args)
     return {
         "ours_s": ours,
         "published_way_s": theirs,

@@ -40,8 +40,15 @@ def load_rows(folder, checkpoints) -> list[dict]:
     """The rows of shipped CIFAR-10 weights that differ from published ones at most in split, side
     of the images and seed."""
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
-    rows = [read_json(path) for path in sorted(Path(folder).glob("*/*@*.json"))]
-    return [row for row in rows if row["checkpoint_sha256"] in shipped and is_full(row)]
+    rows = []
+    for path in sorted(Path(folder).glob("*/*@*.json")):
+        row = read_json(path)
+        try:
+            if row["checkpoint_sha256"] in shipped and is_full(row):
+                rows.append(row)
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{path} is no row of quantize.py: it lacks {error}") from error
+    return rows
 
 
 def is_full(row: dict) -> bool:

@@ -88,9 +88,10 @@ def parse_args():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     rows.check_seed(p, args.seed)
-    if args.per_layer and args.export:
+    exports = args.export is not None
+    if args.per_layer and exports:
         p.error("--per-layer and --export exclude each other")
-    if args.per_layer or args.export:
+    if args.per_layer or exports:
         if args.held_out or args.test_images or args.engines != [torch_eager.NAME]:
             p.error("--per-layer and --export exclude --held-out, --test-images and --engines")
     return args
@@ -176,7 +177,8 @@ def write_rows(pairs, args) -> int:
 def main():
     args = parse_args()
     rows.keep_freed_memory()
-    rows.require_writable(args.export or args.output)
+    exports = args.export is not None
+    rows.require_writable(args.export if exports else args.output)
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
     folders = {}
@@ -188,7 +190,7 @@ def main():
                 "checkpoints in folders of different names"
             )
     pairs = [(bench, RECIPES[name]) for bench in benches for name in args.recipes]
-    write = write_reports if args.per_layer else write_exports if args.export else write_rows
+    write = write_reports if args.per_layer else write_exports if exports else write_rows
     sys.exit(write(pairs, args))
 
 

@@ -118,10 +118,10 @@ def changed_predictions(row: dict, baseline: dict) -> int:
 def agreement(row: dict, rows: list[dict]) -> str:
     """On how many images an engine's prediction is that of the simulation in torch, where both were
     measured."""
-    same = ("checkpoint_sha256", "split", "img_size", "seed", "recipe", "n_images")
+    same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images")
     for other in rows:
         alike = other is not row and all(other[name] == row[name] for name in same)
-        if alike and other["simulated"]:
+        if alike and other["recipe"]["name"] == row["recipe"]["name"] and other["simulated"]:
             return f"{100 - 100 * changed_predictions(row, other) / row['n_images']:.2f} %"
     return "-"
 

@@ -152,6 +152,8 @@ def train(args, world: World) -> None:
     output = args.output
     if not args.resume and any((output / name).exists() for name in ("best.pth", "last.pth")):
         raise BadInput(f"{output} already holds a run: --resume it or choose another --output")
+    if args.val_size < world.size:
+        raise BadInput(f"--val-size {args.val_size} leaves some of {world.size} processes nothing")
     with world.first_then_others():  # one of them may have to download it
         images = data.load(args.dataset, args.data_dir, train=True)
     train_indices, val_indices = data.split(images.labels, args.val_size)

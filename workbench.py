@@ -164,6 +164,8 @@ class Workbench:
             size_bytes = estimated_size_bytes(self.model, recipe)
         images = data.EvalBatches(self.images, self.img_size, EVAL_BATCH)
         logits, labels = predict(loaded.run, images, self.args.workers)
+        if not logits.isfinite().all():
+            raise BadInput("the logits are not finite")
         predictions = logits.argmax(1)
         n_correct = int((predictions == labels).sum())
         timed = {
@@ -198,8 +200,8 @@ class Workbench:
         with tempfile.TemporaryDirectory() as folder:  # the engine leaves a file beside its own
             try:
                 run = onnx_runtime.loaded(Path(shutil.copy(path, folder))).run
-            except EngineMissing as missing:
-                return f"not checked: {missing}"
+            except (EngineMissing, ValueError) as reason:  # or its version can't read the file
+                return f"not checked: {reason}"
             networks = (run, self.prepare(recipe).network)
             ours, theirs = (predict(n, batches, self.args.workers)[0].argmax(1) for n in networks)
         same = int((ours == theirs).sum())
@@ -281,12 +283,8 @@ def kept(path: Path, identity: dict) -> dict | None:
     if not path.exists():
         return None
     row = rows.read_json(path)
-    row_recipe = comparable(row.get("recipe"))
-    other = [
-        name
-        for name, value in identity.items()
-        if (row_recipe != comparable(value) if name == "recipe" else row.get(name) != value)
-    ]
+    theirs, ours = (side | {"recipe": comparable(side.get("recipe"))} for side in (row, identity))
+    other = [name for name in ours if theirs.get(name) != ours[name]]
     if other:
         raise BadInput(
             f"{path} holds a row with another {', '.join(other)}: "

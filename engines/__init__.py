@@ -25,8 +25,10 @@ def require(*packages: str) -> list:
     """The imported packages, the engine's own first; EngineMissing if one is not installed."""
     try:
         return [importlib.import_module(name) for name in packages]
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise EngineMissing(f"{error.name} is missing: pip install {' '.join(packages)}") from error
+    except ImportError as error:
+        raise EngineMissing(f"{packages[0]} can't be imported: {error}") from error
 
 
 def has_vnni() -> bool:

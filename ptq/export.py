@@ -26,7 +26,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
 
     Raises ValueError for what is not written: activations in other than 8 unsigned bits, weights of
-    more than 8 or without a scale per channel.
+    more than 8 or without a scale per output channel, quantized inputs of norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
     fold_norms(model)
@@ -39,12 +39,14 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
         elif isinstance(module, QuantizedAttentionCore):
             for factor, quantizer in module.inputs.items():
                 module.inputs[factor] = _QDQ(quantizer)
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise ValueError("ONNX export of quantized inputs of norms and SiLU is not written")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             model,
-            (example.expand(2, *example.shape[1:]),),  # a batch of 1 would be exported as fixed
+            (example[:1].expand(2, *example.shape[1:]),),  # one of 1 would be exported as fixed
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
@@ -134,7 +136,8 @@ class _Layer(nn.Module):
             self.input = _QDQ(quantized.input)
         self.linear = isinstance(self.layer, nn.Linear)
         if self.format is not None:
-            if self.format.bits > 8 or self.format.granularity != "channel":
+            fmt = self.format
+            if fmt.bits > 8 or (fmt.granularity, fmt.axis) != ("channel", 0):
                 raise ValueError(f"ONNX export of weights in {self.format} is not written")
             codes = quantized.codes.to(torch.int8)
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
@@ -154,11 +157,14 @@ class _Layer(nn.Module):
 
 
 def _store_int4(proto: onnx.ModelProto, names: list[str]) -> None:
-    """Turn the INT8 initializers of these names into INT4 ones."""
-    for tensor in proto.graph.initializer:
-        if tensor.name in names:
-            codes = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(codes, tensor.name))
+    """Turn the INT8 initializers of these names, of which equal ones may have become one, into INT4
+    ones."""
+    found = [tensor for tensor in proto.graph.initializer if tensor.name in names]
+    if names and not found:
+        raise RuntimeError("the ONNX exporter of this torch does not keep the names of tensors")
+    for tensor in found:
+        codes = onnx.numpy_helper.to_array(tensor).astype(ml_dtypes.int4)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(codes, tensor.name))
 
 
 def _strip(graph: onnx.GraphProto) -> None:

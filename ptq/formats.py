@@ -39,6 +39,10 @@ class PercentileUniform:
     low_pct: float = 1.0
     high_pct: float = 99.0
 
+    def __post_init__(self):
+        if not (1 <= self.bits <= 8 and 0 <= self.low_pct < self.high_pct <= 100):
+            raise ValueError(f"1 to 8 bits between two percentiles, not {self}")
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[C, ...] -> codes uint8 [C, ...], scale and offset float32 [C, 1, ...]."""
         flat = x.flatten(1)
@@ -80,7 +84,7 @@ class Uniform:
     def __post_init__(self):
         if not 2 <= self.bits <= 16:
             raise ValueError(f"a uniform format has 2 to 16 bits, not {self.bits}")
-        if not (self.granularity in ("tensor", "channel") or self.group_size):
+        if not (self.granularity in ("tensor", "channel") or self.group_size > 0):
             raise ValueError(f"granularity is tensor, channel or a number, not {self.granularity}")
 
     @property

@@ -49,8 +49,9 @@ class MinMax:
 class Histogram(MinMax):
     """Counts in BINS even bins over [-limit, limit] for each scale, besides smallest and largest.
 
-    When a value lies beyond the limit, the limit doubles and neighbouring bins merge, so counts of
-    earlier tensors stay exact.
+    The first value that is not 0 sets the limit; until then it is 0, and all lies in the middle.
+    When a value lies beyond it, the limit doubles and neighbouring bins merge, so counts of earlier
+    tensors stay exact.
     """
 
     def __init__(self, format: Uniform):
@@ -60,18 +61,21 @@ class Histogram(MinMax):
     def accumulate(self, rows: Tensor) -> None:
         largest = torch.maximum(-self.low, self.high)  # [G]
         if self.counts is None:
-            tiny = torch.finfo(largest.dtype).tiny  # below it, doublings could be without end
-            self.limit = torch.where(largest > tiny, largest, 1.0)
+            self.limit = torch.zeros_like(largest)
             self.counts = torch.zeros(len(rows), BINS, dtype=torch.int64, device=rows.device)
-        for g in (largest > self.limit).nonzero().flatten().tolist():
-            doublings = int((largest[g] / self.limit[g]).log2().ceil())
+        # Below the smallest normal number, quotients would lose their digits.
+        first = (self.limit == 0) & (largest > torch.finfo(largest.dtype).tiny)
+        self.limit = torch.where(first, largest, self.limit)
+        for g in ((largest > self.limit) & (self.limit > 0)).nonzero().flatten().tolist():
+            doublings = int((largest[g].log2() - self.limit[g].log2()).ceil())
             for _ in range(doublings):
                 inner = self.counts[g].view(-1, 2).sum(1)
                 self.counts[g] = 0
                 self.counts[g, BINS // 4 : -BINS // 4] = inner
-            self.limit[g] *= 2.0**doublings
+                self.limit[g] *= 2
+        units = torch.where(self.limit > 0, self.limit, 1.0)
         for g, row in enumerate(rows):
-            index = ((row / self.limit[g] + 1) * (BINS / 2)).int().clamp_(0, BINS - 1)
+            index = ((row / units[g] + 1) * (BINS / 2)).int().clamp_(0, BINS - 1)
             self.counts[g] += torch.bincount(index, minlength=BINS)
 
     def centres(self) -> Tensor:
@@ -113,9 +117,13 @@ class MSE(Histogram):
         self.only = None  # the rows, while there has been one tensor
 
     def accumulate(self, rows: Tensor) -> None:
-        exact = self.counts is None and self.format.symmetric
+        if self.format.symmetric and self.counts is None and self.only is None:
+            self.only = rows
+            return
+        if self.only is not None:
+            super().accumulate(self.only)
+            self.only = None
         super().accumulate(rows)
-        self.only = rows if exact else None
 
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = super().range()

@@ -20,21 +20,18 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     `batches`: a sequence of (input [b, ...], anything), for recipes that calibrate. Raises
     ValueError if a rule or layer pattern applies to nothing, if network and batches are on
     different devices, if a recipe that calibrates gets no batches, if one for norms is a single
-    image, if a layer never ran during calibration, or if calibration meets values that are not
-    finite.
+    image, if a layer never ran during calibration, or if the network has or calibration meets
+    values that are not finite.
     """
     rounding = chosen(ROUNDINGS, recipe.rounding, "rounding")
     if recipe.calibrates:
         check_batches(model, recipe, batches)
+    check_finite(model)
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         write_tensors(model, recipe)
         if recipe.layers:
-            make_norms_positive(model)
-            if recipe.equalize:
-                equalize(model, batches)
-            reference = copy.deepcopy(model)
-            attach(model, recipe)
+            reference = with_quantized_layers(model, recipe, batches)
             rounding(model, reference, batches, recipe)
             if recipe.norms:
                 chosen(NORMS, recipe.norms, "norms")(model, batches, reference, batches)
@@ -45,17 +42,36 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     return model
 
 
+def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
+    """Prepare `model` for rounding and calibration, in place; the same network in float."""
+    make_norms_positive(model)
+    if recipe.equalize:
+        equalize(model, batches)
+    reference = copy.deepcopy(model)
+    attach(model, recipe)
+    return reference
+
+
+def check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of the network is not finite")
+
+
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     """Raise ValueError unless `batches` has a length and inputs where the network is."""
     if not hasattr(batches, "__len__") or len(batches) == 0:
-        raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches, not empty")
+        raise ValueError("it needs a sequence of calibration batches, not empty")
     x, *_ = batches[0]
     device = next((p.device for p in model.parameters()), x.device)
     if x.device != device:
         raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
     last, *_ = batches[len(batches) - 1]
     if recipe.norms and min(len(x), len(last)) < 2:
-        raise ValueError("norms take their statistics from calibration batches of two and more")
+        raise ValueError(
+            "norms take their statistics from calibration batches of two and more images, and one "
+            "image would be left for the last: take more or fewer"
+        )
 
 
 def chosen(registry: dict, name: str, what: str):
@@ -75,7 +91,7 @@ def write_tensors(model: nn.Module, recipe: Recipe) -> None:
             tensor.copy_(rule.format.decode(*rule.format.encode(tensor)))
     if unused:
         patterns = ", ".join(sorted(rule.pattern for rule in unused))
-        raise ValueError(f"recipe {recipe.name}: no tensor of the network matches {patterns}")
+        raise ValueError(f"no tensor of the network matches {patterns}")
 
 
 def attach(model: nn.Module, recipe: Recipe) -> None:
@@ -92,7 +108,7 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
             model.set_submodule(name, quantized(module, spec))
     if unused:
         patterns = ", ".join(sorted(spec.pattern for spec in unused))
-        raise ValueError(f"recipe {recipe.name}: no layer of the network matches {patterns}")
+        raise ValueError(f"no layer of the network matches {patterns}")
 
 
 def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:

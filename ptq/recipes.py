@@ -131,9 +131,12 @@ class Recipe:
         """The inverse of `asdict`, also for fields added since, which get their default. ValueError
         for what it did not write."""
         try:
-            return _rebuilt(plain)
+            rebuilt = _rebuilt(plain)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a recipe: {error}") from error
+        if not isinstance(rebuilt, Recipe):
+            raise ValueError(f"not a recipe: {plain}")
+        return rebuilt
 
 
 _TYPES = {t.__name__: t for t in (Recipe, Rule, LayerSpec, Float16, PercentileUniform, Uniform)}

@@ -6,9 +6,8 @@ from itertools import islice
 import torch
 from torch import nn
 
-from ptq.correction import make_norms_positive
 from ptq.layers import Quantizer
-from ptq.pipeline import attach, calibrate, check_batches
+from ptq.pipeline import calibrate, check_batches, check_finite, with_quantized_layers
 from ptq.recipes import Recipe
 from ptq.rounding import layers_to_round, nearest
 
@@ -22,10 +21,9 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, n_batches: int) -> 
     nearest. All of `batches` calibrates. Raises ValueError as `ptq.quantize` does.
     """
     check_batches(model, recipe, batches)
-    reference = copy.deepcopy(model).eval()
-    make_norms_positive(reference)
-    network = copy.deepcopy(reference)
-    attach(network, recipe)
+    check_finite(model)
+    network = copy.deepcopy(model).eval()
+    reference = with_quantized_layers(network, recipe, batches)
     layers = layers_to_round(network)
     nearest(network, reference, batches, recipe)
     weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}

@@ -6,6 +6,10 @@ from torch import nn
 from mobilevit import MV2, ConvNorm, MobileViTBlock
 
 
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 class Small(nn.Module):
     """Every kind of layer of MobileViT, few of each."""
 

@@ -95,6 +95,14 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
         assert not any(loaded.products["int8"].values())
 
 
+def test_biases_that_were_corrected_fold_with_the_norms(model, x):
+    recipe = Recipe("r", layers=W4.layers, correct_biases=True)
+    network = ptq.quantize(model, recipe, [(x, None)])
+    assert network.body[1].expand.conv.layer.bias.abs().max() > 0.01
+    loaded = onnx_runtime.load(network, recipe, None, x)  # any number of examples will do
+    torch.testing.assert_close(loaded.run(x), network(x).detach(), rtol=1e-3, atol=1e-4)
+
+
 def test_eight_bit_weights_that_meet_floats_are_no_integer_products(model, x):
     recipe = Recipe("w8", layers=(LayerSpec(".*", per_channel(8)),))
     loaded = openvino_cpu.load(ptq.quantize(model, recipe), recipe, None, x[:1])
@@ -144,9 +152,14 @@ def test_what_onnx_cannot_write_is_refused(model, x, tmp_path):
         recipe = Recipe("r", layers=(LayerSpec(".*", per_channel(8), fmt),))
         with pytest.raises(ValueError, match="can't write activations"):
             to_onnx(ptq.quantize(model, recipe, [(x, None)]), x[:1], tmp_path / "a.onnx")
-    recipe = Recipe("r", layers=(LayerSpec("classifier", Uniform(4, granularity=6)),))
-    with pytest.raises(ValueError, match="not written"):
-        to_onnx(ptq.quantize(model, recipe, []), x[:1], tmp_path / "a.onnx")
+    for spec in (
+        LayerSpec("classifier", Uniform(4, granularity=6)),
+        LayerSpec("classifier", Uniform(4, granularity="channel", axis=1)),
+        LayerSpec(r".*\.act", input=PER_TENSOR, kind="pointwise"),
+    ):
+        with pytest.raises(ValueError, match="not written"):
+            quantized = ptq.quantize(model, Recipe("r", layers=(spec,)), [(x, None)])
+            to_onnx(quantized, x[:1], tmp_path / "a.onnx")
 
 
 def test_a_truncated_file_is_refused(model, x, tmp_path):

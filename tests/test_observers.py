@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small import draw
 
 from ptq.formats import Uniform
 from ptq.observers import KL, MSE, OBSERVERS, Histogram, MinMax, Percentile, squared_error
@@ -14,10 +15,6 @@ FORMATS = (
     Uniform(8, symmetric=False, granularity="channel", axis=1),
     Uniform(4, granularity=6),
 )
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -86,12 +83,13 @@ def test_values_that_are_not_finite_are_refused(name, bad):
         observer.update(torch.empty(0))
 
 
-@pytest.mark.parametrize("first", [0.0, 1e-42])
-def test_a_range_may_begin_with_next_to_nothing(first):
+@pytest.mark.parametrize("first, size", [(0.0, 1), (1e-42, 1), (0.0, 1e-3), (1e-37, 100)])
+def test_a_range_may_begin_with_next_to_nothing(first, size):
     observer = Histogram(Uniform(8, False))
-    for x in (torch.tensor([first]), draw(50)):
+    for x in (torch.tensor([first]), size * draw(50)):
         observer.update(x)
-    assert observer.counts.sum() == 51 and observer.limit >= draw(50).abs().max()
+    largest = size * draw(50).abs().max()
+    assert observer.counts.sum() == 51 and largest <= observer.limit <= 2 * largest
 
 
 @pytest.mark.parametrize("granularity, axis", [("tensor", 0), ("channel", 1)])

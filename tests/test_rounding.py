@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from small import Idle
+from small import Idle, draw
 from torch import nn
 
 import ptq
@@ -16,10 +16,6 @@ from ptq.layers import QuantizedLayer
 from ptq.rounding import gptq_codes, input_moments, units, weight_scale
 
 FORMAT = Uniform(3, granularity="channel")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated(*shape):
