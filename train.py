@@ -27,10 +27,9 @@ import data
 import rows
 from augment import POLICIES, Augmentation
 from distributed import World
-from engines import predict
 from mobilevit import MIN_IMG_SIZE, VARIANTS
 from rows import BadInput
-from run import EVAL_BATCH, Run
+from run import Run, evaluated
 from schedule import parse_resolutions
 from weights import load_checkpoint, model_from_checkpoint, save_checkpoint
 
@@ -273,8 +272,8 @@ def test_accuracy(path, data_dir, device) -> tuple[int, int]:
     model, checkpoint = model_from_checkpoint(path)
     data.require_known(checkpoint, path)
     test = data.load(checkpoint["config"]["dataset"], data_dir, train=False)
-    batches = data.EvalBatches(test, checkpoint["img_size"], EVAL_BATCH, device)
-    logits, labels = predict(model.to(device), batches)
+    device = torch.device(device)
+    logits, labels = evaluated(model.to(device), test, checkpoint["img_size"], device)
     return int((logits.argmax(1) == labels).sum()), len(labels)
 
 

@@ -67,8 +67,12 @@ def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
         if workers == 1:
             yield from map(one, range(len(batches)))
             return
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(one, range(len(batches)))
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
+                yield from pool.map(one, range(len(batches)))
+        finally:
+            torch.set_num_threads(threads)  # of which some libraries have one for all
 
     shown = tqdm(results(), "evaluating", len(batches), leave=False, disable=None)
     return tuple(torch.cat(column) for column in zip(*shown))
