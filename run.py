@@ -15,14 +15,14 @@ from tqdm import tqdm
 import data
 import rows
 from distributed import World
-from engines import predict
+from engines import CPU_BATCH, predict
 from mobilevit import MobileViT
 from rows import BadInput
 from schedule import Schedule
 from weights import FORMAT, load_checkpoint, load_timm, load_weights, network, save_checkpoint
 from widen import widen
 
-EVAL_BATCH = {"cpu": 25, "cuda": 200}  # images; on a CPU they fit the cache of one core
+EVAL_BATCH = {"cpu": CPU_BATCH, "cuda": 200}  # images
 # Options that a resumed run may be given anew, and those that are not about the run.
 MAY_CHANGE = ("max_minutes", "workers", "resume", "data_dir", "output", "tensorboard")
 DERIVED = ("eval", "checkpoint", "stages")

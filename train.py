@@ -79,7 +79,7 @@ def parse_args():
     )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--init", metavar="CHECKPOINT", help="start from these weights")
-    add("--widen", metavar="CHECKPOINT", help="start as the same function as a narrower variant's")
+    add("--widen", metavar="CHECKPOINT", help="start from a narrower variant's weights")
     add("--pretrained", action="store_true", help="start from timm's ImageNet weights (four heads)")
     add("--seed", type=int, default=0, help="of initialisation, shuffling and augmentation")
     add("--workers", type=int, help="loader processes (default: 0 on CPU, up to 8 on CUDA)")

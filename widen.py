@@ -28,8 +28,8 @@ from mobilevit import MV2, Attention, ConvNorm, MobileViT, MobileViTBlock, Trans
 @torch.no_grad()
 def widen(narrow: MobileViT, wide: MobileViT) -> None:
     """Write the weights of `narrow` into the freshly initialised `wide`, which then gives the same
-    logits. ValueError if a layer of `wide` is the narrower one, its heads are no multiple, or the
-    classes differ."""
+    logits but for what is said above. ValueError if a layer of `wide` is the narrower one, its
+    heads are no multiple, or the classes differ."""
     if narrow.num_classes != wide.num_classes:
         raise ValueError(f"{narrow.num_classes} classes, not {wide.num_classes}")
     theirs, ours = narrow.state_dict(), wide.state_dict()
@@ -60,18 +60,15 @@ def _first(wide: Tensor, narrow: Tensor) -> None:
 def _graft(wide: nn.Module, narrow: nn.Module, inputs: Tensor | None = None) -> None:
     """Give the first outputs of a convolution or linear layer the weights of the narrow one, whose
     inputs are at `inputs` of the wide one (default: the first), and zeros for all others."""
-    n_out, n_in = narrow.weight.shape[:2]
-    wide.weight[:n_out] = 0
-    wide.weight[:n_out, torch.arange(n_in) if inputs is None else inputs] = narrow.weight
-    if narrow.bias is not None:
-        _first(wide.bias, narrow.bias)
+    wide.weight[: len(narrow.weight)] = 0
+    _graft_reader(wide, narrow, inputs)
 
 
-def _graft_reader(wide: nn.Module, narrow: nn.Module) -> None:
+def _graft_reader(wide: nn.Module, narrow: nn.Module, inputs: Tensor | None = None) -> None:
     """Like `_graft`, of a layer that reads tokens: their new channels are zero, and only if they
     are read can training change that."""
     n_out, n_in = narrow.weight.shape[:2]
-    wide.weight[:n_out, :n_in] = narrow.weight
+    wide.weight[:n_out, torch.arange(n_in) if inputs is None else inputs] = narrow.weight
     if narrow.bias is not None:
         _first(wide.bias, narrow.bias)
 

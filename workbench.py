@@ -16,7 +16,7 @@ from torch import nn
 import data
 import ptq
 import rows
-from engines import EngineMissing, latency, onnx_runtime, predict, torch_eager
+from engines import CPU_BATCH, EngineMissing, latency, onnx_runtime, predict, torch_eager
 from ptq import Recipe, packing
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.packing import estimated_size_bytes, packed
@@ -27,7 +27,6 @@ from weights import model_from_checkpoint
 REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 PARITY_IMAGES = 200  # that an exported file is checked on
-EVAL_BATCH = 25  # images; a batch's activations then fit the cache of one core
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Workbench:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
         elif size_bytes is None:
             size_bytes = estimated_size_bytes(self.model, recipe)
-        images = data.EvalBatches(self.images, self.img_size, EVAL_BATCH)
+        images = data.EvalBatches(self.images, self.img_size, CPU_BATCH)
         logits, labels = predict(loaded.run, images, self.args.workers)
         if not logits.isfinite().all():
             raise BadInput("the logits are not finite")
@@ -196,7 +195,7 @@ class Workbench:
         """On how many training images ONNX Runtime predicts with an exported file what the
         simulation does, in words."""
         images, described = self.calibration(PARITY_IMAGES)
-        batches = data.EvalBatches(images, self.img_size, EVAL_BATCH)
+        batches = data.EvalBatches(images, self.img_size, CPU_BATCH)
         with tempfile.TemporaryDirectory() as folder:  # the engine leaves a file beside its own
             try:
                 run = onnx_runtime.loaded(Path(shutil.copy(path, folder))).run

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+CPU_BATCH = 25  # images to evaluate at a time; their activations then fit the cache of one core
+
 
 class EngineMissing(Exception):
     """An engine can't run here; the message says why, or what to install."""

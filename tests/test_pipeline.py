@@ -74,7 +74,7 @@ def test_every_layer_is_quantized_and_the_original_untouched(model, batches):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     x = batches[0][0]
     error, spread = (quantized(x) - model(x)).square().mean(), model(x).var(0).mean()
-    assert 0 < error < 0.1 * spread
+    assert 0 < error < 0.08 * spread
 
 
 def test_sixteen_bits_change_nothing_to_speak_of(model, batches):
@@ -207,17 +207,19 @@ def test_an_adapted_network_has_the_statistics_of_its_new_size(model, batches):
 OUTPUT_AXES = {"stem.conv": (0, 2, 3), "stages.2.1.layers.0.attn.qkv": (0, 1), "classifier": 0}
 
 
+def mean_by_hand(network, name, batches):
+    outputs = torch.cat(list(captured(network, network.get_submodule(name), batches, "output")))
+    return outputs.mean(OUTPUT_AXES[name])
+
+
 def test_corrected_biases_restore_mean_outputs(model, batches):
     recipe = Recipe(
         "w4", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),), correct_biases=True
     )
     quantized = ptq.quantize(model, recipe, batches)
-    for name, axes in OUTPUT_AXES.items():
-        wanted, got = (
-            torch.cat(list(captured(network, network.get_submodule(name), batches, "output")))
-            for network in (model, quantized)
-        )
-        torch.testing.assert_close(got.mean(axes), wanted.mean(axes), atol=1e-4, rtol=1e-3)
+    for name in OUTPUT_AXES:
+        wanted, got = (mean_by_hand(network, name, batches) for network in (model, quantized))
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_recipes_that_contradict_themselves_are_refused():
@@ -349,9 +351,5 @@ def test_biases_leave_to_norms_what_norms_have_taken_in(model, batches):
     quantized = ptq.quantize(model, recipe, batches)
     assert quantized.stem.conv.layer.bias is None
     for name in ("stages.2.1.layers.0.attn.qkv", "classifier"):
-        got, wanted = (
-            torch.cat(list(captured(network, network.get_submodule(name), batches, "output")))
-            for network in (quantized, model)
-        )
-        axes = OUTPUT_AXES[name]
-        torch.testing.assert_close(got.mean(axes), wanted.mean(axes), atol=1e-4, rtol=1e-3)
+        got, wanted = (mean_by_hand(network, name, batches) for network in (quantized, model))
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
