@@ -65,9 +65,9 @@ def is_published(row: dict) -> bool:
     return (row["split"], row["img_size"], row["seed"]) == ("test", 256, 0)
 
 
-def load_report(args) -> dict | None:
+def load_report(args, recipe: str) -> dict | None:
     """The report per layer of the shipped XXS that docs/quantization.md shows."""
-    path = Path(args.results, "mobilevit_xxs", "per-layer", "w8a8-early.json")
+    path = Path(args.results, "mobilevit_xxs", "per-layer", f"{recipe}.json")
     weights = Path(args.checkpoints, "mobilevit_xxs", "best.pth")
     report = read_json(path) if path.exists() and weights.exists() else None
     usual = report and (
@@ -162,7 +162,8 @@ def fill_pages(args, every_row, rows, runs) -> None:
             "classes": tables.classes_table(rows),
         },
         Path(args.readme_file).parent / "docs" / "quantization.md": {
-            "per-layer": tables.per_layer_table(load_report(args)),
+            "per-layer": tables.per_layer_table(load_report(args, "w8a8-early")),
+            "per-layer-fx": tables.per_layer_table(load_report(args, "int8-fx")),
             "ablation": tables.ablation_table(
                 [r for r in every_row if (r["split"], r["img_size"]) == ("held-out", 256)]
             ),

@@ -30,7 +30,7 @@ from ptq import RECIPES, packing
 from ptq.recipes import PROTOCOL
 from rows import BadInput
 from tables import in_protocol, per_layer_table, printed, products_text, results_table
-from workbench import Workbench, kept
+from workbench import Workbench, kept, looks_into
 
 
 def parse_args():
@@ -100,12 +100,17 @@ def parse_args():
 def write_reports(pairs, args) -> int:
     """A report per layer of each (bench, recipe), one file each, and its most sensitive tensors."""
     for bench, recipe in pairs:
-        if not recipe.layers or not recipe.calibration_images:
-            raise BadInput(f"--per-layer: recipe {recipe.name} calibrates no layers")
+        if not looks_into(recipe):
+            raise BadInput(
+                f"--per-layer is for int8-fx and what calibrates layers, {recipe.name} is neither"
+            )
         if bench.report_path(recipe).exists() and not args.force:
             raise BadInput(f"{bench.report_path(recipe)} is there already: --force replaces it")
     for bench, recipe in pairs:
-        report, path = bench.report(recipe), bench.report_path(recipe)
+        try:
+            report, path = bench.report(recipe), bench.report_path(recipe)
+        except EngineMissing as missing:
+            raise BadInput(f"--per-layer, {recipe.name}: {missing}") from missing
         rows.write_json(path, report)
         print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}", flush=True)
     return 0

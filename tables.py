@@ -280,7 +280,8 @@ def printed(row: dict) -> str:
 
 
 def per_layer_table(report: dict | None, n: int = 10) -> str:
-    """The `n` tensors that change the logits most when they alone are quantized, and all others."""
+    """The `n` tensors that change the logits most when they alone are quantized, the others, and
+    all together."""
     if report is None:
         return markdown([])
     noises = [
@@ -293,6 +294,8 @@ def per_layer_table(report: dict | None, n: int = 10) -> str:
     if len(noises) > n:
         rest = f"the other {len(noises) - n}, each at most"
         lines.append({"Quantized alone": rest, "Noise in the logits": f"{noises[n][0]:.4f}"})
+    together = f"{report['noise_of_all']:.4f}"
+    lines.append({"Quantized alone": "all together", "Noise in the logits": together})
     return markdown(lines)
 
 

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import data
 import ptq
 import rows
 from engines import CPU_BATCH, EngineMissing, latency, onnx_runtime, predict, torch_eager
+from engines.registry import PEERS
 from ptq import Recipe, packing
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.packing import estimated_size_bytes, packed
@@ -24,7 +24,7 @@ from ptq.sensitivity import sensitivities
 from rows import BadInput
 from weights import model_from_checkpoint
 
-REPORT_BATCHES = 2  # of calibration images, on which a report per layer looks at the logits
+REPORT_IMAGES = 64  # of those for calibration, on which a report per layer looks at the logits
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 PARITY_IMAGES = 200  # that an exported file is checked on
 
@@ -207,20 +207,30 @@ class Workbench:
         return f"predicts as simulated on {same} of {described['n']} training images"
 
     def report(self, recipe) -> dict:
-        """Noise in the logits from each single tensor that the recipe quantizes."""
+        """Noise in the logits from each single tensor that a recipe of `looks_into` quantizes."""
         began = time.monotonic()
         batches, described = self.batches(recipe)
+        shown = data.EvalBatches(batches.data[:REPORT_IMAGES], self.img_size, CPU_BATCH)
         with named(recipe):
-            noises = sensitivities(self.network, recipe, batches, REPORT_BATCHES)
+            noises = looks_into(recipe)(self.network, recipe, batches, shown)
         identity = self.identity(recipe, torch_eager)
         kept_fields = ("model", "img_size", "checkpoint_sha256", "recipe", "seed")
-        return {name: identity[name] for name in kept_fields} | {
-            "noise": noises,
-            "n_images": sum(len(x) for x, _ in islice(batches, REPORT_BATCHES)),
+        return {
+            **{name: identity[name] for name in kept_fields},
+            **noises,
+            "n_images": len(shown.data),
             "calibration": described,
             "wall_s": time.monotonic() - began,
             **rows.provenance(),
         }
+
+
+def looks_into(recipe):
+    """The function that tells of each tensor that a recipe quantizes how much it changes, if there
+    is one: for our recipes that calibrate layers, and for torch FX."""
+    if recipe.peer:
+        return getattr(PEERS[recipe.peer], "sensitivities", None)
+    return sensitivities if recipe.layers and recipe.calibration_images else None
 
 
 @contextlib.contextmanager

@@ -4,12 +4,15 @@ observers and settings. The published baseline, kept as it was done."""
 import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from engines import EngineMissing, Loaded
+from ptq.sensitivity import having, holding, noises
 
 NAME = "torch-fx"
 QCONFIG = "x86"  # torch's own default settings and kernels for this kind of processor
@@ -27,9 +30,61 @@ def load(model, recipe, calibration, example, histograms=None) -> Loaded:
     context that observers count in, FastHistograms unless a benchmark names another. Raises
     EngineMissing where torch no longer has torch.ao.quantization or its INT8 kernels.
     """
+    prepared = calibrated(model, calibration, example, histograms or FastHistograms)
+    from torch.ao.quantization.quantize_fx import convert_fx
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        converted = convert_fx(prepared)
+    return Loaded(converted, state=converted.state_dict())
+
+
+@torch.inference_mode()
+def sensitivities(model, recipe, calibration, shown) -> dict:
+    """The noise, as `ptq.sensitivity.noises` gives it, of all "weights" and "activations" that FX
+    quantizes; an activation has the name of the layer or operation that gives it."""
+    network = calibrated(model, calibration, calibration[0][0][:1], FastHistograms)
+    from torch.ao.quantization import ObserverBase
+
+    alone = {"weights": {}, "activations": {}}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            observer = module.qconfig.weight()
+            observer(module.weight)
+            scale, zero_point = observer.calculate_qparams()
+            limits = observer.quant_min, observer.quant_max
+            value = torch.fake_quantize_per_channel_affine(
+                module.weight, scale, zero_point.int(), 0, *limits
+            )
+            alone["weights"][name] = partial(holding, module.weight, value)
+    for node in network.graph.nodes:
+        observer = network.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(observer, ObserverBase):
+            network.set_submodule(node.target, switch := Switch(observer))
+            (source,) = node.args
+            name = source.target if source.op == "call_module" else source.name
+            alone["activations"][name] = partial(having, switch, "on", True)
+    return noises(network, shown, alone)
+
+
+class Switch(nn.Module):
+    """Passes activations on; while `on`, as they are in the format that `observer` chose."""
+
+    def __init__(self, observer):
+        super().__init__()
+        self.on = False
+        scale, zero_point = observer.calculate_qparams()
+        self.format = scale, zero_point.int(), observer.quant_min, observer.quant_max
+
+    def forward(self, x):
+        return torch.fake_quantize_per_tensor_affine(x, *self.format) if self.on else x
+
+
+def calibrated(model, calibration, example, histograms):
+    """`model` with observers that have seen `calibration`, ready to be converted."""
     try:
         from torch.ao.quantization import get_default_qconfig_mapping
-        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+        from torch.ao.quantization.quantize_fx import prepare_fx
     except ImportError as error:
         raise EngineMissing(
             f"torch {torch.__version__} has no torch.ao.quantization any more: "
@@ -42,11 +97,10 @@ def load(model, recipe, calibration, example, histograms=None) -> Loaded:
         warnings.simplefilter("ignore")  # of deprecation, and of observers that saw nothing
         mapping = get_default_qconfig_mapping(QCONFIG)
         prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, (example,))
-        with (histograms or FastHistograms)():
+        with histograms():
             for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):
                 prepared(x)
-        converted = convert_fx(prepared)
-    return Loaded(converted, state=converted.state_dict())
+    return prepared
 
 
 class FastHistograms(TorchFunctionMode):

@@ -1,10 +1,11 @@
 """How much the quantization of each single tensor changes what a network puts out."""
 
+import contextlib
 import copy
-from itertools import islice
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq.layers import Quantizer
 from ptq.pipeline import calibrate, check_batches, check_finite, with_quantized_layers
@@ -13,12 +14,11 @@ from ptq.rounding import layers_to_round, nearest
 
 
 @torch.no_grad()
-def sensitivities(model: nn.Module, recipe: Recipe, batches, n_batches: int) -> dict:
-    """{"weights": {name: noise}, "inputs": {name: noise}} over all layers that `recipe` quantizes.
+def sensitivities(model: nn.Module, recipe: Recipe, batches, shown) -> dict:
+    """The noise, as `noises` gives it, of the "weights" and "inputs" of all layers that `recipe`
+    quantizes: rounded to nearest, and calibrated on `batches`.
 
-    The noise is what the outputs for the first `n_batches` of `batches` change by, mean square over
-    variance, when that one weight or input alone takes the values of its format, rounded to
-    nearest. All of `batches` calibrates. Raises ValueError as `ptq.quantize` does.
+    Raises ValueError as `ptq.quantize` does.
     """
     check_batches(model, recipe, batches)
     check_finite(model)
@@ -27,32 +27,66 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, n_batches: int) -> 
     layers = layers_to_round(network)
     nearest(network, reference, batches, recipe)
     weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
-
-    def outputs():
-        return torch.cat([network(x) for x, *_ in islice(batches, n_batches)]).double()
-
-    def restore(name):
-        layers[name].layer.weight.copy_(reference.get_submodule(name).weight)
-
-    for name in layers:
-        restore(name)
+    for name, layer in layers.items():
+        layer.layer.weight.copy_(reference.get_submodule(name).weight)
     calibrate(network, batches)
     quantizers = {n: m for n, m in network.named_modules() if isinstance(m, Quantizer)}
     scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
     for quantizer in quantizers.values():
         quantizer.scale = None  # passes on what comes
+    alone = {
+        "weights": {n: partial(holding, m.layer.weight, weights[n]) for n, m in layers.items()},
+        "inputs": {n: partial(having, m, "scale", scales[n]) for n, m in quantizers.items()},
+    }
+    return noises(network, shown, alone)
+
+
+def noises(network: nn.Module, shown, alone: dict) -> dict:
+    """{"noise": {kind: {name: noise}}, "noise_of_all": noise}: what the outputs for the batches
+    `shown` change by, mean square over variance, when tensors take the values of their formats, one
+    alone or all together.
+
+    `alone`: {kind: {name: function}}, where each function gives the context in which that tensor of
+    `network` does so.
+    """
+
+    def outputs():
+        return torch.cat([network(x) for x, *_ in shown]).double()
+
     expected = outputs()
 
-    def noise() -> float:
-        return ((outputs() - expected).square().mean() / expected.var()).item()
+    def noise(*contexts) -> float:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return ((outputs() - expected).square().mean() / expected.var()).item()
 
-    noises = {"weights": {}, "inputs": {}}
-    for name, layer in layers.items():
-        layer.layer.weight.copy_(weights[name])
-        noises["weights"][name] = noise()
-        restore(name)
-    for name, quantizer in quantizers.items():
-        quantizer.scale = scales[name]
-        noises["inputs"][name] = noise()
-        quantizer.scale = None
-    return noises
+    return {
+        "noise": {
+            kind: {name: noise(context) for name, context in of_kind.items()}
+            for kind, of_kind in alone.items()
+        },
+        "noise_of_all": noise(*(c for of_kind in alone.values() for c in of_kind.values())),
+    }
+
+
+@contextlib.contextmanager
+def holding(tensor: Tensor, value: Tensor):
+    """Within this context `tensor` holds `value`."""
+    before = tensor.clone()
+    tensor.copy_(value)
+    try:
+        yield
+    finally:
+        tensor.copy_(before)
+
+
+@contextlib.contextmanager
+def having(module: nn.Module, name: str, value):
+    """Within this context the attribute `name` of `module` is `value`."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -196,7 +196,7 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
     )
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--per-layer",
-        says="w4-nearest calibrates no layers",
+        says="w4-nearest is neither",
     )  # fmt: skip
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "w6a6", "--engines", "onnxruntime",
@@ -249,6 +249,23 @@ def test_fx_computes_in_int8():
     assert any("quantized" in kind for kind in kinds)
     stem = loaded.run.get_submodule("stem.conv").weight()
     assert stem.dtype == torch.qint8
+
+
+def test_fx_feels_as_a_whole_what_its_int8_network_does():
+    torch.manual_seed(0)
+    model = MobileViT("xxs").eval()
+    batches = [(torch.randn(16, 3, 64, 64), None)]
+    ptq.correction.replace_norms(model, batches, None, None)
+    found = torch_fx.sensitivities(model, RECIPES["int8-fx"], batches, batches)
+    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
+    with torch.inference_mode():
+        expected, logits = model(batches[0][0]), loaded.run(batches[0][0])
+    noise = (logits - expected).double().square().mean() / expected.double().var()
+    assert found["noise_of_all"] == pytest.approx(noise.item(), rel=0.2)
+    assert len(found["noise"]["weights"]) == 35 + 1 + 4 * 9
+    activations = found["noise"]["activations"]
+    assert {"check_images", "stem.conv", "stem.act", "classifier"} <= set(activations)
+    assert 0 < activations["check_images"] < found["noise_of_all"]
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 64, 64), (1000,)])  # more and less than one chunk
