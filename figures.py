@@ -215,9 +215,12 @@ def name_points(axis, points) -> None:
         else:
             texts.append([x, y, [name]])
     for i, (x, y, names) in enumerate(texts):  # neighbours above and below in turn
-        offset = (-3, (7, -13)[i % 2])
+        inwards = "right" if x > axis.get_xlim()[0] + 0.6 * width else "left"
+        offset = ({"left": -3, "right": 3}[inwards], (7, -13)[i % 2])
         text = ", ".join(dict.fromkeys(names))
-        axis.annotate(text, (x, y), textcoords="offset points", xytext=offset, fontsize=7)
+        axis.annotate(
+            text, (x, y), textcoords="offset points", xytext=offset, ha=inwards, fontsize=7
+        )
 
 
 def input_sizes(rows):
