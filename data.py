@@ -66,11 +66,11 @@ def _cifar10(data_dir: Path, train: bool) -> Images:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision's chatter
             raw = CIFAR10(data_dir, train, download=not folder.exists())
-    except RuntimeError as error:  # torchvision found a file that is missing or has another MD5
-        raise BadInput(
-            f"{folder} is incomplete or damaged: delete it to have it downloaded again"
-        ) from error
-    except OSError as error:
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and folder.exists():  # a missing file or another MD5
+            raise BadInput(
+                f"{folder} is incomplete or damaged: delete it to have it downloaded again"
+            ) from error
         raise BadInput(
             f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): "
             f"name the folder that holds {CIFAR10.base_folder}/ with --data-dir"

@@ -21,6 +21,9 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.device = torch.device(device)
+        missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+        if self.size > 1 and missing:
+            raise BadInput(f"WORLD_SIZE is set, {min(missing)} is not: start processes by torchrun")
         if self.size > 1 and device == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             if self.device.index >= torch.cuda.device_count():
@@ -30,13 +33,16 @@ class World:
     @contextlib.contextmanager
     def join(self):
         """Form the process group for the duration of a run, if there is more than one process."""
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        try:
+        if self.size == 1:
             yield self
-        finally:
-            if self.size > 1:
-                dist.destroy_process_group()
+            return
+        on_gpu = self.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None
+        )
+        yield self
+        # Not after an error: with NCCL it would wait for processes that wait for this one.
+        dist.destroy_process_group()
 
     @contextlib.contextmanager
     def first_then_others(self):

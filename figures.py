@@ -39,6 +39,7 @@ def training_curves(runs):
                 "--",
                 color=colour,
                 alpha=0.7,
+                marker=".",  # a run of one epoch has no line
                 label=f"{run['model']}, training",
             )
             axis.plot(

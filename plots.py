@@ -82,7 +82,7 @@ def of_engines(rows: list[dict]) -> list[dict]:
     methods among them."""
     if all(tables.in_protocol(row) for row in rows):
         return []
-    return [row for row in rows if not row["simulated"] and row["recipe"]["name"] != "fp16"]
+    return [row for row in rows if not row["simulated"]]
 
 
 def of_input_sizes(rows: list[dict]) -> list[dict]:

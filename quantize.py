@@ -9,7 +9,7 @@
     python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
 
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL followed
-by the name of the run for a checkpoint that is not in checkpoints/. A row that is there already,
+by the folder of the run for a checkpoint that is not in checkpoints/. A row that is there already,
 made from the same weights with the same settings, is kept; one made otherwise is an error. A
 checkpoint is evaluated on the data set it was trained for, at that run's image size unless
 --img-size names another, on all test images and all cores; latency is one image on one thread.

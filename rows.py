@@ -37,6 +37,13 @@ def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
     return asked_for or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def precision(device: str) -> str:
+    """What training computes in where nothing else is asked for."""
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def check_seed(p: argparse.ArgumentParser, seed: int) -> None:
     if not 0 <= seed < 2**63:
         p.error("--seed must be at least 0 and less than 2**63")
@@ -60,6 +67,8 @@ def command(main):
             main()
         except BadInput as error:
             sys.exit(_fail(f"{Path(sys.argv[0]).name}: error: {error}", 2))
+        except torch.OutOfMemoryError as error:
+            sys.exit(_fail(f"{Path(sys.argv[0]).name}: error: take smaller batches: {error}", 2))
         except KeyboardInterrupt:
             sys.exit(_fail("stopped", 130))
 

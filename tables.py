@@ -4,6 +4,7 @@ import re
 import statistics
 
 from data import CLASSES
+from ptq.sensitivity import LARGEST
 from rows import MB
 
 # What github.com/chanjoongx/mobilevit-quantization, whose protocol we follow, published in its
@@ -143,7 +144,7 @@ def arithmetic(row: dict) -> str:
             for kind in PRODUCTS
         )
         return f"INT8 ({', '.join(counts)})"
-    return "INT8" if row["recipe"]["peer"] else elsewhere
+    return "INT8" if row["recipe"]["peer"] and products is None else elsewhere
 
 
 def all_products(products: dict, kind: str) -> int:
@@ -279,9 +280,9 @@ def printed(row: dict) -> str:
     )
 
 
-def per_layer_table(report: dict | None, n: int = 10) -> str:
-    """The `n` tensors that change the logits most when they alone are quantized, the others, and
-    all together."""
+def per_layer_table(report: dict | None) -> str:
+    """The tensors that change the logits most when they alone are quantized, what all others do
+    together, and what all do."""
     if report is None:
         return markdown([])
     noises = [
@@ -290,13 +291,11 @@ def per_layer_table(report: dict | None, n: int = 10) -> str:
         for name, noise in of_layers.items()
     ]
     noises.sort(reverse=True)
-    lines = [{"Quantized alone": name, "Noise in the logits": f"{x:.4f}"} for x, name in noises[:n]]
-    if len(noises) > n:
-        rest = f"the other {len(noises) - n}, each at most"
-        lines.append({"Quantized alone": rest, "Noise in the logits": f"{noises[n][0]:.4f}"})
-    together = f"{report['noise_of_all']:.4f}"
-    lines.append({"Quantized alone": "all together", "Noise in the logits": together})
-    return markdown(lines)
+    shown = noises[:LARGEST]
+    if len(noises) > LARGEST:
+        shown.append((report["noise_of_rest"], f"the other {len(noises) - LARGEST} together"))
+    shown.append((report["noise_of_all"], "all together"))
+    return markdown([{"Quantized": what, "Noise in the logits": f"{x:.4f}"} for x, what in shown])
 
 
 def ablation_table(rows: list[dict]) -> str:
@@ -363,13 +362,12 @@ def benchmarks_table(results: dict[str, dict]) -> str:
             f"timm {train['timm']}: {speeds['timm']:.1f} images/s",
             f"{train['ratio']:.2f}",
         )
-        if "published" in speeds:
-            add(
-                "The same",
-                f"{speeds['ours']:.1f} images/s",
-                f"our network in the published loop: {speeds['published']:.1f} images/s",
-                f"{train['ratio_published']:.2f}",
-            )
+        add(
+            "The same",
+            f"{speeds['ours']:.1f} images/s",
+            f"our network in the published loop: {speeds['published']:.1f} images/s",
+            f"{train['ratio_published']:.2f}",
+        )
     if sweep := results.get("sweep"):
         add(
             f"Quantization sweep of {sweep['test_images']} test and "

@@ -16,6 +16,7 @@ the accuracy on the test set, which is read that once. The last line printed:
 """
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ def parse_args():
     add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="autocast (default: bf16 on CUDA, fp32 on CPU)",
+        help="autocast (default: fp32 on CPU, on CUDA bf16 or, where the GPU lacks it, fp16)",
     )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--init", metavar="CHECKPOINT", help="start from these weights")
@@ -94,8 +95,10 @@ def parse_args():
 
     if args.eval != (args.checkpoint is not None):
         p.error("--eval and --checkpoint go together")
-    if args.eval and (args.img_size, args.resolutions) != (None, None):
-        p.error("--eval takes the checkpoint's image side: quantize.py --recipes fp32 takes others")
+    taken = ("eval", "checkpoint", "data_dir", "device")
+    other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
+    if args.eval and other:
+        p.error(f"--eval takes all from the checkpoint, --{other[0].replace('_', '-')} excluded")
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
     if args.epochs is not None and args.epochs < 1:
@@ -107,7 +110,7 @@ def parse_args():
     if args.pretrained and args.heads is not None:
         p.error("--pretrained excludes --heads")
     args.device = rows.device(p, args.device)
-    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    args.precision = args.precision or rows.precision(args.device)
     if args.precision == "fp16" and args.device == "cpu":
         p.error("--precision fp16 needs CUDA")
     if args.resolutions is None:
@@ -188,6 +191,7 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> bool:
         sampler=range(run.step, len(run.schedule)),
         num_workers=args.workers,
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=detach,
     )
     # Looking at the loss waits for the device, which costs nothing on a CPU.
     check_every = 1 if world.device.type == "cpu" else 20
@@ -196,12 +200,12 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> bool:
         number: signal.signal(number, lambda *_: asked_to_stop.append(True))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    saved = clock = time.monotonic()
     silent = True if world.rank else None  # None: where the output is no terminal
     bar = tqdm(total=len(run.schedule), initial=run.step, unit="step", disable=silent)
     if run.epoch_due:  # it stopped before that
         run.end_epoch(val)
     run.model.train()
+    saved = clock = time.monotonic()
     stop = False
     for batch in loader:
         run.train_step(*batch)
@@ -232,6 +236,12 @@ def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> bool:
     return not stop
 
 
+def detach(_) -> None:
+    """Take a loader process out of the trainer's group: a signal to the group, such as that of
+    Ctrl-C or `timeout`, would end it before the trainer has stopped."""
+    os.setpgrp()
+
+
 def finish(run: Run) -> None:
     """Read the test set, once, with the chosen weights."""
     args = run.args
@@ -252,7 +262,7 @@ def finish(run: Run) -> None:
             "n_correct": n_correct,
             "n_images": n,
             "train_s": sum(float(row["seconds"]) for row in run.history),
-            "hardware": hardware(run.world.device),
+            "hardware": hardware(run.world),
             "printed": printed,
             "config": run.config,
         }
@@ -261,10 +271,12 @@ def finish(run: Run) -> None:
     print(rows.read_json(metrics_path)["printed"])
 
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{rows.cpu_name()}, {torch.get_num_threads()} threads"
+def hardware(world: World) -> str:
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    else:
+        name = f"{rows.cpu_name()}, {torch.get_num_threads()} threads"
+    return name if world.size == 1 else f"{world.size} x {name}"
 
 
 def test_accuracy(path, data_dir, device) -> tuple[int, int]:

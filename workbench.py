@@ -24,7 +24,8 @@ from ptq.sensitivity import sensitivities
 from rows import BadInput
 from weights import model_from_checkpoint
 
-REPORT_IMAGES = 64  # of those for calibration, on which a report per layer looks at the logits
+# Of the images for calibration, on which a report per layer looks at the logits.
+REPORT_IMAGES, REPORT_BATCH = 64, 16
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 PARITY_IMAGES = 200  # that an exported file is checked on
 
@@ -210,9 +211,13 @@ class Workbench:
         """Noise in the logits from each single tensor that a recipe of `looks_into` quantizes."""
         began = time.monotonic()
         batches, described = self.batches(recipe)
-        shown = data.EvalBatches(batches.data[:REPORT_IMAGES], self.img_size, CPU_BATCH)
+        shown = data.EvalBatches(batches.data[:REPORT_IMAGES], self.img_size, REPORT_BATCH)
+
+        def logits(network):
+            return predict(network, shown, self.args.workers)[0]
+
         with named(recipe):
-            noises = looks_into(recipe)(self.network, recipe, batches, shown)
+            noises = looks_into(recipe)(self.network, recipe, batches, logits)
         identity = self.identity(recipe, torch_eager)
         kept_fields = ("model", "img_size", "checkpoint_sha256", "recipe", "seed")
         return {

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from engines import EngineMissing, Loaded
+from ptq.pipeline import check_finite
 from ptq.sensitivity import having, holding, noises
 
 NAME = "torch-fx"
@@ -40,9 +41,11 @@ def load(model, recipe, calibration, example, histograms=None) -> Loaded:
 
 
 @torch.inference_mode()
-def sensitivities(model, recipe, calibration, shown) -> dict:
+def sensitivities(model, recipe, calibration, outputs) -> dict:
     """The noise, as `ptq.sensitivity.noises` gives it, of all "weights" and "activations" that FX
-    quantizes; an activation has the name of the layer or operation that gives it."""
+    quantizes; an activation has the name of the layer or operation that gives it. Raises ValueError
+    for weights that are not finite."""
+    check_finite(model)
     network = calibrated(model, calibration, calibration[0][0][:1], FastHistograms)
     from torch.ao.quantization import ObserverBase
 
@@ -64,7 +67,7 @@ def sensitivities(model, recipe, calibration, shown) -> dict:
             (source,) = node.args
             name = source.target if source.op == "call_module" else source.name
             alone["activations"][name] = partial(having, switch, "on", True)
-    return noises(network, shown, alone)
+    return noises(network, outputs, alone)
 
 
 class Switch(nn.Module):

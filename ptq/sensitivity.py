@@ -12,9 +12,11 @@ from ptq.pipeline import calibrate, check_batches, check_finite, with_quantized_
 from ptq.recipes import Recipe
 from ptq.rounding import layers_to_round, nearest
 
+LARGEST = 10  # tensors that a report shows one by one
+
 
 @torch.no_grad()
-def sensitivities(model: nn.Module, recipe: Recipe, batches, shown) -> dict:
+def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
     """The noise, as `noises` gives it, of the "weights" and "inputs" of all layers that `recipe`
     quantizes: rounded to nearest, and calibrated on `batches`.
 
@@ -38,35 +40,33 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, shown) -> dict:
         "weights": {n: partial(holding, m.layer.weight, weights[n]) for n, m in layers.items()},
         "inputs": {n: partial(having, m, "scale", scales[n]) for n, m in quantizers.items()},
     }
-    return noises(network, shown, alone)
+    return noises(network, outputs, alone)
 
 
-def noises(network: nn.Module, shown, alone: dict) -> dict:
-    """{"noise": {kind: {name: noise}}, "noise_of_all": noise}: what the outputs for the batches
-    `shown` change by, mean square over variance, when tensors take the values of their formats, one
-    alone or all together.
+def noises(network: nn.Module, outputs, alone: dict) -> dict:
+    """What the tensor `outputs(network)` changes by, mean square over variance, when tensors of the
+    network take the values of their formats: {"noise": {kind: {name: of that one alone}},
+    "noise_of_rest": of all but the LARGEST together, "noise_of_all": of all together}.
 
-    `alone`: {kind: {name: function}}, where each function gives the context in which that tensor of
-    `network` does so.
+    `alone`: {kind: {name: function}}, where each function gives the context in which that tensor
+    does so.
     """
+    expected = outputs(network).double()
 
-    def outputs():
-        return torch.cat([network(x) for x, *_ in shown]).double()
-
-    expected = outputs()
-
-    def noise(*contexts) -> float:
+    def noise(contexts) -> float:
         with contextlib.ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context())
-            return ((outputs() - expected).square().mean() / expected.var()).item()
+            changed = outputs(network).double()
+        return ((changed - expected).square().mean() / expected.var()).item()
 
+    flat = {(kind, name): c for kind, of_kind in alone.items() for name, c in of_kind.items()}
+    each = {key: noise([context]) for key, context in flat.items()}
+    by_noise = sorted(flat, key=each.get, reverse=True)
     return {
-        "noise": {
-            kind: {name: noise(context) for name, context in of_kind.items()}
-            for kind, of_kind in alone.items()
-        },
-        "noise_of_all": noise(*(c for of_kind in alone.values() for c in of_kind.values())),
+        "noise": {k: {name: each[k, name] for name in of_kind} for k, of_kind in alone.items()},
+        "noise_of_rest": noise([flat[key] for key in by_noise[LARGEST:]]),
+        "noise_of_all": noise(flat.values()),
     }
 
 

@@ -25,8 +25,9 @@ SYNTHETIC = (
 torch.set_num_threads(1)  # two busy thread pools on two cores slow each other many times
 
 
-def start(*args, module=(), **env):
-    """A script of this project in a process of its own, on one thread."""
+def start(*args, module=(), group=False, **env):
+    """A script of this project in a process of its own, on one thread; `group`: and in a process
+    group of its own."""
     return subprocess.Popen(
         [sys.executable, *module, *map(str, args)],
         cwd=ROOT,
@@ -34,6 +35,7 @@ def start(*args, module=(), **env):
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=group,
     )
 
 

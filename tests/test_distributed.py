@@ -20,7 +20,7 @@ def one_step(norm, x, weights):
 
 
 def worker(rank, folder, dtype):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
     x, weights = torch.load(folder / "batch.pt")
     with World("cpu").join() as world:

@@ -103,8 +103,9 @@ def tree(tmp_path):
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
     calibration = {"n": RECIPES["w8a8-early"].calibration_images}
-    report = {"checkpoint_sha256": sha256(b"weights"), "noise": noise, "noise_of_all": 0.7,
-              "calibration": calibration, "recipe": RECIPES["w8a8-early"].asdict()}  # fmt: skip
+    report = {"checkpoint_sha256": sha256(b"weights"), "calibration": calibration,
+              "recipe": RECIPES["w8a8-early"].asdict(), "noise": noise, "noise_of_rest": 0.0,
+              "noise_of_all": 0.7}  # fmt: skip
     write_json(results / "per-layer" / "w8a8-early.json", report)
     times = {"fp32@torch-eager": 20.0, "fp32@openvino": 10.0, "int8-nncf@nncf": 5.0}
     bench = {"latency_ms": {name: {"median": ms} for name, ms in times.items()},

@@ -129,10 +129,12 @@ def test_weights_that_are_not_finite_are_one_line(checkpoint, tmp_path):
     state, path = torch.load(checkpoint, weights_only=True), tmp_path / "nan.pth"
     state["state_dict"]["stem.conv.weight"][0] = torch.nan
     torch.save(state, path)
-    for way in (("--per-layer",), ("--export", tmp_path / "exported"), ()):
+    ways = (("w8a8", "--per-layer"), ("int8-fx", "--per-layer"),
+            ("w8a8", "--export", tmp_path / "exported"), ("w8a8",))  # fmt: skip
+    for recipe, *way in ways:
         fails_with_one_line(
-            "quantize.py", "--checkpoint", path, "--recipes", "w8a8", *way, "--output", tmp_path,
-            "--calibration-images", "32", says="recipe w8a8: stem.conv.weight of the network",
+            "quantize.py", "--checkpoint", path, "--recipes", recipe, *way, "--output", tmp_path,
+            "--calibration-images", "32", says=f"recipe {recipe}: stem.conv.weight of the network",
         )  # fmt: skip
 
 
@@ -256,7 +258,9 @@ def test_fx_feels_as_a_whole_what_its_int8_network_does():
     model = MobileViT("xxs").eval()
     batches = [(torch.randn(16, 3, 64, 64), None)]
     ptq.correction.replace_norms(model, batches, None, None)
-    found = torch_fx.sensitivities(model, RECIPES["int8-fx"], batches, batches)
+    found = torch_fx.sensitivities(
+        model, RECIPES["int8-fx"], batches, lambda network: network(batches[0][0])
+    )
     loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
     with torch.inference_mode():
         expected, logits = model(batches[0][0]), loaded.run(batches[0][0])
@@ -266,6 +270,7 @@ def test_fx_feels_as_a_whole_what_its_int8_network_does():
     activations = found["noise"]["activations"]
     assert {"check_images", "stem.conv", "stem.act", "classifier"} <= set(activations)
     assert 0 < activations["check_images"] < found["noise_of_all"]
+    assert 0 < found["noise_of_rest"] < found["noise_of_all"]
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 64, 64), (1000,)])  # more and less than one chunk

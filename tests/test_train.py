@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SYNTHETIC, fails_with_one_line, run, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from distributed import World
@@ -121,6 +122,16 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_signal_to_all_its_processes_stops_a_run_cleanly(tmp_path):
+    process = start("train.py", *SYNTHETIC, "--workers", "1", "--output", tmp_path, group=True)
+    wait_for(tmp_path / "log.csv")
+    os.killpg(process.pid, signal.SIGTERM)  # within the second epoch, and to the loader, too
+    out, err = process.communicate()
+    assert process.returncode == 0 and not err
+    step, _ = final_state(tmp_path)
+    assert out.endswith(f"stopped at step {step} of 72: --resume goes on\n") and step > 36
+
+
 def test_two_processes_train_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run("train.py", *SYNTHETIC, "--output", one)
@@ -193,9 +204,14 @@ def test_every_ingredient_of_the_full_recipe_runs(tmp_path):
     flags = ("--mixup", "0.2", "--cutmix", "1", "--erase", "0.25", "--ema-decay", "0.9")
     flags += ("--precision", "bf16", "--augment", "autoaugment", "--tensorboard")
     flags += ("--val-size", "1800")  # bf16 is slow where a CPU has none: a few steps of it
-    out, _ = run("train.py", *SYNTHETIC, *flags, "--output", tmp_path)
-    assert "epoch 2" in out and "of 500" in out
-    assert list((tmp_path / "tensorboard").iterdir())
+    out, _ = run("train.py", *SYNTHETIC, *flags, "--epochs", "1", "--output", tmp_path)
+    assert "epoch 1" in out and "of 500" in out
+    best, last = (load_checkpoint(tmp_path / f"{n}.pth", ()) for n in ("best", "last"))
+    for name, tensor in best["state_dict"].items():
+        assert torch.equal(tensor, last["ema"][f"module.{name}"])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (accuracy,) = events.Scalars("val_accuracy_pct")
+    assert (accuracy.step, accuracy.value) == (1, pytest.approx(best["val_accuracy_pct"], abs=0.01))
 
 
 def test_a_missing_tensorboard_is_one_line(monkeypatch, tmp_path):
@@ -291,6 +307,7 @@ def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
         (("--heads", "3"), "do not divide"),
         (("--resolutions", "64:1", "--epochs", "3"), "replaces"),
         (("--eval",), "go together"),
+        (("--eval", "--checkpoint", "x.pth", "--variant", "s"), "excluded"),
         (("--batch-size", "5000"), "batch size 5000"),
         (("--val-size", "2000"), "cannot draw"),
         (("--seed", "-1"), "--seed"),
