@@ -31,5 +31,5 @@ def mobilevit_xs(pretrained: bool = False, num_classes: int = 10) -> MobileViT:
 
 
 def mobilevit_s(pretrained: bool = False, num_classes: int = 10) -> MobileViT:
-    """MobileViT S; `pretrained`: with the shipped CIFAR-10 weights, of which there are none yet."""
+    """MobileViT S; `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode."""
     return _network("s", pretrained, num_classes)
