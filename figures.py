@@ -28,7 +28,7 @@ plt.rcParams |= {
 
 
 def training_curves(runs):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_IN, 3.4))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH_IN, 3.8), layout="constrained")
     for run in runs:
         log = [row for part in tables.in_turn([run]) for row in part["log"]]
         epochs, colour = range(1, len(log) + 1), COLOURS[run["model"]]
@@ -68,7 +68,8 @@ def training_curves(runs):
     right.set(xlabel="epoch", ylabel="loss (training: with label smoothing)")
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)
-    right.legend(fontsize=8, loc="upper right")
+    handles, _ = right.get_legend_handles_labels()
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(runs), fontsize=8)
     return fig
 
 

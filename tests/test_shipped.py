@@ -15,7 +15,7 @@ from weights import model_from_checkpoint
 SHIPPED = sorted(p for p in Path(ROOT, "checkpoints").glob("mobilevit_*/best.pth")
                  if "synthetic" not in str(p))  # fmt: skip
 FP32_ROWS = [ROOT / "results" / p.parent.name / "fp32@torch-eager.json" for p in SHIPPED]
-N = 250  # images
+N = 100  # images
 
 
 def test_something_is_shipped():
