@@ -49,8 +49,9 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w4-shift": "with statistics of norms shifted",
     "w4-biases": "and biases without a norm after them corrected",
     "w4-gptq": "GPTQ, norms shifted",
-    "w4-adaround": "AdaRound by layer, norms shifted",
-    "w4": "AdaRound by block, norms shifted",
+    "w4-adaround": "AdaRound by layer",
+    "w4": "AdaRound by block",
+    "w4-adaround-shift": "the same, then norms shifted",
     "w8a8": "W8A8: as it is",
     "w8a8-equalized": "with layer norms equalized",
     "w8a8-nearest": "without norms shifted",
@@ -65,7 +66,7 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w8a8-early": "with the five early inputs in 8 bits, too",
 }
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
-SIZE_SWEEP = ("fp32", "w7a8", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
+SIZE_SWEEP = ("fp32", "w7a8-convs")  # recipes of the sweep over input sides, on OpenVINO
 
 
 def markdown(lines: list[dict], left: int = 1) -> str:

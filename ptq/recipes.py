@@ -210,7 +210,9 @@ _MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", _weights(8)), 
 _BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
 _CALIBRATED = {"calibration_images": 256, "calibration_batch": 32}
 _REPAIRED = {"norms": "shift", **_CALIBRATED}
-_LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_REPAIRED}
+_GPTQ = {"rounding": "gptq", "units": _BLOCKS, **_REPAIRED}
+# AdaRound makes up for norms as they are: shifting them afterwards would undo a part of that.
+_LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_CALIBRATED}
 
 # Ours, most with a baseline of the same formats, rounded to nearest, nothing learnt or repaired.
 OURS = (
@@ -220,13 +222,13 @@ OURS = (
     Recipe("w7a8", layers=_layers(7, 8), **_REPAIRED),
     # There integer convolutions beat float ones, but integer matrix products do not.
     Recipe("w7a8-convs", layers=_convolutions(7, 8), **_REPAIRED),
-    Recipe("w6a6", layers=_layers(6, 6), **_LEARNT),
+    Recipe("w6a6", layers=_layers(6, 6), **_GPTQ),
     Recipe("w6a6-nearest", layers=_layers(6, 6), **_CALIBRATED),
-    Recipe("w4a8", layers=_layers(4, 8), **_LEARNT),
+    Recipe("w4a8", layers=_layers(4, 8), **_GPTQ),
     Recipe("w4a8-nearest", layers=_layers(4, 8), **_CALIBRATED),
     Recipe("w4", layers=_layers(4), **_LEARNT),
     Recipe("w4-nearest", layers=_layers(4)),
-    Recipe("w4-mixed", layers=_MIXED, **_LEARNT),
+    Recipe("w4-mixed", layers=_MIXED, **_GPTQ),
     Recipe("w4-mixed-nearest", layers=_MIXED),
 )
 
@@ -238,8 +240,9 @@ ABLATION = (
     Recipe("w4-replace", **_W4, **_CALIBRATED, norms="replace"),
     Recipe("w4-shift", **_W4, **_REPAIRED),
     Recipe("w4-biases", **_W4, **_REPAIRED, correct_biases=True),
-    Recipe("w4-gptq", **_W4, **_REPAIRED, rounding="gptq", units=_BLOCKS),
-    Recipe("w4-adaround", **_W4, **_REPAIRED, rounding="adaround"),
+    Recipe("w4-gptq", **_W4, **_GPTQ),
+    Recipe("w4-adaround", **_W4, **_CALIBRATED, rounding="adaround"),
+    Recipe("w4-adaround-shift", **_W4, **_LEARNT | {"norms": "shift"}),
     Recipe("w8a8-replace", **_W8A8 | {"norms": "replace"}),
     Recipe("w8a8-equalized", **_W8A8, equalize=True),
     Recipe("w8a8-minmax", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="minmax")}),

@@ -123,7 +123,7 @@ def gptq_codes(layer: QuantizedLayer, scale: Tensor, hessian: Tensor) -> Tensor:
 
 # Fewer, smaller and larger steps than in Nagel et al., section 5 (10,000 of 32 images at a rate of
 # 1e-3), for the sake of time.
-STEPS = 2000  # a unit
+STEPS = 1000  # a unit
 STEP_IMAGES = 8  # drawn anew each step
 LEARNING_RATE = 1e-2
 # As in BRECQ's code.
