@@ -5,8 +5,8 @@
     python bench.py engines   # latency of methods and engines, all in turn, 15 min
     python bench.py sweep     # a tenth of the sweep, ours against the published way, 6 min
 
-Each writes results/benchmarks/NAME.json and prints what it wrote. Only ratios carry over to other
-machines.
+Each prints what it writes: results/benchmarks/NAME.json, or engines-vnni.json on CPUs with VNNI.
+Only ratios carry over to other machines.
 """
 
 import contextlib
@@ -352,7 +352,9 @@ def main():
     on_gpu = args.device == "cuda" and args.what in ("train", "loader")
     device = torch.cuda.get_device_name() if on_gpu else rows.cpu_name()
     print(json.dumps(result, indent=1))
-    path = Path(args.output, f"{args.what}.json")
+    # Whether integers are faster hangs on VNNI: CPUs with and without it have a table each.
+    vnni = "-vnni" if args.what == "engines" and rows.has_vnni() else ""
+    path = Path(args.output, f"{args.what}{vnni}.json")
     rows.write_json(path, result | {"hardware": device} | rows.provenance())
     print(path)
 

@@ -154,6 +154,7 @@ def fill_pages(args, every_row, rows, runs) -> None:
             "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
             "training": training,
             "commands": tables.commands_block(rows, runs),
+            "speeds-vnni": tables.speed_table(benchmarks.get("engines-vnni")),
             "speeds": tables.speed_table(benchmarks.get("engines")),
             "benchmarks": tables.benchmarks_table(benchmarks),
         },

@@ -170,12 +170,25 @@ def _command() -> str:
 
 
 def cpu_name() -> str:
-    """Name and widest vector instructions, for example "AMD EPYC, AVX2"."""
+    """Name and widest vector instructions, for example "AMD EPYC, AVX512 with VNNI"."""
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    with contextlib.suppress(StopIteration):
+        name = next(
+            line.split(": ")[1] for line in _cpuinfo().splitlines() if line.startswith("model name")
+        )
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + " with VNNI" * has_vnni()
+
+
+def has_vnni() -> bool:
+    """Whether the CPU multiplies 8-bit integers without an overflow of the sums of two products."""
+    return "vnni" in _cpuinfo()
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return ""
 
 
 def keep_freed_memory() -> None:

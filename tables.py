@@ -202,6 +202,7 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
                 "Smaller": smaller,
                 "ms": f"{ms:.1f}",
                 "Faster": "as FP32" if row["simulated"] else faster,
+                "CPU": row["cpu"].rpartition(", ")[2],
             }
         )
         if not in_protocol(row):
@@ -306,23 +307,29 @@ def ablation_table(rows: list[dict]) -> str:
         by_recipe = {}
         for row in rows:
             if row["model"] == model and row["engine"] == "torch-eager":
-                by_recipe.setdefault(row["recipe"]["name"], []).append(row["accuracy_pct"])
+                by_recipe.setdefault(row["recipe"]["name"], []).append(row)
         for recipe, step in ABLATION.items():
             if recipe in by_recipe and "fp32" in by_recipe:
-                accuracies = by_recipe[recipe]
-                mean = statistics.mean(accuracies)
-                spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+                (baseline, *_), seeds = by_recipe["fp32"], by_recipe[recipe]
+                accuracy = statistics.mean(row["accuracy_pct"] for row in seeds)
                 lines.append(
                     {
                         "Model": model,
                         "Step": step,
                         "Recipe": recipe,
-                        "Held-out %": f"{mean:.2f}{spread}",
-                        "Δ points": f"{mean - by_recipe['fp32'][0]:+.2f}",
-                        "Seeds": str(len(accuracies)),
+                        "Held-out %": mean_text([row["accuracy_pct"] for row in seeds], 2),
+                        "Δ points": f"{accuracy - baseline['accuracy_pct']:+.2f}",
+                        "Changed": mean_text([changed_predictions(r, baseline) for r in seeds], 0),
+                        "Seeds": str(len(seeds)),
                     }
                 )
     return markdown(lines, left=3)
+
+
+def mean_text(values: list[float], digits: int) -> str:
+    """Mean and, of several, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def speed_table(bench: dict | None) -> str:

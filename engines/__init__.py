@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,14 +30,6 @@ def require(*packages: str) -> list:
         raise EngineMissing(f"{error.name} is missing: pip install {' '.join(packages)}") from error
     except ImportError as error:
         raise EngineMissing(f"{packages[0]} can't be imported: {error}") from error
-
-
-def has_vnni() -> bool:
-    """Whether the CPU multiplies 8-bit integers without an overflow of the sums of two products."""
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import logging
 import tempfile
 from pathlib import Path
 
-from engines import Loaded, has_vnni, onnx_runtime, require
+from engines import Loaded, onnx_runtime, require
+from rows import has_vnni
 
 NAME = "ort-static"
 PRODUCTS = ("Conv", "MatMul", "Gemm")  # operators to quantize

@@ -5,8 +5,9 @@ import warnings
 import torch
 from torch import nn
 
-from engines import Loaded, has_vnni, require
+from engines import Loaded, require
 from mobilevit import AttentionCore
+from rows import has_vnni
 
 NAME = "torch-pt2e"
 # How Inductor counts the products that it found in the graph as quantized ones.

@@ -25,7 +25,7 @@ OPSET = 21  # the first with INT4
 def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
 
-    Raises ValueError for what is not written: activations in other than 8 unsigned bits, weights of
+    Raises ValueError for what is not written: activations in other than 8 bits, weights of
     more than 8 or without a scale per output channel, quantized inputs of norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
@@ -97,11 +97,12 @@ class _QDQ(nn.Module):
     def __init__(self, quantizer: Quantizer):
         super().__init__()
         fmt = quantizer.format
-        if fmt.symmetric or fmt.bits != 8:
+        if fmt.bits != 8:
             raise ValueError(f"ONNX can't write activations in {fmt}")
+        self.dtype = torch.int8 if fmt.symmetric else torch.uint8
         per_tensor = fmt.granularity == "tensor"
         self.axis = 0 if per_tensor else fmt.axis
-        grid = quantizer.scale, quantizer.zero_point.to(torch.uint8)
+        grid = quantizer.scale, quantizer.zero_point.to(self.dtype)
         scale, zero_point = (t[0] for t in grid) if per_tensor else grid
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
@@ -109,7 +110,7 @@ class _QDQ(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid, attrs = (self.scale, self.zero_point), {"axis": self.axis}
         codes = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, *grid), attrs, dtype=torch.uint8, shape=x.shape, version=OPSET
+            "QuantizeLinear", (x, *grid), attrs, dtype=self.dtype, shape=x.shape, version=OPSET
         )
         return _dequantized(codes, grid, attrs, x.shape)
 

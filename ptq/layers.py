@@ -6,7 +6,7 @@ Weights hold the values of their codes, so the float layer computes as it did; i
 them changes scales and biases, never codes.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -94,14 +94,16 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedAttentionCore(nn.Module):
-    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products."""
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products: of
+    `format` for q, k and v, and of its unsigned twin for the softmax, which is never negative."""
 
-    def __init__(self, quantizer: Callable[[], Quantizer]):
+    def __init__(self, format: Uniform, observer: str):
         super().__init__()
-        self.inputs = nn.ModuleDict({k: quantizer() for k in ("q", "k", "v", "attention")})
+        formats = dict.fromkeys("qkv", format) | {"attention": replace(format, symmetric=False)}
+        self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = self.inputs["q"](q) @ self.inputs["k"](k).transpose(-1, -2) * q.shape[-1] ** -0.5
+        scores = self.inputs["q"](q) @ self.inputs["k"](k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
 
 

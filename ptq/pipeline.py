@@ -112,14 +112,13 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
 
 
 def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
-    def quantizer():
-        return Quantizer(spec.input, spec.input_observer) if spec.input else None
-
-    if spec.kind == "pointwise":
-        return nn.Sequential(quantizer(), module) if spec.input else module
     if isinstance(module, AttentionCore):
-        return QuantizedAttentionCore(quantizer) if spec.input else module
-    return QuantizedLayer(module, quantizer(), spec.weight, spec.weight_observer)
+        wanted = spec.input and QuantizedAttentionCore(spec.input, spec.input_observer)
+        return wanted or module
+    quantizer = Quantizer(spec.input, spec.input_observer) if spec.input else None
+    if spec.kind == "pointwise":
+        return nn.Sequential(quantizer, module) if quantizer else module
+    return QuantizedLayer(module, quantizer, spec.weight, spec.weight_observer)
 
 
 def calibrate(model: nn.Module, batches) -> None:

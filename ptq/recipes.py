@@ -34,8 +34,9 @@ class LayerSpec:
     that is None leaves its tensor in float.
 
     `kind`: a name of ptq.layers.KINDS. "product" are convolutions, linear layers and attention
-    cores, for which `input` also holds for all four factors of their products. "pointwise" are
-    layer norms and SiLU, which compute in float on inputs of that format and keep their weights.
+    cores, for which `input` holds for q, k and v, and without a sign for the softmax. "pointwise"
+    are layer norms and SiLU, which compute in float on inputs of that format and keep their
+    weights.
     """
 
     pattern: str
@@ -109,7 +110,7 @@ class Recipe:
         """Whether QDQ ONNX can hold what it does to the network."""
         return not self.rules and all(
             spec.kind == "product"
-            and (spec.input is None or (spec.input.bits == 8 and not spec.input.symmetric))
+            and (spec.input is None or spec.input.bits == 8)
             and (
                 spec.weight is None
                 or (spec.weight.bits <= 8 and spec.weight.granularity == "channel")
@@ -177,7 +178,8 @@ _EARLY = r"stem\.conv|stages\.0\.0\.(expand|depthwise)\.conv|stages\.1\.0\.(expa
 
 def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec, ...]:
     """Everything with a product in it. Inputs of depthwise convolutions have a scale per channel,
-    which their integer kernels can take in with that of the weights; all others one scale."""
+    which their integer kernels can take in with that of the weights; all others one scale. Those of
+    attention are symmetric: OpenVINO computes products of two activations in integers only so."""
     if input_bits is None:
         return (LayerSpec(".*", _weights(weight_bits)),)
     per_tensor = Uniform(input_bits, symmetric=False)
@@ -185,6 +187,7 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
     return (
         LayerSpec(_EARLY, _weights(weight_bits)),
         LayerSpec(r".*\.depthwise\.conv", _weights(weight_bits), per_channel),
+        LayerSpec(r".*\.core", input=Uniform(input_bits)),
         LayerSpec(".*", _weights(weight_bits), per_tensor),
     )
 
@@ -192,7 +195,7 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
 def _convolutions(weight_bits: int, input_bits: int) -> tuple[LayerSpec, ...]:
     """As above, but linear layers have 8-bit weights and inputs in float, and attention products
     stay in float."""
-    early, depthwise, others = _layers(weight_bits, input_bits)
+    early, depthwise, _, others = _layers(weight_bits, input_bits)
     linear = LayerSpec(r".*\.(qkv|proj|core|ffn\.\d)|classifier", _weights(8))
     return early, depthwise, linear, others
 

@@ -88,7 +88,8 @@ def test_sixteen_bits_change_nothing_to_speak_of(model, batches):
 
 
 def test_the_attention_core_in_float_is_torchs():
-    core = QuantizedAttentionCore(lambda: Quantizer(Uniform(8, False), "minmax"))
+    core = QuantizedAttentionCore(Uniform(8), "minmax")
+    assert (core.inputs["q"].format.qmin, core.inputs["attention"].format.qmin) == (-128, 0)
     q, k, v = (draw(2, 3, 7, 8, seed=i) for i in range(3))
     torch.testing.assert_close(core(q, k, v), AttentionCore()(q, k, v))
 

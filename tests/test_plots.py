@@ -25,6 +25,7 @@ def row(recipe, engine=None, **other):
         "checkpoint": "best.pth",
         "checkpoint_sha256": sha256(b"weights"),
         "recipe": RECIPES[recipe].asdict(),
+        "cpu": "A CPU, AVX2",
         "engine": engine or RECIPES[recipe].peer or "torch-eager",
         "simulated": RECIPES[recipe].simulated,
         "n_images": 10_000,
@@ -98,7 +99,7 @@ def tree(tmp_path):
     first = shutil.copytree(shipped, shipped / "first", ignore=shutil.ignore_patterns("*.pth"))
     command = "python train.py --seed 2 --output runs/first --max-minutes 9"
     (first / "config.json").write_text(json.dumps({"command": command}))
-    blocks = ("results", "engines", "speeds", "training", "commands", "benchmarks")
+    blocks = ("results", "engines", "speeds", "speeds-vnni", "training", "commands", "benchmarks")
     (tmp_path / "README.md").write_text(page(*blocks))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
@@ -143,7 +144,7 @@ def test_readme_check_and_figures(tree):
     assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 |" in text
     docs = (tree / "docs" / "quantization.md").read_text()
     assert "| input of stem.conv | 0.5000 |" in docs
-    assert "| w4 | 81.00 ± 1.41 | -9.00 | 2 |" in docs and "old" not in docs
+    assert "| w4 | 81.00 ± 1.41 | -9.00 | 0 ± 0 | 2 |" in docs and "old" not in docs
     for name in ("methods", "pareto", "training_curves", "confusion", "engines", "input_sizes"):
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             figure = tree / "results" / "figures" / f"{name}{suffix}"
