@@ -66,7 +66,7 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w8a8-early": "with the five early inputs in 8 bits, too",
 }
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
-SIZE_SWEEP = ("fp32", "w7a8-convs")  # recipes of the sweep over input sides, on OpenVINO
+SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
 
 def markdown(lines: list[dict], left: int = 1) -> str:
