@@ -3,10 +3,11 @@
     python bench.py train     # training images/s at 256x256, ours against others', 3 min on a CPU
     python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
     python bench.py engines   # latency of methods and engines, all in turn, 15 min
+    python bench.py profile   # where OpenVINO spends these milliseconds, under a minute
     python bench.py sweep     # a tenth of the sweep, ours against the published way, 6 min
 
-Each prints what it writes: results/benchmarks/NAME.json, or engines-vnni.json on CPUs with VNNI.
-Only ratios carry over to other machines.
+Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile on CPUs with
+VNNI, NAME-vnni.json. Only ratios carry over to other machines.
 """
 
 import contextlib
@@ -30,7 +31,15 @@ import data
 import ptq
 import rows
 from augment import POLICIES, Augmentation
-from engines import EngineMissing, latency, torch_eager, torch_fx
+from engines import (
+    EngineMissing,
+    latency,
+    nncf_openvino,
+    openvino_bf16,
+    openvino_cpu,
+    torch_eager,
+    torch_fx,
+)
 from engines.registry import engines_for
 from mobilevit import MIN_IMG_SIZE, VARIANTS, MobileViT
 from ptq import RECIPES
@@ -39,6 +48,12 @@ from rows import BadInput
 from weights import model_from_checkpoint
 
 ROUNDS = 5  # of each contender, taking turns
+PROFILED = (
+    ("fp32", openvino_cpu),
+    ("int8-nncf", openvino_cpu),
+    ("w8a8", openvino_cpu),
+    ("w8a8", openvino_bf16),
+)
 
 
 def parse_args():
@@ -53,14 +68,14 @@ def parse_args():
     add(
         "--checkpoint",
         default="checkpoints/mobilevit_xxs/best.pth",
-        help="for sweep and engines",
+        help="for sweep, engines and profile",
     )
     add("--test-images", type=int, default=960, help="for sweep: about a tenth of the whole")
     add("--calibration-images", type=int, default=384, help="for sweep: about a tenth")
     add(
         "--latency-runs",
         type=int,
-        help="timed calls (default: 10 for sweep, a tenth; 100 for engines)",
+        help="timed calls (default: 10 for sweep, a tenth; else 100)",
     )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py")
     add("--output", default="results/benchmarks", help="folder of the result files")
@@ -305,11 +320,7 @@ def bench_engines(args) -> dict:
 
     Values do not matter for speed: calibration is on noise, and all weights round to nearest.
     """
-    model, checkpoint = model_from_checkpoint(args.checkpoint)
-    side = checkpoint["img_size"]
-    noise = torch.randint(256, (8, 3, data.SIDE, data.SIDE), dtype=torch.uint8)
-    batches = [(data.to_input(noise, side), torch.zeros(8))]
-    example = batches[0][0][:1]
+    model, checkpoint, batches, example = on_noise(args)
     runs, versions = {}, {}
     peers = [recipe.name for recipe in RECIPES.values() if recipe.peer]
     for name in ("fp32", "w7a8-convs", "w7a8", "w8a8", "w4", *peers):
@@ -329,16 +340,54 @@ def bench_engines(args) -> dict:
                 print(f"{name}@{engine.NAME}: failed, {type(error).__name__}: {reason}")
     return {
         "model": checkpoint["model"],
-        "img_size": side,
+        "img_size": checkpoint["img_size"],
         "engine_versions": versions,
         "latency_ms": latency(runs, args.latency_runs),
     }
+
+
+def bench_profile(args) -> dict:
+    """Where OpenVINO spends a call, type by type of its nodes, for some methods in turn."""
+    model, checkpoint, batches, example = on_noise(args)
+    networks = {}
+    for name, engine in PROFILED:
+        recipe = replace(RECIPES[name], rounding="nearest")
+        what = f"{name}@{engine.NAME}"
+        try:
+            engine.version()
+            network = ptq.quantize(model, recipe, batches)
+            if recipe.peer:
+                network = nncf_openvino.quantized(network, batches, example)
+            else:
+                network, _ = openvino_cpu.exported(network, example)
+        except EngineMissing as missing:
+            print(f"{what}: left out, {missing}")
+            continue
+        networks[what] = network, engine.PRECISION
+    if not networks:
+        raise BadInput("nothing can be profiled here")
+    return {
+        "model": checkpoint["model"],
+        "img_size": checkpoint["img_size"],
+        "engine_version": openvino_cpu.version(),
+        "calls": args.latency_runs,
+        "ms": openvino_cpu.operators_ms(networks, example, args.latency_runs),
+    }
+
+
+def on_noise(args) -> tuple:
+    """A checkpoint's network and fields, eight images of noise to calibrate on, and one of them."""
+    model, checkpoint = model_from_checkpoint(args.checkpoint)
+    noise = torch.randint(256, (8, 3, data.SIDE, data.SIDE), dtype=torch.uint8)
+    x = data.to_input(noise, checkpoint["img_size"])
+    return model, checkpoint, [(x, torch.zeros(8))], x[:1]
 
 
 BENCHMARKS = {
     "train": bench_train,
     "loader": bench_loader,
     "engines": bench_engines,
+    "profile": bench_profile,
     "sweep": bench_sweep,
 }
 
@@ -353,7 +402,7 @@ def main():
     device = torch.cuda.get_device_name() if on_gpu else rows.cpu_name()
     print(json.dumps(result, indent=1))
     # Whether integers are faster hangs on VNNI: CPUs with and without it have a table each.
-    vnni = "-vnni" if args.what == "engines" and rows.has_vnni() else ""
+    vnni = "-vnni" if args.what in ("engines", "profile") and rows.has_vnni() else ""
     path = Path(args.output, f"{args.what}{vnni}.json")
     rows.write_json(path, result | {"hardware": device} | rows.provenance())
     print(path)

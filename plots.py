@@ -164,6 +164,7 @@ def fill_pages(args, every_row, rows, runs) -> None:
         },
         Path(args.readme_file).parent / "docs" / "quantization.md": {
             "per-layer": tables.per_layer_table(load_report(args, "w8a8-early")),
+            "profile": tables.profile_table(benchmarks.get("profile-vnni")),
             "per-layer-fx": tables.per_layer_table(load_report(args, "int8-fx")),
             "ablation": tables.ablation_table(
                 [r for r in every_row if (r["split"], r["img_size"]) == ("held-out", 256)]

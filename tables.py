@@ -66,6 +66,13 @@ ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "w8a8-early": "with the five early inputs in 8 bits, too",
 }
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
+NODES = {  # OpenVINO's types of nodes
+    "convolutions": ("Convolution",),
+    "depthwise convolutions": ("GroupConvolution",),
+    "linear layers": ("FullyConnected", "FullyConnectedQuantizedLegacy"),
+    "attention and elementwise": ("Subgraph", "MatMul", "Eltwise", "FakeQuantize", "Softmax"),
+    "statistics of layer norms": ("MVN",),
+}
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
 
@@ -352,6 +359,30 @@ def speed_table(bench: dict | None) -> str:
             }
         )
     return markdown(lines, left=2)
+
+
+def profile_table(bench: dict | None) -> str:
+    """Milliseconds that OpenVINO spends in its types of nodes: a line a type and its arithmetic, a
+    column a method."""
+    if bench is None:
+        return markdown([])
+    lines, shown = [], set()
+    for kind, types in NODES.items():
+        for arithmetic in ("INT8", "BF16", "FP32"):
+            keys = [f"{node} {arithmetic}" for node in types]
+            shown.update(keys)
+            line = {name: sum(ms.get(key, 0) for key in keys) for name, ms in bench["ms"].items()}
+            if any(line.values()):
+                lines.append({"Operations": f"{kind}, {arithmetic}"} | line)
+    rest = {
+        name: sum(ms for key, ms in nodes.items() if key not in shown)
+        for name, nodes in bench["ms"].items()
+    }
+    total = {name: sum(nodes.values()) for name, nodes in bench["ms"].items()}
+    lines += [{"Operations": "all others"} | rest, {"Operations": "together"} | total]
+    return markdown(
+        [{k: v if k == "Operations" else f"{v:.2f}" for k, v in line.items()} for line in lines]
+    )
 
 
 def benchmarks_table(results: dict[str, dict]) -> str:

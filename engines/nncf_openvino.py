@@ -17,14 +17,23 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
+    _, openvino = require("nncf", "openvino")
+    network = quantized(model, calibration, example)
+    with tempfile.TemporaryDirectory() as folder:
+        openvino.save_model(network, Path(folder, "model.xml"), compress_to_fp16=False)
+        size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+    return openvino_cpu.loaded(network, size_bytes)
+
+
+def quantized(model, calibration, example):
     """`model` quantized by NNCF with what it recommends for transformers and for accuracy, full
     bias correction included, on every image of `calibration`, a sequence of (input, labels)."""
-    nncf, openvino = require("nncf", "openvino")
+    nncf, _ = require("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)
     network, _ = openvino_cpu.exported(model, example)
     images = [image[None].contiguous().numpy() for x, _ in calibration for image in x]
     with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
-        network = nncf.quantize(
+        return nncf.quantize(
             network,
             nncf.Dataset(images),
             preset=nncf.QuantizationPreset.MIXED,
@@ -32,7 +41,3 @@ def load(model, recipe, calibration, example) -> Loaded:
             fast_bias_correction=False,
             subset_size=len(images),
         )
-    with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(network, Path(folder, "model.xml"), compress_to_fp16=False)
-        size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
-    return openvino_cpu.loaded(network, size_bytes)

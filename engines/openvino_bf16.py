@@ -3,6 +3,7 @@
 from engines import EngineMissing, Loaded, openvino_cpu, require
 
 NAME = "openvino-bf16"
+PRECISION = "bf16"
 
 
 def version() -> str:
@@ -13,7 +14,7 @@ def version() -> str:
 def load(model, recipe, calibration, example) -> Loaded:
     _require_bf16()
     network, size_bytes = openvino_cpu.exported(model, example)
-    return openvino_cpu.loaded(network, size_bytes, precision="bf16")
+    return openvino_cpu.loaded(network, size_bytes, precision=PRECISION)
 
 
 def _require_bf16() -> None:

@@ -10,6 +10,8 @@ import torch
 from engines import Loaded, require
 
 NAME = "openvino"
+PRECISION = "f32"  # where a network is not quantized
+ONE_THREAD = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
 PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
 
 
@@ -37,16 +39,12 @@ def exported(model, example) -> tuple:
     return network, size_bytes
 
 
-def loaded(network, size_bytes: int, precision: str = "f32") -> Loaded:
+def loaded(network, size_bytes: int, precision: str = PRECISION) -> Loaded:
     """A network compiled for one thread a call, in `precision` where it is not quantized. Each
     calling thread gets one of its own: with several streams in one, OpenVINO 2026.4 computes
     networks with INT4 weights wrongly."""
     core = require("openvino")[0].Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": 1,
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": precision,
-    }
+    settings = ONE_THREAD | {"INFERENCE_PRECISION_HINT": precision}
     lock, local = threading.Lock(), threading.local()
 
     def compiled():
@@ -67,16 +65,52 @@ def loaded(network, size_bytes: int, precision: str = "f32") -> Loaded:
 def executed_products(compiled) -> dict[str, dict[str, int]]:
     """Convolutions and matrix products of a compiled model: {"int8": {...}, "float": {...}}. Those
     are in integers whose input is; a node's own precision is that of the narrowest thing that it
-    takes in, be it weights that meet floats. Float attention is not among them: its products are
-    fused into subgraphs."""
-
-    def said(node, what) -> str:
-        return str(node.get_rt_info()[what].astype(str))
-
+    takes in, be it weights that meet floats. Of attention, which is one node, the first product is
+    in integers if q and k are, the second if v is as well."""
     counted = {"int8": Counter(), "float": Counter()}
+
+    def count(kind, in_integers):
+        counted["int8" if in_integers else "float"][kind] += 1
+
     for node in compiled.get_runtime_model().get_ops():
-        if kind := PRODUCTS.get(said(node, "layerType")):
-            source = node.input_value(0)
-            precision = said(source.get_node(), "outputPrecisions").split(",")[source.get_index()]
-            counted["int8" if precision in ("i8", "u8") else "float"][kind] += 1
+        layer = _said(node, "layerType")
+        if kind := PRODUCTS.get(layer):
+            count(kind, _comes_in_integers(node.input_value(0)))
+        elif layer == "Subgraph" and "softmax" in _said(node, "originalLayersNames").lower():
+            n = sum(_comes_in_integers(value) for value in node.input_values())
+            count("MatMul", n >= 2)
+            count("MatMul", n >= 3)
     return {precision: dict(counts) for precision, counts in counted.items()}
+
+
+def _said(node, what: str) -> str:
+    return str(node.get_rt_info()[what].astype(str))
+
+
+def _comes_in_integers(value) -> bool:
+    precisions = _said(value.get_node(), "outputPrecisions").split(",")
+    return precisions[value.get_index()] in ("i8", "u8")
+
+
+def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]:
+    """For each of `networks`, {name: (network, precision)}, how many milliseconds a call spends in
+    each type of node and its arithmetic, such as "Convolution INT8", by OpenVINO's own counters:
+    the mean of `n` calls, in which the networks take turns."""
+    core = require("openvino")[0].Core()
+    requests, spent = {}, {}
+    for name, (network, precision) in networks.items():
+        settings = ONE_THREAD | {"INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": True}
+        requests[name] = core.compile_model(network, "CPU", settings).create_infer_request()
+        requests[name].infer([example.numpy()])  # the first call of all is slower
+        spent[name] = Counter()
+    for _ in range(n):
+        for name, request in requests.items():
+            request.infer([example.numpy()])
+            for node in request.profiling_info:
+                computed_in = node.exec_type.rpartition("_")[2].upper()
+                arithmetic = {"I8": "INT8", "U8": "INT8", "F32": "FP32"}.get(
+                    computed_in, computed_in
+                )
+                ms = 1000 * node.real_time.total_seconds()
+                spent[name][f"{node.node_type} {arithmetic}"] += ms / n
+    return {name: {k: ms for k, ms in nodes.items() if ms} for name, nodes in spent.items()}

@@ -91,9 +91,23 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     torch.testing.assert_close(shared, loaded.run(x).repeat(4, 1))
     if recipe is W7A8:
         assert loaded.products["int8"]["MatMul"] >= 4
-        assert engine is onnx_runtime or loaded.products["int8"]["Conv"] == 11
+        if engine is openvino_cpu:
+            assert loaded.products["int8"]["Conv"] == 11
+            assert "MatMul" not in loaded.products["float"]  # of attention, too
     else:
         assert not any(loaded.products["int8"].values())
+
+
+def test_a_profile_says_what_ran_in_integers(quantized, model, x):
+    recipe, network = quantized
+    networks = {
+        n: (openvino_cpu.exported(m, x)[0], "f32")
+        for n, m in ((recipe.name, network), ("float", model))
+    }
+    spent = openvino_cpu.operators_ms(networks, x[:1], 2)
+    assert all(ms > 0 for ms in spent["float"].values())
+    assert not any("INT8" in node for node in spent["float"])
+    assert ("Convolution INT8" in spent[recipe.name]) == (recipe is W7A8)
 
 
 def test_biases_that_were_corrected_fold_with_the_norms(model, x):

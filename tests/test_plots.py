@@ -69,7 +69,7 @@ def tree(tmp_path):
     }
     rows["held-out"] = row("fp32", **HELD_OUT)
     rows |= {
-        f"w7a8-{side}": row("w7a8", "openvino", img_size=side, **IN_INT8) for side in (128, 256)
+        f"w8a8-{side}": row("w8a8", "openvino", img_size=side, **IN_INT8) for side in (128, 256)
     }
     for name, content in rows.items():
         (results / f"{name}@engine.json").write_text(json.dumps(content))
@@ -112,7 +112,12 @@ def tree(tmp_path):
     bench = {"latency_ms": {name: {"median": ms} for name, ms in times.items()},
              "engine_versions": {"torch-eager": "1", "openvino": "2", "nncf": "3"}}  # fmt: skip
     write_json(tmp_path / "results" / "benchmarks" / "engines.json", bench)
-    write_text(tmp_path / "docs" / "quantization.md", page("per-layer", "per-layer-fx", "ablation"))
+    nodes = {"fp32": {"Convolution FP32": 2, "Pad": 1}, "w8a8": {"Convolution INT8": 1, "Pad": 1}}
+    write_json(tmp_path / "results" / "benchmarks" / "profile-vnni.json", {"ms": nodes})
+    write_text(
+        tmp_path / "docs" / "quantization.md",
+        page("per-layer", "per-layer-fx", "profile", "ablation"),
+    )
     return tmp_path
 
 
@@ -133,7 +138,7 @@ def test_readme_check_and_figures(tree):
     text = (tree / "README.md").read_text()
     assert "| mobilevit_xxs | INT8, torch FX |" in text and "old" not in text
     computed = "INT8 (Conv 30/35, MatMul 37/55)"
-    assert text.count(f"| mobilevit_xxs | w7a8 | openvino | {computed} |") == 1  # at 256x256
+    assert text.count(f"| mobilevit_xxs | w8a8 | openvino | {computed} |") == 1  # at 256x256
     run("plots.py", *flags(tree), "--check")
     for command in ("python train.py --seed 2 --output runs/first", "python train.py --seed 3"):
         assert f"{command}\n# done, after 1 min" in text
@@ -145,6 +150,7 @@ def test_readme_check_and_figures(tree):
     docs = (tree / "docs" / "quantization.md").read_text()
     assert "| input of stem.conv | 0.5000 |" in docs
     assert "| w4 | 81.00 ± 1.41 | -9.00 | 0 ± 0 | 2 |" in docs and "old" not in docs
+    assert "| convolutions, INT8 | 0.00 | 1.00 |" in docs and "| together | 3.00 | 2.00 |" in docs
     for name in ("methods", "pareto", "training_curves", "confusion", "engines", "input_sizes"):
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             figure = tree / "results" / "figures" / f"{name}{suffix}"
@@ -173,7 +179,7 @@ def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
     path.write_text(json.dumps(row("fp16", **other)))
     rows = load_rows(tree / "results", tree / "checkpoints")
     published = [row["recipe"]["name"] for row in rows if is_published(row)]
-    assert sorted(published) == ["fp32", "int8-fx", "w7a8"]
+    assert sorted(published) == ["fp32", "int8-fx", "w8a8"]
 
 
 def test_missing_markers_and_folders_are_one_line(tree):
