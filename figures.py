@@ -14,6 +14,7 @@ COLOURS = {"mobilevit_xxs": "#0072B2", "mobilevit_xs": "#E69F00", "mobilevit_s":
 MARKERS = {"fp32": "o", "fp16": "s", "int8-fx": "^", "int4-percentile": "v"}
 FAMILIES = {"FP32": "#666666", "ours": "#0072B2", "other methods": "#D55E00"}
 ENGINE_MARKERS = {"torch": "o", "onnxruntime": "s", "openvino": "D"}
+SHOWN_POINTS = 5  # below the best accuracy, in the figure of engines
 WIDTH_IN = 8.5  # inches; 850 pixels at the 100 dpi of a README column
 
 plt.rcParams |= {
@@ -177,7 +178,7 @@ def family(row) -> str:
 
 def engines(rows):
     """Accuracy against speed and against size, of rows that are not simulated; two panels a
-    model."""
+    model. What loses more than SHOWN_POINTS is drawn at the lower edge, with its accuracy."""
     models = [m for m in tables.MODELS if any(row["model"] == m for row in rows)]
     size = (WIDTH_IN, 0.6 + 3.4 * len(models))
     fig, axes = plt.subplots(
@@ -189,14 +190,15 @@ def engines(rows):
         left.set(xlabel="times as fast as FP32 in torch, one thread", ylabel="test accuracy, %")
         right.set_xlabel("size of the file, MB")
         for axis, x in ((left, tables.speed_up), (right, lambda row: row["size_bytes"] / MB)):
-            points = [(x(row), row["accuracy_pct"], row) for row in of_model]
+            floor = max(row["accuracy_pct"] for row in of_model) - SHOWN_POINTS
+            points = [(x(row), max(row["accuracy_pct"], floor), row) for row in of_model]
             for at, accuracy, row in points:
                 marker = ENGINE_MARKERS[tables.RUNS_ON.get(row["engine"], row["engine"])]
                 colour = FAMILIES[family(row)]
                 axis.plot(at, accuracy, marker, color=colour, ms=8, alpha=0.85)
             axis.margins(y=0.12)
             axis.set_xlim(0, 1.2 * max(at for at, _, _ in points))  # room for names
-            name_points(axis, [(at, y, row["recipe"]["name"]) for at, y, row in points])
+            name_points(axis, [(at, y, point_name(row, floor)) for at, y, row in points])
     for label, colour in FAMILIES.items():
         axes[0][1].plot([], [], "o", color=colour, label=label)
     for label, marker in ENGINE_MARKERS.items():
@@ -205,23 +207,33 @@ def engines(rows):
     return fig
 
 
+def point_name(row, floor) -> str:
+    accuracy, bf16 = row["accuracy_pct"], " BF16" * (row["engine"] == "openvino-bf16")
+    return row["recipe"]["name"] + bf16 + (f" ({accuracy:.1f} %)" if accuracy < floor else "")
+
+
 def name_points(axis, points) -> None:
-    """Write names beside points (x, y, name), one text for those that lie close to each other."""
+    """Write names under points (x, y, name) of the upper half and above the others, in one column
+    for those that lie close to each other."""
     width, height = (high - low for low, high in (axis.get_xlim(), axis.get_ylim()))
-    texts = []  # [x, y, names]
+    columns = []  # [x, y, names]
     for x, y, name in sorted(points):
-        for text in texts:
-            if abs(x - text[0]) < 0.1 * width and abs(y - text[1]) < 0.05 * height:
-                text[2].append(name)
+        for column in columns:
+            if abs(x - column[0]) < 0.1 * width and abs(y - column[1]) < 0.12 * height:
+                column[1] = min(y, column[1])
+                column[2].append(name)
                 break
         else:
-            texts.append([x, y, [name]])
-    for i, (x, y, names) in enumerate(texts):  # neighbours above and below in turn
-        inwards = "right" if x > axis.get_xlim()[0] + 0.6 * width else "left"
-        offset = ({"left": -3, "right": 3}[inwards], (7, -13)[i % 2])
-        text = ", ".join(dict.fromkeys(names))
+            columns.append([x, y, [name]])
+    for x, y, names in columns:
+        under = y > axis.get_ylim()[0] + 0.5 * height
         axis.annotate(
-            text, (x, y), textcoords="offset points", xytext=offset, ha=inwards, fontsize=7
+            "\n".join(dict.fromkeys(names)),
+            (x, y),
+            textcoords="offset points",
+            xytext=(-3, -6 if under else 6),
+            va="top" if under else "bottom",
+            fontsize=7,
         )
 
 
