@@ -11,7 +11,6 @@ from engines import Loaded, require
 
 NAME = "openvino"
 PRECISION = "f32"  # where a network is not quantized
-ONE_THREAD = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
 PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
 
 
@@ -44,13 +43,12 @@ def loaded(network, size_bytes: int, precision: str = PRECISION) -> Loaded:
     calling thread gets one of its own: with several streams in one, OpenVINO 2026.4 computes
     networks with INT4 weights wrongly."""
     core = require("openvino")[0].Core()
-    settings = ONE_THREAD | {"INFERENCE_PRECISION_HINT": precision}
     lock, local = threading.Lock(), threading.local()
 
     def compiled():
         if not hasattr(local, "network"):
             with lock:
-                local.network = core.compile_model(network, "CPU", settings)
+                local.network = core.compile_model(network, "CPU", one_thread(precision))
             local.request = local.network.create_infer_request()
         return local
 
@@ -60,6 +58,15 @@ def loaded(network, size_bytes: int, precision: str = PRECISION) -> Loaded:
         return torch.cat([torch.from_numpy(row.copy()) for row in logits])
 
     return Loaded(run, size_bytes=size_bytes, products=executed_products(compiled().network))
+
+
+def one_thread(precision: str) -> dict:
+    """Settings to compile a network with for one thread a call."""
+    return {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
 
 
 def executed_products(compiled) -> dict[str, dict[str, int]]:
@@ -99,7 +106,7 @@ def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]
     core = require("openvino")[0].Core()
     requests, spent = {}, {}
     for name, (network, precision) in networks.items():
-        settings = ONE_THREAD | {"INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": True}
+        settings = one_thread(precision) | {"PERF_COUNT": True}
         requests[name] = core.compile_model(network, "CPU", settings).create_infer_request()
         requests[name].infer([example.numpy()])  # the first call of all is slower
         spent[name] = Counter()
