@@ -1,5 +1,6 @@
 """A training run: everything that changes from step to step, and the files that hold it."""
 
+import contextlib
 import csv
 import io
 import math
@@ -9,6 +10,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -68,6 +70,25 @@ def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW or, for kernels and matrices that no depthwise convolution has, timm's Muon (Jordan et
+    al., 2024), whose updates are as large as AdamW's at the same rate (Liu et al., 2025)."""
+    groups = weight_groups(model, args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    try:
+        from timm.optim import Muon
+    except ImportError as error:
+        raise BadInput("--optimizer muon needs timm: pip install 'timm>=1.0.22'") from error
+    return Muon(groups, lr=args.lr, nesterov=True)
+
+
+def quick_attention(device: torch.device):
+    """A context for forward passes to train on. On a CPU, the backward pass of torch's fused
+    attention took 40 % of a step in BF16, that of separate products and softmax less than 10 %."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
 class Run:
     """A training run: everything that changes from step to step, and its files."""
 
@@ -83,9 +104,7 @@ class Run:
         if args.ema_decay:
             average = get_ema_multi_avg_fn(args.ema_decay)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.optimizer = torch.optim.AdamW(
-            weight_groups(self.model, args.weight_decay), lr=args.lr, fused=True
-        )
+        self.optimizer = build_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
         self.tensorboard = None
         if args.tensorboard and world.rank == 0:
@@ -109,7 +128,8 @@ class Run:
         )
         labels = labels.to(device, non_blocking=True)
         dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype, enabled=args.precision != "fp32"):
+        autocast = torch.autocast(device.type, dtype, enabled=args.precision != "fp32")
+        with autocast, quick_attention(device):
             logits = self.trained(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         self.optimizer.zero_grad()

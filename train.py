@@ -67,9 +67,10 @@ def parse_args():
         "on 128-pixel windows of 256-pixel images, then half a one at 256",
     )
     add("--batch-size", type=int, default=128, help="images a step, over all processes")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon needs timm")
     add("--lr", default=2e-3, help="peak learning rate", **number)
     add("--warmup-epochs", default=10, help="linear warm-up", **number)
-    add("--weight-decay", default=0.01, help="AdamW's, not on norms and biases", **number)
+    add("--weight-decay", default=0.01, help="not on norms and biases", **number)
     add("--label-smoothing", default=0.1, help="share spread over all classes", **number)
     add("--clip-norm", default=1.0, help="largest norm of the gradient", **number)
     add("--ema-decay", default=0.0, help="average the weights for evaluation; 0: do not", **number)
