@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import figures
+import studies
 import tables
 from mobilevit import MobileViT
 from rows import BadInput, atomic, command, parser, read_json, sha256, write_text
@@ -154,19 +155,19 @@ def fill_pages(args, every_row, rows, runs) -> None:
             "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
             "training": training,
             "commands": tables.commands_block(rows, runs),
-            "speeds-vnni": tables.speed_table(benchmarks.get("engines-vnni")),
-            "speeds": tables.speed_table(benchmarks.get("engines")),
-            "benchmarks": tables.benchmarks_table(benchmarks),
+            "speeds-vnni": studies.speed_table(benchmarks.get("engines-vnni")),
+            "speeds": studies.speed_table(benchmarks.get("engines")),
+            "benchmarks": studies.benchmarks_table(benchmarks),
         },
         Path(args.checkpoints, "README.md"): {
             "training": training,
             "classes": tables.classes_table(rows),
         },
         Path(args.readme_file).parent / "docs" / "quantization.md": {
-            "per-layer": tables.per_layer_table(load_report(args, "w8a8-early")),
-            "profile": tables.profile_table(benchmarks.get("profile-vnni")),
-            "per-layer-fx": tables.per_layer_table(load_report(args, "int8-fx")),
-            "ablation": tables.ablation_table(
+            "per-layer": studies.per_layer_table(load_report(args, "w8a8-early")),
+            "profile": studies.profile_table(benchmarks.get("profile-vnni")),
+            "per-layer-fx": studies.per_layer_table(load_report(args, "int8-fx")),
+            "ablation": studies.ablation_table(
                 [r for r in every_row if (r["split"], r["img_size"]) == ("held-out", 256)]
             ),
         },

@@ -29,7 +29,8 @@ from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, packing
 from ptq.recipes import PROTOCOL
 from rows import BadInput
-from tables import in_protocol, per_layer_table, printed, products_text, results_table
+from studies import per_layer_table
+from tables import in_protocol, printed, products_text, results_table
 from workbench import Workbench, kept, looks_into
 
 

@@ -83,10 +83,16 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return Muon(groups, lr=args.lr, nesterov=True)
 
 
-def quick_attention(device: torch.device):
-    """A context for forward passes to train on. On a CPU, the backward pass of torch's fused
-    attention took 40 % of a step in BF16, that of separate products and softmax less than 10 %."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+@contextlib.contextmanager
+def arithmetic(device_type: str, precision: str):
+    """The context of a forward pass to train on: autocast to `precision` and, on a CPU, attention
+    in separate products, since in BF16 the backward pass of torch's fused one took 40 % of a step.
+    """
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    on_cpu = device_type == "cpu"
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
+    with torch.autocast(device_type, dtype, enabled=precision != "fp32"), attention:
+        yield
 
 
 class Run:
@@ -127,9 +133,7 @@ class Run:
             images.to(device, non_blocking=True), self.schedule.stages[self.step].side
         )
         labels = labels.to(device, non_blocking=True)
-        dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
-        autocast = torch.autocast(device.type, dtype, enabled=args.precision != "fp32")
-        with autocast, quick_attention(device):
+        with arithmetic(device.type, args.precision):
             logits = self.trained(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         self.optimizer.zero_grad()

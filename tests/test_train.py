@@ -1,5 +1,6 @@
 """Training runs as users start, kill and resume them."""
 
+import contextlib
 import csv
 import math
 import os
@@ -17,7 +18,7 @@ from torch import nn
 from distributed import World
 from mobilevit import MobileViT
 from rows import BadInput
-from run import Run, tensorboard_writer, weight_groups
+from run import Run, arithmetic, build_optimizer, tensorboard_writer, weight_groups
 from schedule import Schedule, parse_resolutions
 from weights import load_checkpoint, load_timm, load_weights
 
@@ -67,6 +68,47 @@ def test_norms_and_biases_do_not_decay():
     assert set(decayed["params"]) == matrices
     assert set(rest["params"]) == set(model.parameters()) - matrices
     assert rest["weight_decay"] == 0
+
+
+def options(**changed):
+    return SimpleNamespace(**{"optimizer": "muon", "weight_decay": 0.0, "lr": 0.1} | changed)
+
+
+def test_muon_turns_all_directions_of_a_matrix_alike_and_leaves_filters_of_one_channel_to_adamw():
+    torch.manual_seed(0)
+    layers = {"linear": nn.Linear(8, 12), "dense": nn.Conv2d(4, 6, 3)}
+    model = nn.ModuleDict(layers | {"depthwise": nn.Conv2d(6, 6, 3, groups=6)})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    build_optimizer(model, options()).step()
+    for name, p in model.named_parameters():
+        step = (before[name] - p.detach()).flatten(1) if p.ndim > 1 else before[name] - p.detach()
+        if name in ("linear.weight", "dense.weight"):
+            u, _, vh = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+            assert torch.cosine_similarity(step.flatten(), (u @ vh).flatten(), dim=0) > 0.97
+            assert step.square().mean().sqrt() == pytest.approx(0.2 * 0.1, rel=0.2)  # as AdamW's
+        else:  # the first step of Adam: that size for every element, and its sign
+            assert step.sign().equal(p.grad.view_as(step).sign())
+            assert step.abs().std() < 0.01 * step.abs().mean()
+
+
+def test_muon_without_timm_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(BadInput, match="pip install 'timm"):
+        build_optimizer(nn.Linear(4, 4), options())
+
+
+def test_attention_to_train_on_has_the_gradients_of_the_fused_one():
+    torch.manual_seed(0)
+    model, x = MobileViT("xxs").double(), torch.randn(2, 3, 64, 64).double()
+    gradients = []
+    for context in (contextlib.nullcontext(), arithmetic("cpu", "fp32")):
+        with context:
+            loss = model(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for fused, ours in zip(*gradients, strict=True):
+        assert torch.allclose(fused, ours, rtol=1e-6, atol=1e-9)
 
 
 def final_state(folder):
@@ -187,7 +229,8 @@ def test_a_run_may_end_within_an_epoch_and_resume_there(tmp_path):
 
 def test_a_run_may_stop_before_its_epochs_are_validated(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = ("train.py", *SYNTHETIC, "--batch-size", "1800", "--output")  # one step an epoch
+    # One step an epoch.
+    command = ("train.py", *SYNTHETIC, "--batch-size", "1800", "--optimizer", "muon", "--output")
     run(*command, whole)
     late = ("--max-minutes", "0.0001")  # after a single step
     outs = [run(*command, broken, *late, *flags)[0] for flags in ((), *[("--resume",)] * 2)]

@@ -1,0 +1,1 @@
+"""What bench.py measures: functions from its options to the fields of a result."""

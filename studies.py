@@ -1,0 +1,184 @@
+"""Tables of what is no single row: reports per layer, the ablation, benchmarks."""
+
+import statistics
+
+from ptq.sensitivity import LARGEST
+from tables import MODELS, TITLES, changed_predictions, markdown
+
+ABLATION = {  # what each recipe does, beside the one before or beside w8a8
+    "fp32": "float",
+    "w4-minmax": "W4: to nearest, ranges up to the extremes",
+    "w4-nearest": "ranges of least squared error",
+    "w4-replace": "with statistics of norms replaced",
+    "w4-shift": "with statistics of norms shifted",
+    "w4-biases": "and biases without a norm after them corrected",
+    "w4-gptq": "GPTQ, norms shifted",
+    "w4-adaround": "AdaRound by layer",
+    "w4": "AdaRound by block",
+    "w4-adaround-shift": "the same, then norms shifted",
+    "w8a8": "W8A8: as it is",
+    "w8a8-equalized": "with layer norms equalized",
+    "w8a8-nearest": "without norms shifted",
+    "w8a8-replace": "with statistics of norms replaced",
+    "w8a8-minmax": "with activations from extreme to extreme",
+    "w8a8-percentile": "with activations up to the 99.99th percentile",
+    "w8a8-kl": "with activations of least KL divergence",
+    "w8a8-tensor": "with one scale per weight tensor",
+    "w8a8-norms": "with 8-bit inputs of layer norms, too",
+    "w8a8-silu": "with 8-bit inputs of SiLU, too",
+    "w8a7": "with 7 bits for activations",
+    "w8a8-early": "with the five early inputs in 8 bits, too",
+}
+RUNS_ON = {  # the package behind an engine
+    "openvino-bf16": "openvino",
+    "torch-eager": "torch",
+    "torch-fx": "torch",
+    "torch-pt2e": "torch",
+    "nncf": "openvino",
+    "ort-static": "onnxruntime",
+}
+NODES = {  # OpenVINO's types of nodes
+    "convolutions": ("Convolution",),
+    "depthwise convolutions": ("GroupConvolution",),
+    "linear layers": ("FullyConnected", "FullyConnectedQuantizedLegacy"),
+    "attention and elementwise": ("Subgraph",),
+    "statistics of layer norms": ("MVN",),
+}
+
+
+def per_layer_table(report: dict | None) -> str:
+    """The tensors that change the logits most when they alone are quantized, what all others do
+    together, and what all do."""
+    if report is None:
+        return markdown([])
+    noises = [
+        (noise, f"{kind.removesuffix('s')} of {name.removesuffix('.input')}")
+        for kind, of_layers in report["noise"].items()
+        for name, noise in of_layers.items()
+    ]
+    noises.sort(reverse=True)
+    shown = noises[:LARGEST]
+    if len(noises) > LARGEST:
+        shown.append((report["noise_of_rest"], f"the other {len(noises) - LARGEST} together"))
+    shown.append((report["noise_of_all"], "all together"))
+    return markdown([{"Quantized": what, "Noise in the logits": f"{x:.4f}"} for x, what in shown])
+
+
+def ablation_table(rows: list[dict]) -> str:
+    """Accuracy on held-out images, mean and deviation over seeds of calibration: a line a step."""
+    lines = []
+    for model in MODELS:
+        by_recipe = {}
+        for row in rows:
+            if row["model"] == model and row["engine"] == "torch-eager":
+                by_recipe.setdefault(row["recipe"]["name"], []).append(row)
+        for recipe, step in ABLATION.items():
+            if recipe in by_recipe and "fp32" in by_recipe:
+                (baseline, *_), seeds = by_recipe["fp32"], by_recipe[recipe]
+                accuracy = statistics.mean(row["accuracy_pct"] for row in seeds)
+                lines.append(
+                    {
+                        "Model": model,
+                        "Step": step,
+                        "Recipe": recipe,
+                        "Held-out %": mean_text([row["accuracy_pct"] for row in seeds], 2),
+                        "Δ points": f"{accuracy - baseline['accuracy_pct']:+.2f}",
+                        "Changed": mean_text([changed_predictions(r, baseline) for r in seeds], 0),
+                        "Seeds": str(len(seeds)),
+                    }
+                )
+    return markdown(lines, left=3)
+
+
+def mean_text(values: list[float], digits: int) -> str:
+    """Mean and, of several, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def speed_table(bench: dict | None) -> str:
+    """Latencies from bench.py engines, fastest first, as shares of FP32's."""
+    if bench is None:
+        return markdown([])
+    ms = {name: times["median"] for name, times in bench["latency_ms"].items()}
+    lines = []
+    for name in sorted(ms, key=ms.get):
+        recipe, engine = name.split("@")
+        runner = RUNS_ON.get(engine, engine)
+        same = ms.get(f"fp32@{'torch-eager' if runner == 'torch' else runner}")
+        lines.append(
+            {
+                "Method": TITLES.get(recipe, recipe),
+                "Engine": f"{engine} {bench['engine_versions'][engine]}",
+                "ms": f"{ms[name]:.1f}",
+                "of FP32 in torch": f"{ms[name] / ms['fp32@torch-eager']:.2f}",
+                "of FP32 on the same engine": f"{ms[name] / same:.2f}" if same else "-",
+            }
+        )
+    return markdown(lines, left=2)
+
+
+def profile_table(bench: dict | None) -> str:
+    """Milliseconds that OpenVINO spends in its types of nodes: a line a type and its arithmetic, a
+    column a method."""
+    if bench is None:
+        return markdown([])
+    lines, shown = [], set()
+    for kind, types in NODES.items():
+        for arithmetic in ("INT8", "BF16", "FP32"):
+            keys = [f"{node} {arithmetic}" for node in types]
+            shown.update(keys)
+            line = {name: sum(ms.get(key, 0) for key in keys) for name, ms in bench["ms"].items()}
+            if any(line.values()):
+                lines.append({"Operations": f"{kind}, {arithmetic}"} | line)
+    rest = {
+        name: sum(ms for key, ms in nodes.items() if key not in shown)
+        for name, nodes in bench["ms"].items()
+    }
+    total = {name: sum(nodes.values()) for name, nodes in bench["ms"].items()}
+    lines += [{"Operations": "all others"} | rest, {"Operations": "together"} | total]
+    return markdown(
+        [{k: v if k == "Operations" else f"{v:.2f}" for k, v in line.items()} for line in lines]
+    )
+
+
+def benchmarks_table(results: dict[str, dict]) -> str:
+    """A line a benchmark, from results/benchmarks/."""
+    lines = []
+
+    def add(benchmark, ours, against, ratio):
+        lines.append({"Benchmark": benchmark, "Ours": ours, "Against": against, "Ratio": ratio})
+
+    if train := results.get("train"):
+        speeds, side = train["images_per_s"], train["img_size"]
+        add(
+            f"Training mobilevit_{train['variant']} with four heads at {side}x{side}, "
+            f"{train['hardware']}",
+            f"{speeds['ours']:.1f} images/s",
+            f"timm {train['timm']}: {speeds['timm']:.1f} images/s",
+            f"{train['ratio']:.2f}",
+        )
+        add(
+            "The same",
+            f"{speeds['ours']:.1f} images/s",
+            f"our network in the published loop: {speeds['published']:.1f} images/s",
+            f"{train['ratio_published']:.2f}",
+        )
+    if sweep := results.get("sweep"):
+        add(
+            f"Quantization sweep of {sweep['test_images']} test and "
+            f"{sweep['calibration_images']} calibration images, {sweep['threads']} cores",
+            f"{sweep['ours_s']:.0f} s",
+            f"the published way, one thread: {sweep['published_way_s']:.0f} s",
+            f"{sweep['ratio']:.2f}",
+        )
+    if loader := results.get("loader"):
+        taken, side = loader["training_images_per_s"], loader["img_size"]
+        for augment, made in loader["loader_images_per_s"].items():
+            add(
+                f"Loader, one core, augmentation {augment}",
+                f"{made:.0f} images/s",
+                f"training at {side}x{side} on {loader['device']}: {taken:.1f} images/s",
+                f"{made / taken:.0f}",
+            )
+    return markdown(lines, left=1)
