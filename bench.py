@@ -1,6 +1,6 @@
 """Benchmarks behind the README's claims of speed, each side by side in one run.
 
-    python bench.py train     # training images/s at 256x256, ours against others', 3 min on a CPU
+    python bench.py train     # training images/s at 256x256, ours against others', 6 min on a CPU
     python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
     python bench.py engines   # latency of methods and engines, all in turn, 15 min
     python bench.py profile   # where OpenVINO spends these milliseconds, under a minute
@@ -41,6 +41,11 @@ def parse_args():
     add("--seconds", type=float, default=8, help="of each round, for train and loader")
     add("--device", choices=("cpu", "cuda"), help="for train and loader (default: cuda if any)")
     add(
+        "--precision",
+        choices=rows.PRECISIONS,
+        help="for train and loader (default: as train.py's)",
+    )
+    add(
         "--checkpoint",
         default="checkpoints/mobilevit_xxs/best.pth",
         help="for sweep, engines and profile",
@@ -56,6 +61,7 @@ def parse_args():
     add("--output", default="results/benchmarks", help="folder of the result files")
     args = p.parse_args()
     args.device = rows.device(p, args.device)
+    args.precision = rows.precision(p, args.precision, args.device)
     if args.latency_runs is None:
         args.latency_runs = {"sweep": 10}.get(args.what, 100)
     if args.img_size < MIN_IMG_SIZE:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 MB = 2**20  # bytes
+PRECISIONS = ("fp32", "bf16", "fp16")  # of training
 
 
 class BadInput(Exception):
@@ -37,10 +38,12 @@ def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
     return asked_for or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def precision(device: str) -> str:
-    """What training computes in where nothing else is asked for."""
-    if device == "cpu":
-        return "fp32"
+def precision(p: argparse.ArgumentParser, asked_for: str | None, device: str) -> str:
+    """What training computes in: what was asked for, or what suits the device."""
+    if asked_for == "fp16" and device == "cpu":
+        p.error("--precision fp16 needs CUDA")
+    if asked_for or device == "cpu":
+        return asked_for or "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 

@@ -29,6 +29,15 @@ TITLES = {
     "int8-fx": "INT8, torch FX",
     "int4-percentile": "INT4 weights, 1-99 percentile",
 }
+RUNS_ON = {  # the package behind an engine
+    "openvino-bf16": "openvino",
+    "torch-eager": "torch",
+    "torch-fx": "torch",
+    "torch-pt2e": "torch",
+    "nncf": "openvino",
+    "ort-static": "onnxruntime",
+}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
@@ -181,12 +190,15 @@ def training_table(runs: list[dict]) -> str:
     lines = []
     for run in in_turn(runs):
         published = PUBLISHED.get((run["model"], "fp32"))
-        schedule = run["config"]["resolutions"].replace(",", ", ")
-        start = "then " if run["first"] else "widened, " if run["config"].get("widen") else ""
+        config = run["config"]
+        schedule = config["resolutions"].replace(",", ", ")
+        start = "then " if run["first"] else "widened, " if config.get("widen") else ""
+        how = f"{OPTIMIZERS[config.get('optimizer', 'adamw')]}, {config['precision'].upper()}"
         lines.append(
             {
                 "Model": run["model"],
                 "Schedule (side:epochs)": start + schedule,
+                "Training": how,
                 "Hardware": run["hardware"],
                 "Parameters": f"{run['parameters']:,}",
                 "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",
@@ -197,7 +209,7 @@ def training_table(runs: list[dict]) -> str:
                 "Published test %": f"{published[0]:.2f}" if published else "-",
             }
         )
-    return markdown(lines, left=3)
+    return markdown(lines, left=4)
 
 
 def in_turn(runs: list[dict]):

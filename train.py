@@ -76,7 +76,7 @@ def parse_args():
     add("--ema-decay", default=0.0, help="average the weights for evaluation; 0: do not", **number)
     add(
         "--precision",
-        choices=("fp32", "bf16", "fp16"),
+        choices=rows.PRECISIONS,
         help="autocast (default: fp32 on CPU, on CUDA bf16 or, where the GPU lacks it, fp16)",
     )
     add("--compile", action="store_true", help="torch.compile the model")
@@ -111,9 +111,7 @@ def parse_args():
     if args.pretrained and args.heads is not None:
         p.error("--pretrained excludes --heads")
     args.device = rows.device(p, args.device)
-    args.precision = args.precision or rows.precision(args.device)
-    if args.precision == "fp16" and args.device == "cpu":
-        p.error("--precision fp16 needs CUDA")
+    args.precision = rows.precision(p, args.precision, args.device)
     if args.resolutions is None:
         side, epochs = (256 if args.img_size is None else args.img_size, args.epochs)
         args.resolutions = f"{side}:{100 if epochs is None else epochs}"

@@ -4,12 +4,13 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import data
-import rows
 from augment import POLICIES, Augmentation
 from benchmarks.published import training_batches
 from mobilevit import MobileViT
@@ -21,36 +22,51 @@ ROUNDS = 5  # of each contender, taking turns
 
 def train(args) -> dict:
     """Training throughput, data included, of our network, of timm's of the same architecture in the
-    same loop, and of our network in the published script's loop: its loader, contiguous tensors and
-    an optimizer that is not fused."""
+    same loop, of our network in the published script's loop (its loader, contiguous tensors, an
+    optimizer that is not fused, on a CPU in FP32), and of ours with one thing changed."""
     try:
         import timm
     except ImportError as error:
         raise BadInput("the comparison needs timm: pip install timm") from error
     theirs = timm.create_model(f"mobilevit_{args.variant}", num_classes=len(data.CLASSES))
-    ours, published = (MobileViT(args.variant, len(data.CLASSES), heads=4) for _ in range(2))
+
+    def contender(model=None, batches=our_batches, **changes):
+        model = model or MobileViT(args.variant, len(data.CLASSES), heads=4)
+        return trainer(model, batches(args), args, **changes)
+
+    on_cuda, plain = args.device == "cuda", torch.contiguous_format
+    published = {"memory_format": plain, "fused": False}
+    published["context"] = partial(torch.autocast, args.device, torch.bfloat16, enabled=on_cuda)
     steps = {
-        "ours": trainer(ours, our_batches(args), args),
-        "timm": trainer(theirs, our_batches(args), args),
-        "published": trainer(
-            published, training_batches(args), args, torch.contiguous_format, fused=False
-        ),
+        "ours": contender(),
+        "timm": contender(theirs),
+        "published": contender(batches=training_batches, **published),
+        "published batches": contender(batches=training_batches),
+        "contiguous": contender(memory_format=plain),
+        "unfused": contender(fused=False),
     }
+    if args.precision != "fp32":
+        steps["fp32"] = contender(context=partial(arithmetic, args.device, "fp32"))
+    if args.precision == "bf16" and not on_cuda:
+        steps["fused attention"] = contender(context=partial(torch.autocast, "cpu"))
     rounds = [{k: images_per_s(step, args) for k, step in steps.items()} for _ in range(ROUNDS)]
-    speeds = {name: statistics.median(r[name] for r in rounds) for name in steps}
     return {
-        "images_per_s": speeds,
-        "ratio": statistics.median(r["ours"] / r["timm"] for r in rounds),
-        "ratio_published": statistics.median(r["ours"] / r["published"] for r in rounds),
+        "images_per_s": {name: statistics.median(r[name] for r in rounds) for name in steps},
+        "ratio": {
+            name: statistics.median(r["ours"] / r[name] for r in rounds)
+            for name in steps
+            if name != "ours"
+        },
         "variant": args.variant,
         "img_size": args.img_size,
         "batch_size": args.batch_size,
+        "precision": args.precision,
         "timm": timm.__version__,
     }
 
 
 def loader(args) -> dict:
-    """Images/s of one loader process, and what the network takes in the same time."""
+    """Images/s that one loader process makes, and that the network takes."""
     images = data.load("cifar10", args.data_dir, train=True)
     made = {}
     torch_threads = torch.get_num_threads()
@@ -72,20 +88,24 @@ def loader(args) -> dict:
         "training_images_per_s": images_per_s(step, args),
         "variant": args.variant,
         "img_size": args.img_size,
+        "batch_size": args.batch_size,
+        "precision": args.precision,
         "device": args.device,
     }
 
 
-def trainer(model, batches, args, memory_format=torch.channels_last, fused=True):
-    """A training step as a function: the loop that all contenders share. `batches` yields (input,
-    labels) on the device."""
+def trainer(
+    model, batches, args, context=None, memory_format=torch.channels_last, fused=True
+) -> Callable[[], None]:
+    """A training step: the loop that all contenders share. `batches` yields (input, labels) on the
+    device; `context()` is that of the forward pass."""
     model = model.train().to(args.device, memory_format=memory_format)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    precision = rows.precision(args.device)
+    context = context or partial(arithmetic, args.device, args.precision)
 
     def step():
         x, labels = next(batches)
-        with arithmetic(args.device, precision):
+        with context():
             logits = model(x)
         optimizer.zero_grad()
         F.cross_entropy(logits.float(), labels).backward()

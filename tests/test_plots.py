@@ -73,7 +73,8 @@ def tree(tmp_path):
     }
     for name, content in rows.items():
         (results / f"{name}@engine.json").write_text(json.dumps(content))
-    config = {"dataset": "cifar10", "variant": "xxs", "resolutions": "64:1,256:1"}
+    config = {"dataset": "cifar10", "variant": "xxs", "resolutions": "64:1,256:1",
+              "precision": "fp32"}  # fmt: skip
     metrics = {"config": config, "hardware": "a CPU", "train_s": 60, "epoch": 2, "printed": "done",
                "val_accuracy_pct": 80.0, "test_accuracy_pct": 79.0}  # fmt: skip
     (shipped / "metrics.json").write_text(json.dumps(metrics))
@@ -114,6 +115,11 @@ def tree(tmp_path):
     write_json(tmp_path / "results" / "benchmarks" / "engines.json", bench)
     nodes = {"fp32": {"Convolution FP32": 2, "Pad": 1}, "w8a8": {"Convolution INT8": 1, "Pad": 1}}
     write_json(tmp_path / "results" / "benchmarks" / "profile-vnni.json", {"ms": nodes})
+    speeds = {"ours": 40.0, "timm": 32.0, "fused attention": 20.0}
+    train = {"images_per_s": speeds, "ratio": {"timm": 1.25, "fused attention": 2.0},
+             "variant": "xxs", "img_size": 256, "precision": "bf16", "hardware": "a CPU",
+             "timm": "1.2"}  # fmt: skip
+    write_json(tmp_path / "results" / "benchmarks" / "train.json", train)
     write_text(
         tmp_path / "docs" / "quantization.md",
         page("per-layer", "per-layer-fx", "profile", "ablation"),
@@ -144,6 +150,9 @@ def test_readme_check_and_figures(tree):
         assert f"{command}\n# done, after 1 min" in text
     assert text.index("--seed 2") < text.index("--seed 3")
     assert text.index("| mobilevit_xxs | 64:1, 256:1 |") < text.index("| then 64:1, 256:1 |")
+    assert "| 64:1, 256:1 | AdamW, FP32 | a CPU |" in text
+    assert "BF16, a CPU | 40.0 images/s | timm 1.2: 32.0 images/s | 1.25 |" in text
+    assert "| The same | 40.0 images/s | fused attention: 20.0 images/s | 2.00 |" in text
     card = (tree / "checkpoints" / "README.md").read_text()
     assert "| airplane | 90.0 | 90.0 |" in card and "| 954,234 |" in card and "old" not in card
     assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 |" in text
