@@ -152,6 +152,7 @@ def fill_pages(args, every_row, rows, runs) -> None:
     training = tables.training_table(runs)
     pages = {
         Path(args.readme_file): {
+            "headline": tables.headline_table(rows),
             "results": tables.results_table([r for r in rows if tables.in_protocol(r)], rows),
             "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
             "training": training,

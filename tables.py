@@ -39,6 +39,8 @@ RUNS_ON = {  # the package behind an engine
 }
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
+HEADLINE = {("w8a8", "openvino"), ("w4-gptq", "openvino")}
+HEADLINE_COLUMNS = ("Model", "Method", "Engine", "Accuracy %", "Δ points (changed)", "MB", "Faster")
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
 
@@ -152,37 +154,47 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
     the published protocol also have the published figures; the two kinds don't mix in one table."""
     lines = []
     for row in in_order(rows):
-        recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
-        baseline = baseline_of(row, all_rows)
-        delta = smaller = faster = "baseline"
-        if baseline is None:
-            delta = smaller = "-"
-        elif row is not baseline:
-            points = row["accuracy_pct"] - baseline["accuracy_pct"]
-            delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
-            smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
-        if not is_baseline(row):
-            faster = f"{speed_up(row):.2f}x"
-        lines.append(
-            {
-                "Model": row["model"],
-                "Method": TITLES.get(recipe, recipe),
-                "Engine": row["engine"],
-                "Computed in": arithmetic(row),
-                "Accuracy %": f"{row['accuracy_pct']:.2f}",
-                "Δ points (changed)": delta,
-                "MB": f"{row['size_bytes'] / MB:.2f}" + " (est.)" * row["size_is_estimate"],
-                "Smaller": smaller,
-                "ms": f"{ms:.1f}",
-                "Faster": "as FP32" if row["simulated"] else faster,
-                "CPU": row["cpu"].rpartition(", ")[2],
-            }
-        )
-        if not in_protocol(row):
-            lines[-1]["As simulated"] = agreement(row, all_rows)
+        line = result_line(row, all_rows)
+        if in_protocol(row):
+            line["Published % / MB / ms"] = published_text(row["model"], row["recipe"]["name"])
         else:
-            lines[-1]["Published % / MB / ms"] = published_text(row["model"], recipe)
+            line["As simulated"] = agreement(row, all_rows)
+        lines.append(line)
     return markdown(lines, left=4)
+
+
+def headline_table(rows: list[dict]) -> str:
+    """The few rows and columns that most readers want."""
+    shown = [r for r in rows if is_baseline(r) or (r["recipe"]["name"], r["engine"]) in HEADLINE]
+    lines = [result_line(row, rows) for row in in_order(shown)]
+    return markdown([{name: line[name] for name in HEADLINE_COLUMNS} for line in lines], left=3)
+
+
+def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
+    recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
+    baseline = baseline_of(row, all_rows)
+    delta = smaller = faster = "baseline"
+    if baseline is None:
+        delta = smaller = "-"
+    elif row is not baseline:
+        points = row["accuracy_pct"] - baseline["accuracy_pct"]
+        delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
+        smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
+    if not is_baseline(row):
+        faster = f"{speed_up(row):.2f}x"
+    return {
+        "Model": row["model"],
+        "Method": TITLES.get(recipe, recipe),
+        "Engine": row["engine"],
+        "Computed in": arithmetic(row),
+        "Accuracy %": f"{row['accuracy_pct']:.2f}",
+        "Δ points (changed)": delta,
+        "MB": f"{row['size_bytes'] / MB:.2f}" + " (est.)" * row["size_is_estimate"],
+        "Smaller": smaller,
+        "ms": f"{ms:.1f}",
+        "Faster": "as FP32" if row["simulated"] else faster,
+        "CPU": row["cpu"].rpartition(", ")[2],
+    }
 
 
 def training_table(runs: list[dict]) -> str:

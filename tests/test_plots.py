@@ -100,8 +100,8 @@ def tree(tmp_path):
     first = shutil.copytree(shipped, shipped / "first", ignore=shutil.ignore_patterns("*.pth"))
     command = "python train.py --seed 2 --output runs/first --max-minutes 9"
     (first / "config.json").write_text(json.dumps({"command": command}))
-    blocks = ("results", "engines", "speeds", "speeds-vnni", "training", "commands", "benchmarks")
-    (tmp_path / "README.md").write_text(page(*blocks))
+    blocks = ("headline", "results", "engines", "speeds", "speeds-vnni", "training", "commands")
+    (tmp_path / "README.md").write_text(page(*blocks, "benchmarks"))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
     calibration = {"n": RECIPES["w8a8-early"].calibration_images}
@@ -143,6 +143,7 @@ def test_readme_check_and_figures(tree):
     run("plots.py", *flags(tree), "--readme")
     text = (tree / "README.md").read_text()
     assert "| mobilevit_xxs | INT8, torch FX |" in text and "old" not in text
+    assert text.count("| mobilevit_xxs | w8a8 | openvino | 90.00 | +0.00 (0) | 1.00 | 1.00x |") == 1
     computed = "INT8 (Conv 30/35, MatMul 37/55)"
     assert text.count(f"| mobilevit_xxs | w8a8 | openvino | {computed} |") == 1  # at 256x256
     run("plots.py", *flags(tree), "--check")
