@@ -87,18 +87,20 @@ def linears_after_norms(model: nn.Module) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def shift_norms(model: nn.Module, batches, reference: nn.Module, reference_batches) -> None:
-    """Move the running statistics of every batch norm, means by the difference and variances by the
-    ratio, from what `reference` makes of `reference_batches` to what `model` makes of `batches`.
+    """Give every batch norm the running statistics of its twin in `reference`, means moved by the
+    difference and variances by the ratio between what `model` makes of `batches` and `reference` of
+    `reference_batches`.
 
-    Where both make the same, nothing moves. To replace the statistics from training by those of
-    calibration images costs accuracy even in float: there are few of them, and they are not
+    Where both make the same, they stay the same. To replace the statistics from training by those
+    of calibration images costs accuracy even in float: there are few of them, and they are not
     augmented as those were that the network learnt on. The shift is free of both.
     """
     before, after = statistics(reference, reference_batches), statistics(model, batches)
     for name, (mean, variance) in after.items():
-        norm = model.get_submodule(name)
-        norm.running_mean += mean - before[name][0]
-        norm.running_var *= (variance + norm.eps) / (before[name][1] + norm.eps)
+        norm, trained = model.get_submodule(name), reference.get_submodule(name)
+        ratio = (variance + norm.eps) / (before[name][1] + norm.eps)
+        norm.running_mean.copy_(trained.running_mean + mean - before[name][0])
+        norm.running_var.copy_(trained.running_var * ratio)
 
 
 @torch.no_grad()

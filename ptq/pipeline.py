@@ -33,9 +33,10 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
         if recipe.layers:
             reference = with_quantized_layers(model, recipe, batches)
             rounding(model, reference, batches, recipe)
-            if recipe.norms:
-                chosen(NORMS, recipe.norms, "norms")(model, batches, reference, batches)
+            norms_follow(model, reference, batches, recipe)
             calibrate(model, batches)
+            if any(spec.input for spec in recipe.layers):  # their rounding moves statistics, too
+                norms_follow(model, reference, batches, recipe)
             if recipe.correct_biases:
                 done = norms_after(model).values() if recipe.norms else ()
                 correct_biases(model, reference, batches, done)
@@ -50,6 +51,11 @@ def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Modul
     reference = copy.deepcopy(model)
     attach(model, recipe)
     return reference
+
+
+def norms_follow(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
+    if recipe.norms:
+        chosen(NORMS, recipe.norms, "norms")(model, batches, reference, batches)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -151,13 +151,14 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
         list(captured(Idle(), Idle().idle, [(draw(2, 4), None)], "input"))
 
 
-def test_norms_follow_the_statistics_of_quantized_layers(model, batches):
+@pytest.mark.parametrize("inputs", [None, Uniform(3, symmetric=False)], ids=["w4", "w4a3"])
+def test_norms_follow_the_statistics_of_quantized_layers(inputs, model, batches):
     trained = copy.deepcopy(model)
     trained.stem.norm.running_mean += 0.25
     trained.stem.norm.running_var *= 9
     x = batches[0][0]
     for norms in ("replace", "shift"):
-        layers = (LayerSpec(".*", Uniform(4, granularity="channel")),)
+        layers = (LayerSpec(".*", Uniform(4, granularity="channel"), inputs),)
         quantized = ptq.quantize(trained, Recipe("w4", layers=layers, norms=norms), batches[:1])
         before, after = trained.stem.conv(x), quantized.stem.conv(x)
         mean, variance = after.mean((0, 2, 3)), after.var((0, 2, 3))
