@@ -216,17 +216,18 @@ def name_points(axis, points) -> None:
     """Write names under points (x, y, name) of the upper half and above the others, in one column
     for those that lie close to each other."""
     width, height = (high - low for low, high in (axis.get_xlim(), axis.get_ylim()))
-    columns = []  # [x, y, names]
+    columns = []  # [x, y of the lowest, [(y, name)]]
     for x, y, name in sorted(points):
         for column in columns:
             if abs(x - column[0]) < 0.1 * width and abs(y - column[1]) < 0.12 * height:
                 column[1] = min(y, column[1])
-                column[2].append(name)
+                column[2].append((y, name))
                 break
         else:
-            columns.append([x, y, [name]])
+            columns.append([x, y, [(y, name)]])
     for x, y, names in columns:
         under = y > axis.get_ylim()[0] + 0.5 * height
+        names = [name for _, name in sorted(names, reverse=True)]  # from top to bottom, as they lie
         axis.annotate(
             "\n".join(dict.fromkeys(names)),
             (x, y),
@@ -251,16 +252,16 @@ def input_sizes(rows):
             style = "--" if recipe == "fp32" else "-"
             label = f"{model}, {recipe}"
             axis.plot(xs, ys, style, marker="o", ms=5, color=COLOURS[model], label=label)
+            beside = {"fp32": {"xytext": (-4, -5), "ha": "right", "va": "top"}}
             for x, y, row in zip(xs, ys, points):
                 axis.annotate(
                     f"{row['img_size']}",
                     (x, y),
                     textcoords="offset points",
-                    xytext=(4, 5),
                     fontsize=8,
+                    **beside.get(recipe, {"xytext": (4, 5)}),
                 )
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.margins(0.07)
     axis.set_xlabel("times as fast as FP32 in torch at the side it was trained for, one thread")
     axis.set_ylabel("test accuracy, %")
     axis.legend(fontsize=8)

@@ -157,6 +157,7 @@ def fill_pages(args, every_row, rows, runs) -> None:
             "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
             "training": training,
             "commands": tables.commands_block(rows, runs),
+            "sizes": tables.sizes_table(of_input_sizes(every_row)),
             "speeds-vnni": studies.speed_table(benchmarks.get("engines-vnni")),
             "speeds": studies.speed_table(benchmarks.get("engines")),
             "benchmarks": studies.benchmarks_table(benchmarks),

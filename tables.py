@@ -170,6 +170,23 @@ def headline_table(rows: list[dict]) -> str:
     return markdown([{name: line[name] for name in HEADLINE_COLUMNS} for line in lines], left=3)
 
 
+def sizes_table(rows: list[dict]) -> str:
+    """Accuracy and speed of a sweep over input sides: a line a side."""
+    by_side = {}
+    for row in rows:
+        by_recipe = by_side.setdefault((MODELS.index(row["model"]), row["img_size"]), {})
+        by_recipe[row["recipe"]["name"]] = row
+    lines = []
+    for (model, side), by_recipe in sorted(by_side.items()):
+        line = {"Model": MODELS[model], "Side": str(side)}
+        for recipe in SIZE_SWEEP:
+            row, title = by_recipe.get(recipe), TITLES.get(recipe, recipe)
+            line[f"{title}, %"] = f"{row['accuracy_pct']:.2f}" if row else "-"
+            line[f"{title}, faster"] = f"{speed_up(row):.2f}x" if row else "-"
+        lines.append(line)
+    return markdown(lines)
+
+
 def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
     recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
     baseline = baseline_of(row, all_rows)
