@@ -1,6 +1,6 @@
 """Quantize checkpoints and measure each result: accuracy, file size, latency.
 
-    python quantize.py --checkpoint checkpoints/mobilevit_xxs/best.pth  # published rows, 15 min
+    python quantize.py --checkpoint checkpoints/mobilevit_xxs/best.pth  # published rows, 10 min
     python quantize.py --checkpoint A.pth --recipes w8a8 w4 --engines torch-eager openvino
     python quantize.py --checkpoint A.pth B.pth --recipes fp32 int8-fx
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
