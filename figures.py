@@ -219,7 +219,7 @@ def name_points(axis, points) -> None:
     columns = []  # [x, y of the lowest, [(y, name)]]
     for x, y, name in sorted(points):
         for column in columns:
-            if abs(x - column[0]) < 0.1 * width and abs(y - column[1]) < 0.12 * height:
+            if abs(x - column[0]) < 0.06 * width and abs(y - column[1]) < 0.12 * height:
                 column[1] = min(y, column[1])
                 column[2].append((y, name))
                 break
