@@ -216,18 +216,19 @@ def name_points(axis, points) -> None:
     """Write names under points (x, y, name) of the upper half and above the others, in one column
     for those that lie close to each other."""
     width, height = (high - low for low, high in (axis.get_xlim(), axis.get_ylim()))
-    columns = []  # [x, y of the lowest, [(y, name)]]
+    columns = []  # lists of points
     for x, y, name in sorted(points):
         for column in columns:
-            if abs(x - column[0]) < 0.06 * width and abs(y - column[1]) < 0.12 * height:
-                column[1] = min(y, column[1])
-                column[2].append((y, name))
+            if abs(x - column[0][0]) < 0.06 * width and abs(y - lowest(column)) < 0.12 * height:
+                column.append((x, y, name))
                 break
         else:
-            columns.append([x, y, [(y, name)]])
-    for x, y, names in columns:
+            columns.append([(x, y, name)])
+    for column in columns:
+        x, y = column[0][0], lowest(column)
         under = y > axis.get_ylim()[0] + 0.5 * height
-        names = [name for _, name in sorted(names, reverse=True)]  # from top to bottom, as they lie
+        # From top to bottom, as they lie.
+        names = [name for _, name in sorted((p[1:] for p in column), reverse=True)]
         axis.annotate(
             "\n".join(dict.fromkeys(names)),
             (x, y),
@@ -236,6 +237,10 @@ def name_points(axis, points) -> None:
             va="top" if under else "bottom",
             fontsize=7,
         )
+
+
+def lowest(points) -> float:
+    return min(y for _, y, _ in points)
 
 
 def input_sizes(rows):
@@ -249,17 +254,18 @@ def input_sizes(rows):
             if not points:
                 continue
             xs, ys = [tables.speed_up(r) for r in points], [r["accuracy_pct"] for r in points]
-            style = "--" if recipe == "fp32" else "-"
+            style, side_at = "-", {"xytext": (4, 5)}
+            if recipe == "fp32":
+                style, side_at = "--", {"xytext": (-4, -5), "ha": "right", "va": "top"}
             label = f"{model}, {recipe}"
             axis.plot(xs, ys, style, marker="o", ms=5, color=COLOURS[model], label=label)
-            beside = {"fp32": {"xytext": (-4, -5), "ha": "right", "va": "top"}}
             for x, y, row in zip(xs, ys, points):
                 axis.annotate(
                     f"{row['img_size']}",
                     (x, y),
                     textcoords="offset points",
                     fontsize=8,
-                    **beside.get(recipe, {"xytext": (4, 5)}),
+                    **side_at,
                 )
     axis.margins(0.07)
     axis.set_xlabel("times as fast as FP32 in torch at the side it was trained for, one thread")

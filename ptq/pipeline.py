@@ -35,7 +35,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             rounding(model, reference, batches, recipe)
             norms_follow(model, reference, batches, recipe)
             calibrate(model, batches)
-            if any(spec.input for spec in recipe.layers):  # their rounding moves statistics, too
+            if recipe.quantizes_inputs:  # to round them moves statistics, too
                 norms_follow(model, reference, batches, recipe)
             if recipe.correct_biases:
                 done = norms_after(model).values() if recipe.norms else ()

@@ -94,11 +94,14 @@ class Recipe:
         return next((spec for spec in of_kind if re.fullmatch(spec.pattern, name)), None)
 
     @property
+    def quantizes_inputs(self) -> bool:
+        return any(spec.input for spec in self.layers)
+
+    @property
     def calibrates(self) -> bool:
         """Whether it needs batches to look at."""
         steps = self.norms or self.equalize or self.correct_biases
-        inputs = any(spec.input for spec in self.layers)
-        return bool(steps or inputs or self.rounding != "nearest")
+        return bool(steps or self.quantizes_inputs or self.rounding != "nearest")
 
     @property
     def simulated(self) -> bool:
