@@ -129,17 +129,19 @@ def all_products(products: dict, kind: str) -> int:
 
 def products_text(products: dict) -> str:
     """What an engine computed in integers, and why it did not compute the rest so."""
-    parts = []
-    for kind, name in PRODUCTS.items():
-        n, of = products["int8"].get(kind, 0), all_products(products, kind)
-        text = f"{n} of {of} {name} in INT8"
-        if "asked" in products:
-            asked = products["asked"].get(kind, 0)
-            reasons = {"by the recipe": of - asked, "for want of a kernel": asked - n}
-            floats = ", ".join(f"{m} {why}" for why, m in reasons.items() if m > 0)
-            text += f" (in float {floats})" if floats else ""
-        parts.append(text)
-    return "  " + "; ".join(parts)
+    n = {kind: products["int8"].get(kind, 0) for kind in PRODUCTS}
+    of = {kind: all_products(products, kind) for kind in PRODUCTS}
+    text = ", ".join(f"{n[kind]} of {of[kind]} {name}" for kind, name in PRODUCTS.items())
+    if "asked" not in products:
+        return f"  {text} in INT8"
+    # Of both kinds together: an engine may compute a pointwise convolution as a matrix product.
+    asked = sum(products["asked"].values())
+    why = {
+        "by the recipe": sum(of.values()) - asked,
+        "for want of a kernel": asked - sum(n.values()),
+    }
+    floats = ", ".join(f"{m} {reason}" for reason, m in why.items() if m > 0)
+    return f"  {text} in INT8" + (f"; in float {floats}" if floats else "")
 
 
 def published_text(model: str, recipe: str) -> str:

@@ -118,8 +118,10 @@ NORMS = {"shift": shift_norms, "replace": replace_norms}
 def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
     """{name of a batch norm: mean and variance [C] of its inputs, as training takes them in each of
     `batches`, averaged over images}. The network stays as it is."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).eval()
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in norms.values():
+        norm.train()
     seen = 0
     for x, *_ in batches:
         seen += len(x)

@@ -57,7 +57,7 @@ def unpack(data: Tensor, bits: int, shape) -> Tensor:
 def save(model: nn.Module, recipe: Recipe, path) -> None:
     """Write a network that `ptq.quantize` gave to a safetensors file: packed codes and scales in
     the place of weights, everything else in float32, the recipe in the header, and beside it the
-    network's `settings`, if it has any."""
+    network's `settings`, if it has any. OSError if it can't be written."""
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.format is not None:
@@ -67,7 +67,11 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
             del tensors[f"{name}.num_batches_tracked"]  # of use in training only
     tensors = {name: t.contiguous() for name, t in tensors.items()}
     header = {"recipe": recipe.asdict(), "settings": getattr(model, "settings", None)}
-    save_file(tensors, path, metadata={key: json.dumps(value) for key, value in header.items()})
+    metadata = {key: json.dumps(value) for key, value in header.items()}
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # for a full disk as well
+        raise OSError(str(error)) from error
 
 
 def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:

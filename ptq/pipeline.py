@@ -20,10 +20,12 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     `batches`: a sequence of (input [b, ...], anything), for recipes that calibrate. Raises
     ValueError if a rule or layer pattern applies to nothing, if network and batches are on
     different devices, if a recipe that calibrates gets no batches, if one for norms is a single
-    image, if a layer never ran during calibration, or if the network has or calibration meets
-    values that are not finite.
+    image, if a layer never ran during calibration, or if the network, the batches or what comes of
+    them has values that are not finite.
     """
     rounding = chosen(ROUNDINGS, recipe.rounding, "rounding")
+    if recipe.norms:
+        chosen(NORMS, recipe.norms, "norms")  # now, not after an hour of rounding
     if recipe.calibrates:
         check_batches(model, recipe, batches)
     check_finite(model)
@@ -40,6 +42,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             if recipe.correct_biases:
                 done = norms_after(model).values() if recipe.norms else ()
                 correct_biases(model, reference, batches, done)
+    check_finite(model)
     return model
 
 
@@ -55,7 +58,7 @@ def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Modul
 
 def norms_follow(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     if recipe.norms:
-        chosen(NORMS, recipe.norms, "norms")(model, batches, reference, batches)
+        NORMS[recipe.norms](model, batches, reference, batches)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -65,19 +68,25 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
-    """Raise ValueError unless `batches` has a length and inputs where the network is."""
-    if not hasattr(batches, "__len__") or len(batches) == 0:
-        raise ValueError("it needs a sequence of calibration batches, not empty")
-    x, *_ = batches[0]
-    device = next((p.device for p in model.parameters()), x.device)
-    if x.device != device:
-        raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
-    last, *_ = batches[len(batches) - 1]
-    if recipe.norms and min(len(x), len(last)) < 2:
-        raise ValueError(
-            "norms take their statistics from calibration batches of two and more images, and one "
-            "image would be left for the last: take more or fewer"
-        )
+    """Raise ValueError unless `batches` can be gone through more than once and has finite inputs,
+    where the network is."""
+    if not all(hasattr(batches, m) for m in ("__len__", "__getitem__")) or len(batches) == 0:
+        raise ValueError("it needs a sequence of calibration batches, such as a list, not empty")
+    device = next((p.device for p in model.parameters()), None)
+    for i in range(len(batches)):
+        batch = batches[i]
+        if not isinstance(batch, tuple | list):
+            raise ValueError("a calibration batch is a pair of its input and anything")
+        x, *_ = batch
+        if device not in (None, x.device):
+            raise ValueError(f"the network is on {device}, the calibration images on {x.device}")
+        if len(x) == 0 or not x.isfinite().all():
+            raise ValueError(f"batch {i} of the calibration images is empty or not finite")
+        if recipe.norms and len(x) < 2:
+            raise ValueError(
+                "norms take their statistics from calibration batches of two and more images, and "
+                f"batch {i} has one: take more or fewer"
+            )
 
 
 def chosen(registry: dict, name: str, what: str):
@@ -97,7 +106,7 @@ def write_tensors(model: nn.Module, recipe: Recipe) -> None:
             tensor.copy_(rule.format.decode(*rule.format.encode(tensor)))
     if unused:
         patterns = ", ".join(sorted(rule.pattern for rule in unused))
-        raise ValueError(f"no tensor of the network matches {patterns}")
+        raise ValueError(f"no tensor of the network is left that matches {patterns}")
 
 
 def attach(model: nn.Module, recipe: Recipe) -> None:
@@ -114,10 +123,14 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
             model.set_submodule(name, quantized(module, spec))
     if unused:
         patterns = ", ".join(sorted(spec.pattern for spec in unused))
-        raise ValueError(f"no layer of the network matches {patterns}")
+        raise ValueError(f"no layer of the network is left that matches {patterns}")
 
 
 def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
+    if isinstance(module, nn.Conv2d) and (
+        module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        raise ValueError("convolutions are quantized with zeros around them, so many by number")
     if isinstance(module, AttentionCore):
         wanted = spec.input and QuantizedAttentionCore(spec.input, spec.input_observer)
         return wanted or module

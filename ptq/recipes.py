@@ -46,6 +46,10 @@ class LayerSpec:
     input_observer: str = "mse"
     kind: str = "product"
 
+    def __post_init__(self):
+        if self.kind == "pointwise" and self.weight is not None:
+            raise ValueError("pointwise layers keep their weights in float")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -76,9 +80,12 @@ class Recipe:
 
     def __post_init__(self):
         kinds = [kind for kind in ("rules", "layers", "peer") if getattr(self, kind)]
-        layered = self.correct_biases or self.equalize or self.norms
+        rounds = self.rounding != "nearest"
+        layered = rounds or self.correct_biases or self.equalize or self.norms
         if len(kinds) > 1 or (layered and kinds != ["layers"]):
             raise ValueError(f"recipe {self.name} mixes what does not go together: {kinds}")
+        if self.units and not rounds:
+            raise ValueError(f"recipe {self.name} has units, but rounds to nearest")
 
     def rule_for(self, name: str, tensor: Tensor) -> Rule | None:
         """The rule for a tensor of a state dict, None if it stays as it is."""

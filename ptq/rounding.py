@@ -213,6 +213,8 @@ def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> Non
                 error = error + ROUNDING_WEIGHT * open_
             optimizer.zero_grad()
             error.backward(inputs=learnt)
+            if any(v.grad is None for v in learnt):
+                raise ValueError("a layer of the network never ran during calibration")
             optimizer.step()
     for name, layer in rounded.items():
         parametrize.remove_parametrizations(layer.layer, "weight", leave_parametrized=False)

@@ -64,6 +64,11 @@ def test_the_file_is_small(saved):
     assert path.stat().st_size < weights / 2 + 4 * rest + 80_000  # names, shapes, classifier
 
 
+def test_a_file_that_cannot_be_written_is_the_systems_error(saved, tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        packing.save(saved[1], RECIPE, tmp_path / "absent" / "weights.safetensors")
+
+
 def test_damage_is_an_error(saved, tmp_path):
     _, _, _, path = saved
     content = path.read_bytes()

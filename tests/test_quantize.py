@@ -161,8 +161,8 @@ def test_what_ran_in_integers_is_told_with_the_reason():
         "asked": {"Conv": 30, "MatMul": 18},
     }
     assert products_text(products) == (
-        "  28 of 35 convolutions in INT8 (in float 5 by the recipe, 2 for want of a kernel); "
-        "0 of 55 matrix products in INT8 (in float 37 by the recipe, 18 for want of a kernel)"
+        "  28 of 35 convolutions, 0 of 55 matrix products in INT8; "
+        "in float 42 by the recipe, 20 for want of a kernel"
     )
 
 

@@ -116,8 +116,9 @@ def test_gptq_of_a_unit_looks_at_inputs_from_before_its_rounding():
     assert torch.equal(second.codes, expected)
 
 
-def test_gptq_of_a_layer_that_never_runs_is_refused():
-    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), rounding="gptq", units="0")
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+def test_a_layer_of_a_unit_that_never_runs_is_refused(method):
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), rounding=method, units="0")
     with pytest.raises(ValueError, match="never ran"):
         ptq.quantize(nn.Sequential(Idle()), recipe, [(draw(2, 4), None)])
 
@@ -135,6 +136,19 @@ def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
     exact = FORMAT.rows(layer.weight.detach()) / result.scale[:, None]
     clipped = exact.clamp(FORMAT.qmin, FORMAT.qmax)
     assert ((FORMAT.rows(result.codes) - clipped).abs() < 1).all()
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "adaround"])
+def test_constant_filters_stay_what_they_are(method, monkeypatch):
+    monkeypatch.setattr(rounding, "STEPS", 100)
+    layer, x = make("dense")
+    with torch.no_grad():
+        layer.weight[0], layer.weight[1] = 0, 0.3
+    result = quantized(layer, x, method)[0]
+    assert not result.codes[0].any()
+    torch.testing.assert_close(result.layer.weight[0].detach(), torch.zeros_like(layer.weight[0]))
+    # All 15 levels of a symmetric format reach to the constant, which is thus the last of them.
+    assert (result.codes[1] == FORMAT.qmax).all()
 
 
 def test_units_are_the_outermost_matches_in_order():
