@@ -39,7 +39,7 @@ RUNS_ON = {  # the package behind an engine
 }
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
-HEADLINE = {(recipe, "openvino") for recipe in ("w8a8", "w4", "w4-gptq")}
+HEADLINE = {(recipe, "openvino") for recipe in ("w8a8", "w4")}
 HEADLINE_COLUMNS = ("Model", "Method", "Engine", "Accuracy %", "Δ points (changed)", "MB", "Faster")
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
