@@ -4,6 +4,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
 
 import tables
 from data import CLASSES
@@ -14,7 +15,14 @@ COLOURS = {"mobilevit_xxs": "#0072B2", "mobilevit_xs": "#E69F00", "mobilevit_s":
 MARKERS = {"fp32": "o", "fp16": "s", "int8-fx": "^", "int4-percentile": "v"}
 FAMILIES = {"FP32": "#666666", "ours": "#0072B2", "other methods": "#D55E00"}
 ENGINE_MARKERS = {"torch": "o", "onnxruntime": "s", "openvino": "D"}
-SHOWN_POINTS = 5  # below the best accuracy, in the figure of engines
+SHOWN_POINTS = 2  # below the best accuracy, in the figure of engines
+MARK_PX = 6  # half the side of a point there
+# Of a name beside its point, in points to the right and up, best first.
+PLACES = (
+    *((7, 0), (0, -6), (0, 6), (-7, 0)),
+    *((4, -4), (4, 4), (-4, -4), (-4, 4)),
+    *((0, -14), (0, 14), (0, -22), (0, 22)),
+)
 WIDTH_IN = 8.5  # inches; 850 pixels at the 100 dpi of a README column
 
 plt.rcParams |= {
@@ -184,6 +192,7 @@ def engines(rows):
     fig, axes = plt.subplots(
         len(models), 2, figsize=size, sharey="row", squeeze=False, layout="constrained"
     )
+    named = []
     for model, (left, right) in zip(models, axes):
         of_model = [row for row in rows if row["model"] == model]
         left.set_title(model, loc="left")
@@ -198,12 +207,15 @@ def engines(rows):
                 axis.plot(at, accuracy, marker, color=colour, ms=8, alpha=0.85)
             axis.margins(y=0.12)
             axis.set_xlim(0, 1.2 * max(at for at, _, _ in points))  # room for names
-            name_points(axis, [(at, y, point_name(row, floor)) for at, y, row in points])
+            named.append((axis, [(at, y, point_name(row, floor)) for at, y, row in points]))
     for label, colour in FAMILIES.items():
         axes[0][1].plot([], [], "o", color=colour, label=label)
     for label, marker in ENGINE_MARKERS.items():
         axes[0][1].plot([], [], marker, color="black", mfc="none", label=f"on {label}")
     fig.legend(loc="outside lower center", ncols=6, fontsize=8)
+    fig.draw_without_rendering()
+    for axis, points in named:
+        name_points(axis, points)
     return fig
 
 
@@ -213,34 +225,30 @@ def point_name(row, floor) -> str:
 
 
 def name_points(axis, points) -> None:
-    """Write names under points (x, y, name) of the upper half and above the others, in one column
-    for those that lie close to each other."""
-    width, height = (high - low for low, high in (axis.get_xlim(), axis.get_ylim()))
-    columns = []  # lists of points
-    for x, y, name in sorted(points):
-        for column in columns:
-            if abs(x - column[0][0]) < 0.06 * width and abs(y - lowest(column)) < 0.12 * height:
-                column.append((x, y, name))
+    """Write the name of each point (x, y, name) beside it, once the figure is laid out: at the
+    first of PLACES that is within the axis and free of other points and names, or at the last."""
+    pixels = axis.transData.transform([point[:2] for point in points])
+    taken = [Bbox(((x - MARK_PX, y - MARK_PX), (x + MARK_PX, y + MARK_PX))) for x, y in pixels]
+    left, bottom, right, top = axis.bbox.extents
+    for x, y, name in sorted(points, reverse=True):
+        for place in PLACES:
+            dx, dy = place
+            text = axis.annotate(
+                name,
+                (x, y),
+                textcoords="offset points",
+                xytext=place,
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                fontsize=7,
+            )
+            box = text.get_window_extent()
+            within = left < box.x0 and box.x1 < right and bottom < box.y0 and box.y1 < top
+            free = within and not box.count_overlaps(taken)
+            if free or place is PLACES[-1]:
                 break
-        else:
-            columns.append([(x, y, name)])
-    for column in columns:
-        x, y = column[0][0], lowest(column)
-        under = y > axis.get_ylim()[0] + 0.5 * height
-        # From top to bottom, as they lie.
-        names = [name for _, name in sorted((p[1:] for p in column), reverse=True)]
-        axis.annotate(
-            "\n".join(dict.fromkeys(names)),
-            (x, y),
-            textcoords="offset points",
-            xytext=(-3, -6 if under else 6),
-            va="top" if under else "bottom",
-            fontsize=7,
-        )
-
-
-def lowest(points) -> float:
-    return min(y for _, y, _ in points)
+            text.remove()
+        taken.append(box)
 
 
 def input_sizes(rows):
