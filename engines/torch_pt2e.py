@@ -57,7 +57,9 @@ def load(model, recipe, calibration, example) -> Loaded:
         with torch.inference_mode(False), torch.no_grad():  # the mode it was compiled in
             return torch.cat([compiled(image[None].clone()) for image in x])
 
-    state = {k: v for k, v in converted.state_dict().items() if isinstance(v, torch.Tensor)}
+    # The module also keeps the float weights, of which its graph reads nothing any more.
+    read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
+    state = {name: tensor for name, tensor in converted.state_dict().items() if name in read}
     return Loaded(run, state=state, products=products(model, counters["inductor"]))
 
 
