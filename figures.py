@@ -226,11 +226,17 @@ def point_name(row, floor) -> str:
 
 def name_points(axis, points) -> None:
     """Write the name of each point (x, y, name) beside it, once the figure is laid out: at the
-    first of PLACES that is within the axis and free of other points and names, or at the last."""
+    first of PLACES that is within the axis and free of other points and names, or at the last. One
+    name is enough for points of that name on top of each other."""
+    points = sorted(points, reverse=True)
     pixels = axis.transData.transform([point[:2] for point in points])
-    taken = [Bbox(((x - MARK_PX, y - MARK_PX), (x + MARK_PX, y + MARK_PX))) for x, y in pixels]
+    marks = [Bbox(((x - MARK_PX, y - MARK_PX), (x + MARK_PX, y + MARK_PX))) for x, y in pixels]
     left, bottom, right, top = axis.bbox.extents
-    for x, y, name in sorted(points, reverse=True):
+    taken, named = list(marks), {}  # named: {name: marks of points that have got it}
+    for (x, y, name), mark in zip(points, marks):
+        if mark.count_overlaps(named.setdefault(name, [])):
+            continue
+        named[name].append(mark)
         for place in PLACES:
             dx, dy = place
             text = axis.annotate(
