@@ -65,7 +65,7 @@ def test_int4_size_by_the_published_formula():
 
 
 def test_a_recipe_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match="no tensor of the network matches weigth"):
+    with pytest.raises(ValueError, match="no tensor of the network is left that matches weigth"):
         ptq.quantize(MobileViT("xxs"), Recipe("typo", rules=(Rule("weigth", Float16()),)))
 
 
