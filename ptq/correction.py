@@ -169,6 +169,9 @@ def mean_output(model: nn.Module, layer: nn.Module, batches) -> Tensor:
     return (total / n).float()
 
 
+NEVER_RAN = "a layer of the network never ran during calibration"
+
+
 class _Reached(Exception):
     pass
 
@@ -194,6 +197,6 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
             except _Reached:
                 yield seen.pop()
             else:
-                raise ValueError("a layer of the network never ran during calibration")
+                raise ValueError(NEVER_RAN)
     finally:
         handle.remove()

@@ -69,7 +69,7 @@ def check_finite(model: nn.Module) -> None:
 
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     """Raise ValueError unless `batches` can be gone through more than once and has finite inputs,
-    where the network is."""
+    where the network is, and for norms two and more in each."""
     if not all(hasattr(batches, m) for m in ("__len__", "__getitem__")) or len(batches) == 0:
         raise ValueError("it needs a sequence of calibration batches, such as a list, not empty")
     device = next((p.device for p in model.parameters()), None)
@@ -130,7 +130,7 @@ def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
     if isinstance(module, nn.Conv2d) and (
         module.padding_mode != "zeros" or isinstance(module.padding, str)
     ):
-        raise ValueError("convolutions are quantized with zeros around them, so many by number")
+        raise ValueError("convolutions are quantized only with a number of zeros around them")
     if isinstance(module, AttentionCore):
         wanted = spec.input and QuantizedAttentionCore(spec.input, spec.input_observer)
         return wanted or module

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ptq.correction import captured
+from ptq.correction import NEVER_RAN, captured
 from ptq.layers import QuantizedLayer
 from ptq.observers import OBSERVERS
 from ptq.recipes import Recipe
@@ -76,7 +76,7 @@ def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer,
         for handle in handles:
             handle.remove()
     if len(sums) < len(handles):
-        raise ValueError("a layer of the network never ran during calibration")
+        raise ValueError(NEVER_RAN)
     return sums
 
 
@@ -214,7 +214,7 @@ def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> Non
             optimizer.zero_grad()
             error.backward(inputs=learnt)
             if any(v.grad is None for v in learnt):
-                raise ValueError("a layer of the network never ran during calibration")
+                raise ValueError(NEVER_RAN)
             optimizer.step()
     for name, layer in rounded.items():
         parametrize.remove_parametrizations(layer.layer, "weight", leave_parametrized=False)
