@@ -4,7 +4,6 @@ import functools
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,7 +77,7 @@ def engines(args) -> dict:
     runs, versions = {}, {}
     peers = [recipe.name for recipe in RECIPES.values() if recipe.peer]
     for name in ("fp32", "w7a8-convs", "w7a8", "w8a8", "w4", *peers):
-        recipe = replace(RECIPES[name], rounding="nearest")
+        recipe = RECIPES[name].to_nearest()
         network = ptq.quantize(model, recipe, batches)
         for engine in engines_for(recipe):
             if recipe.simulated and engine is torch_eager:
@@ -105,7 +104,7 @@ def profile(args) -> dict:
     model, checkpoint, batches, example = on_noise(args)
     networks = {}
     for name, engine in PROFILED:
-        recipe = replace(RECIPES[name], rounding="nearest")
+        recipe = RECIPES[name].to_nearest()
         what = f"{name}@{engine.NAME}"
         try:
             engine.version()

@@ -294,9 +294,16 @@ def test_a_learnt_recipe_beats_its_baseline_and_takes_every_layer_once(
     ]
     assert len(taken) == len(layers) and set(taken) == set(layers.values())
     x = batches[0][0]
-    base = ptq.quantize(model, replace(recipe, rounding="nearest", units=None), batches)
+    base = ptq.quantize(model, recipe.to_nearest(), batches)
     errors = [(network(x) - model(x)).square().mean() for network in (learnt, base)]
     assert 0 < errors[0] < errors[1]
+
+
+def test_every_recipe_can_round_to_nearest_instead():
+    for recipe in RECIPES.values():
+        nearest = recipe.to_nearest()
+        assert (nearest.rounding, nearest.units) == ("nearest", None)
+        assert nearest.layers == recipe.layers
 
 
 def test_numbers_too_large_for_their_format_are_refused(model):
