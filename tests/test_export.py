@@ -87,6 +87,7 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     off, lost = ((y - expected).abs().max().item() for y in (loaded.run(x), model(x)))
     # Rounding of activations may fall either way where a sum is taken in another order.
     assert off < (0.5 if recipe is W7A8 else 0.01) * lost
+    torch.testing.assert_close(loaded.run(x.to(memory_format=torch.channels_last)), loaded.run(x))
     shared, _ = predict(loaded.run, [(x, torch.zeros(5))] * 4, workers=2)
     torch.testing.assert_close(shared, loaded.run(x).repeat(4, 1))
     if recipe is W7A8:
