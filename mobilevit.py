@@ -86,8 +86,8 @@ def unfold(x: Tensor) -> Tensor:
     Attention then mixes the pixels that share a position, across all patches (paper, eq. 1).
     """
     d, H, W = x.shape[1:]
-    x = x.reshape(-1, d, H // PATCH, PATCH, W // PATCH, PATCH)
-    return x.permute(0, 3, 5, 2, 4, 1).reshape(-1, H * W // PATCH**2, d)
+    x = x.permute(0, 2, 3, 1).reshape(-1, H // PATCH, PATCH, W // PATCH, PATCH, d)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, H * W // PATCH**2, d)
 
 
 @torch.fx.wrap
@@ -95,7 +95,7 @@ def fold(tokens: Tensor, like: Tensor) -> Tensor:
     """[B*P, N, d] -> [B, d, H, W], the inverse of `unfold` for a map of `like`'s H and W."""
     d, (H, W) = tokens.shape[-1], like.shape[-2:]
     x = tokens.reshape(-1, PATCH, PATCH, H // PATCH, W // PATCH, d)
-    return x.permute(0, 5, 3, 1, 4, 2).reshape(-1, d, H, W)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, H, W, d).permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap
