@@ -26,6 +26,7 @@ FLOAT = {
     "Gemm": "MatMul",
     "FusedGemm": "MatMul",
     "MatMulNBits": "MatMul",
+    "Einsum": "MatMul",
 }
 
 

@@ -39,6 +39,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
         elif isinstance(module, QuantizedAttentionCore):
             for factor, quantizer in module.inputs.items():
                 module.inputs[factor] = _QDQ(quantizer)
+            module.product = _KeyProduct()
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise ValueError("ONNX export of quantized inputs of norms and SiLU is not written")
     with warnings.catch_warnings(), torch.no_grad():
@@ -124,6 +125,21 @@ def _dequantized(codes: Tensor, grid, attrs, shape) -> Tensor:
         shape=shape,
         version=OPSET,
     )
+
+
+class _KeyProduct(nn.Module):
+    """q k^T as Einsum, which names the axis to sum over. MatMul wants keys transposed: OpenVINO is
+    slow at that before they are quantized, and ONNX Runtime 1.32 fails if it comes after."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "Einsum",
+            (q, k),
+            {"equation": "bhnd,bhmd->bhnm"},
+            dtype=q.dtype,
+            shape=(*q.shape[:-1], k.shape[-2]),
+            version=OPSET,
+        )
 
 
 class _Layer(nn.Module):

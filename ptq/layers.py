@@ -93,6 +93,13 @@ class QuantizedLayer(nn.Module):
         self.layer.weight.copy_(self.format.decode(codes, scale))
 
 
+class KeyProduct(nn.Module):
+    """q k^T of [..., N, d], a module of its own so that the ONNX exporter can replace it."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.transpose(-1, -2)
+
+
 class QuantizedAttentionCore(nn.Module):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products: of
     `format` for q, k and v, and of its unsigned twin for the softmax, which is never negative."""
@@ -101,9 +108,10 @@ class QuantizedAttentionCore(nn.Module):
         super().__init__()
         formats = dict.fromkeys("qkv", format) | {"attention": replace(format, symmetric=False)}
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
+        self.product = KeyProduct()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = self.inputs["q"](q) @ self.inputs["k"](k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = self.product(self.inputs["q"](q), self.inputs["k"](k)) * q.shape[-1] ** -0.5
         return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import ptq
 from engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu, predict
+from mobilevit import AttentionCore
 from ptq import LayerSpec, Recipe
 from ptq.correction import make_norms_positive, norms_after
 from ptq.export import fold_norms, to_onnx
@@ -92,6 +93,9 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     torch.testing.assert_close(shared, loaded.run(x).repeat(4, 1))
     if recipe is W7A8:
         assert loaded.products["int8"]["MatMul"] >= 4
+        ran = sum(counts.get("MatMul", 0) for counts in loaded.products.values())
+        kinds = [type(module) for module in model.modules()]
+        assert ran == kinds.count(nn.Linear) + 2 * kinds.count(AttentionCore)
         if engine is openvino_cpu:
             assert loaded.products["int8"]["Conv"] == 11
             assert "MatMul" not in loaded.products["float"]  # of attention, too
