@@ -122,16 +122,16 @@ def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]
     each type of node and its arithmetic, such as "Convolution INT8", by OpenVINO's own counters:
     the mean of `n` calls, in which the networks take turns."""
     core = require("openvino")[0].Core()
-    requests, spent = {}, {}
+    images, requests, spent = _images(example), {}, {}
     for name, (network, precision) in networks.items():
         settings = one_thread(precision) | {"PERF_COUNT": True}
         compiled = core.compile_model(channels_last(network), "CPU", settings)
         requests[name] = compiled.create_infer_request()
-        requests[name].infer(_images(example))  # the first call of all is slower
+        requests[name].infer(images)  # the first call of all is slower
         spent[name] = Counter()
     for _ in range(n):
         for name, request in requests.items():
-            request.infer(_images(example))
+            request.infer(images)
             for node in request.profiling_info:
                 computed_in = node.exec_type.rpartition("_")[2].upper()
                 arithmetic = {"I8": "INT8", "U8": "INT8", "F32": "FP32"}.get(
