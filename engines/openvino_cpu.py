@@ -83,6 +83,7 @@ def one_thread(precision: str) -> dict:
     return {
         "INFERENCE_NUM_THREADS": 1,
         "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # to a core, the same for all that are compiled
         "INFERENCE_PRECISION_HINT": precision,
     }
 
