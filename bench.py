@@ -2,12 +2,13 @@
 
     python bench.py train     # training images/s at 256x256, ours against others', 6 min on a CPU
     python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
-    python bench.py engines   # latency of methods and engines, all in turn, 15 min
+    python bench.py engines   # latency of methods and engines, all in turn, 5 min
     python bench.py profile   # where OpenVINO spends these milliseconds, under a minute
     python bench.py sweep     # a tenth of the sweep, ours against the published way, 6 min
 
-Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile on CPUs with
-VNNI, NAME-vnni.json. Only ratios carry over to other machines.
+Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile,
+NAME-VARIANT.json, and NAME-VARIANT-vnni.json on CPUs with VNNI. Only ratios carry over to other
+machines.
 """
 
 import json
@@ -27,8 +28,7 @@ BENCHMARKS = {
     "profile": quantization.profile,
     "sweep": quantization.sweep,
 }
-# Whether integers are faster hangs on VNNI: CPUs with and without it have a table each.
-BY_VNNI = ("engines", "profile")
+OF_NETWORKS = ("engines", "profile")  # a file for each variant
 
 
 def parse_args():
@@ -84,8 +84,10 @@ def main():
     on_gpu = args.device == "cuda" and args.what in ("train", "loader")
     device = torch.cuda.get_device_name() if on_gpu else rows.cpu_name()
     print(json.dumps(result, indent=1))
-    vnni = "-vnni" if args.what in BY_VNNI and rows.has_vnni() else ""
-    path = Path(args.output, f"{args.what}{vnni}.json")
+    name = args.what
+    if name in OF_NETWORKS:  # and whether integers are faster hangs on VNNI
+        name += f"-{result['model']}" + "-vnni" * rows.has_vnni()
+    path = Path(args.output, f"{name}.json")
     rows.write_json(path, result | {"hardware": device} | rows.provenance())
     print(path)
 

@@ -284,5 +284,5 @@ def input_sizes(rows):
     axis.margins(0.07)
     axis.set_xlabel("times as fast as FP32 in torch at the side it was trained for, one thread")
     axis.set_ylabel("test accuracy, %")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, handlelength=4)  # so that a dashed line shows as one
     return fig

@@ -122,6 +122,12 @@ def load_run(folder: Path) -> dict:
     }
 
 
+def of_variants(benchmarks: dict[str, dict], name: str) -> list[dict]:
+    """The benchmarks called `name`, with {} for the variant, from small to large."""
+    names = (name.format(model.removeprefix("mobilevit_")) for model in tables.MODELS)
+    return [benchmarks[name] for name in names if name in benchmarks]
+
+
 def save(fig, path: Path) -> None:
     if fig.get_layout_engine() is None:
         fig.tight_layout()
@@ -150,16 +156,18 @@ def fill_pages(args, every_row, rows, runs) -> None:
     are the published ones of `every_row`."""
     benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
     training = tables.training_table(runs)
+    ours = [row for row in rows if not tables.in_protocol(row)]
     pages = {
         Path(args.readme_file): {
             "headline": tables.headline_table(rows),
             "results": tables.results_table([r for r in rows if tables.in_protocol(r)], rows),
-            "engines": tables.results_table([r for r in rows if not tables.in_protocol(r)], rows),
+            "engines": tables.results_table([r for r in ours if not r["simulated"]], rows),
+            "simulated": tables.simulated_table([r for r in ours if r["simulated"]], rows),
             "training": training,
             "commands": tables.commands_block(rows, runs),
             "sizes": tables.sizes_table(of_input_sizes(every_row)),
-            "speeds-vnni": studies.speed_table(benchmarks.get("engines-vnni")),
-            "speeds": studies.speed_table(benchmarks.get("engines")),
+            "speeds-vnni": studies.speed_table(of_variants(benchmarks, "engines-{}-vnni")),
+            "speeds": studies.speed_table(of_variants(benchmarks, "engines-{}")),
             "benchmarks": studies.benchmarks_table(benchmarks),
         },
         Path(args.checkpoints, "README.md"): {
@@ -168,7 +176,7 @@ def fill_pages(args, every_row, rows, runs) -> None:
         },
         Path(args.readme_file).parent / "docs" / "quantization.md": {
             "per-layer": studies.per_layer_table(load_report(args, "w8a8-early")),
-            "profile": studies.profile_table(benchmarks.get("profile-vnni")),
+            "profile": studies.profile_table(benchmarks.get("profile-xxs-vnni")),
             "per-layer-fx": studies.per_layer_table(load_report(args, "int8-fx")),
             "ablation": studies.ablation_table(
                 [r for r in every_row if (r["split"], r["img_size"]) == ("held-out", 256)]

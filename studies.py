@@ -103,26 +103,42 @@ def mean_text(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def speed_table(bench: dict | None) -> str:
-    """Latencies from bench.py engines, fastest first, as shares of FP32's."""
-    if bench is None:
-        return markdown([])
-    ms = {name: times["median"] for name, times in bench["latency_ms"].items()}
-    lines = []
-    for name in sorted(ms, key=ms.get):
-        recipe, engine = name.split("@")
-        runner = RUNS_ON.get(engine, engine)
-        same = ms.get(f"fp32@{'torch-eager' if runner == 'torch' else runner}")
-        lines.append(
-            {
-                "Method": TITLES.get(recipe, recipe),
-                "Engine": f"{engine} {bench['engine_versions'][engine]}",
-                "ms": f"{ms[name]:.1f}",
-                "of FP32 in torch": f"{ms[name] / ms['fp32@torch-eager']:.2f}",
-                "of FP32 on the same engine": f"{ms[name] / same:.2f}" if same else "-",
+def speed_table(benches: list[dict]) -> str:
+    """Latencies from bench.py engines, in milliseconds and as shares of FP32's, for each model: a
+    line a method and engine, the fastest of the first model first."""
+    lines = {}
+    for bench in benches:
+        ms = medians(bench)
+        for name in sorted(ms, key=ms.get):
+            recipe, engine = name.split("@")
+            version = bench["engine_versions"][engine]
+            words = {"Method": TITLES.get(recipe, recipe), "Engine": f"{engine} {version}"}
+            lines.setdefault(name, words)
+    for bench in benches:
+        ms, model = medians(bench), bench["model"].upper()
+        for name, line in lines.items():
+            t = ms.get(name)
+            line |= {
+                f"{model} ms": f"{t:.1f}" if t else "-",
+                f"{model} of torch's FP32": share(t, ms.get("fp32@torch-eager")),
+                f"{model} of the library's FP32": share(t, ms.get(f"fp32@{library(name)}")),
             }
-        )
-    return markdown(lines, left=2)
+    return markdown(list(lines.values()), left=2)
+
+
+def medians(bench: dict) -> dict[str, float]:
+    return {name: times["median"] for name, times in bench["latency_ms"].items()}
+
+
+def library(name: str) -> str:
+    """The engine that runs networks in FP32 by the library that runs METHOD@ENGINE."""
+    engine = name.split("@")[1]
+    runner = RUNS_ON.get(engine, engine)
+    return "torch-eager" if runner == "torch" else runner
+
+
+def share(part: float | None, whole: float | None) -> str:
+    return f"{part / whole:.2f}" if part and whole else "-"
 
 
 def profile_table(bench: dict | None) -> str:

@@ -39,7 +39,8 @@ RUNS_ON = {  # the package behind an engine
 }
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
-HEADLINE = {(recipe, "openvino") for recipe in ("w8a8", "w4")}
+HEADLINE = {(recipe, "openvino") for recipe in ("fp32", "w8a8", "w4")}
+SIMULATED_COLUMNS = ("Model", "Method", "Accuracy %", "Δ points (changed)", "MB", "Smaller")
 HEADLINE_COLUMNS = ("Model", "Method", "Engine", "Accuracy %", "Δ points (changed)", "MB", "Faster")
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 
@@ -168,8 +169,17 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
 def headline_table(rows: list[dict]) -> str:
     """The few rows and columns that most readers want."""
     shown = [r for r in rows if is_baseline(r) or (r["recipe"]["name"], r["engine"]) in HEADLINE]
-    lines = [result_line(row, rows) for row in in_order(shown)]
-    return markdown([{name: line[name] for name in HEADLINE_COLUMNS} for line in lines], left=3)
+    return short_table(shown, rows, HEADLINE_COLUMNS, left=3)
+
+
+def simulated_table(rows: list[dict], all_rows: list[dict]) -> str:
+    """Simulated rows, without what only an engine's can say."""
+    return short_table(rows, all_rows, SIMULATED_COLUMNS, left=2)
+
+
+def short_table(rows: list[dict], all_rows: list[dict], columns: tuple[str, ...], left: int) -> str:
+    lines = [result_line(row, all_rows) for row in in_order(rows)]
+    return markdown([{name: line[name] for name in columns} for line in lines], left)
 
 
 def sizes_table(rows: list[dict]) -> str:

@@ -11,7 +11,7 @@ from ptq.formats import Uniform
 RECIPE = Recipe(
     "test",
     layers=(
-        LayerSpec("classifier", Uniform(8, granularity="channel")),
+        LayerSpec("classifier", Uniform(8, granularity=16)),
         LayerSpec(".*", Uniform(4, granularity="channel"), Uniform(8, False)),
     ),
     correct_biases=True,

@@ -69,6 +69,7 @@ def tree(tmp_path):
     }
     rows["held-out"] = row("fp32", **HELD_OUT)
     rows["w8a8"] = row("w8a8", "openvino", **IN_INT8)
+    rows["w6a6"] = row("w6a6", accuracy_pct=89.5, n_correct=8950)
     small = {"img_size": 128, "accuracy_pct": 88.0, "latency_ms": {"median": 5.0}}
     rows["w8a8-128"] = row("w8a8", "openvino", **IN_INT8 | small)
     for name, content in rows.items():
@@ -100,8 +101,8 @@ def tree(tmp_path):
     first = shutil.copytree(shipped, shipped / "first", ignore=shutil.ignore_patterns("*.pth"))
     command = "python train.py --seed 2 --output runs/first --max-minutes 9"
     (first / "config.json").write_text(json.dumps({"command": command}))
-    blocks = ("headline", "results", "engines", "speeds", "speeds-vnni", "training", "commands")
-    (tmp_path / "README.md").write_text(page(*blocks, "sizes", "benchmarks"))
+    blocks = ("headline", "results", "engines", "simulated", "speeds", "speeds-vnni", "training")
+    (tmp_path / "README.md").write_text(page(*blocks, "commands", "sizes", "benchmarks"))
     (tmp_path / "checkpoints" / "README.md").write_text(page("training", "classes"))
     noise = {"weights": {"stem.conv": 0.01}, "inputs": {"stem.conv.input": 0.5}}
     calibration = {"n": RECIPES["w8a8-early"].calibration_images}
@@ -110,11 +111,14 @@ def tree(tmp_path):
               "noise_of_all": 0.7}  # fmt: skip
     write_json(results / "per-layer" / "w8a8-early.json", report)
     times = {"fp32@torch-eager": 20.0, "fp32@openvino": 10.0, "int8-nncf@nncf": 5.0}
-    bench = {"latency_ms": {name: {"median": ms} for name, ms in times.items()},
+    bench = {"model": "xxs",
+             "latency_ms": {name: {"median": ms} for name, ms in times.items()},
              "engine_versions": {"torch-eager": "1", "openvino": "2", "nncf": "3"}}  # fmt: skip
-    write_json(tmp_path / "results" / "benchmarks" / "engines.json", bench)
+    write_json(tmp_path / "results" / "benchmarks" / "engines-xxs.json", bench)
+    bench = bench | {"model": "xs", "latency_ms": {"fp32@torch-eager": {"median": 40.0}}}
+    write_json(tmp_path / "results" / "benchmarks" / "engines-xs.json", bench)
     nodes = {"fp32": {"Convolution FP32": 2, "Pad": 1}, "w8a8": {"Convolution INT8": 1, "Pad": 1}}
-    write_json(tmp_path / "results" / "benchmarks" / "profile-vnni.json", {"ms": nodes})
+    write_json(tmp_path / "results" / "benchmarks" / "profile-xxs-vnni.json", {"ms": nodes})
     speeds = {"ours": 40.0, "timm": 32.0, "fused attention": 20.0}
     train = {"images_per_s": speeds, "ratio": {"timm": 1.25, "fused attention": 2.0},
              "variant": "xxs", "img_size": 256, "precision": "bf16", "hardware": "a CPU",
@@ -146,6 +150,8 @@ def test_readme_check_and_figures(tree):
     assert text.count("| mobilevit_xxs | w8a8 | openvino | 90.00 | +0.00 (0) | 1.00 | 1.00x |") == 1
     computed = "INT8 (Conv 30/35, MatMul 37/55)"
     assert text.count(f"| mobilevit_xxs | w8a8 | openvino | {computed} |") == 1  # at 256x256
+    assert text.count("| mobilevit_xxs | w6a6 |") == 1
+    assert "| mobilevit_xxs | w6a6 | 89.50 | -0.50 (0) | 1.00 | 1.00x |" in text
     sizes = ["| mobilevit_xxs | 128 | - | - | 88.00 | 2.00x |",
              "| mobilevit_xxs | 256 | - | - | 90.00 | 1.00x |"]  # fmt: skip
     assert "\n".join(sizes) in text
@@ -159,7 +165,8 @@ def test_readme_check_and_figures(tree):
     assert "| The same | 40.0 images/s | fused attention: 20.0 images/s | 2.00 |" in text
     card = (tree / "checkpoints" / "README.md").read_text()
     assert "| airplane | 90.0 | 90.0 |" in card and "| 954,234 |" in card and "old" not in card
-    assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 |" in text
+    assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 | - | - | - |" in text
+    assert "| FP32 | torch-eager 1 | 20.0 | 1.00 | 1.00 | 40.0 | 1.00 | 1.00 |" in text
     docs = (tree / "docs" / "quantization.md").read_text()
     assert "| input of stem.conv | 0.5000 |" in docs
     assert "| w4 | 81.00 ± 1.41 | -9.00 | 0 ± 0 | 2 |" in docs and "old" not in docs
@@ -192,7 +199,7 @@ def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
     path.write_text(json.dumps(row("fp16", **other)))
     rows = load_rows(tree / "results", tree / "checkpoints")
     published = [row["recipe"]["name"] for row in rows if is_published(row)]
-    assert sorted(published) == ["fp32", "int8-fx", "w8a8"]
+    assert sorted(published) == ["fp32", "int8-fx", "w6a6", "w8a8"]
 
 
 def test_missing_markers_and_folders_are_one_line(tree):

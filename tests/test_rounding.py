@@ -138,6 +138,25 @@ def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
     assert ((FORMAT.rows(result.codes) - clipped).abs() < 1).all()
 
 
+def test_adaround_is_near_the_best_of_all_ways_up_or_down(monkeypatch):
+    monkeypatch.setattr(rounding, "STEPS", 300)
+    totals = torch.zeros(3, dtype=torch.float64)  # best, AdaRound, nearest
+    ups = torch.tensor(list(itertools.product((0, 1), repeat=6)))
+    for seed in range(8):
+        # As small as errors of a layer's outputs are: they are weighed against the regularization.
+        layer, x = nn.Linear(6, 1, bias=False), 0.2 * correlated(64, 6)
+        with torch.no_grad():
+            layer.weight.copy_(draw(1, 6, seed=seed))
+        found, nearest = (quantized(layer, x, m)[0] for m in ("adaround", "nearest"))
+        weight, scale = layer.weight.detach(), found.scale
+        every = ((weight / scale).floor() + ups).clamp(FORMAT.qmin, FORMAT.qmax)
+        codes = torch.cat((every, found.codes, nearest.codes)).double()
+        off = weight.double() - codes * scale.double()
+        errors = (x.double() @ off.T).square().sum(0)
+        totals += torch.stack((errors[:-2].min(), errors[-2], errors[-1]))
+    assert totals[0] <= totals[1] < 1.1 * totals[0] < totals[2]
+
+
 @pytest.mark.parametrize("method", ["nearest", "gptq", "adaround"])
 def test_constant_filters_stay_what_they_are(method, monkeypatch):
     monkeypatch.setattr(rounding, "STEPS", 100)
