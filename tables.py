@@ -68,6 +68,7 @@ def in_order(rows: list[dict]) -> list[dict]:
             row["simulated"],
             recipes.index(recipe) if recipe in recipes else len(recipes),
             recipe,
+            not is_baseline(row),
         )
 
     return sorted(rows, key=key)
