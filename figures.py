@@ -21,8 +21,10 @@ MARK_PX = 6  # half the side of a point there
 PLACES = (
     *((7, 0), (0, -6), (0, 6), (-7, 0)),
     *((4, -4), (4, 4), (-4, -4), (-4, 4)),
+    *((22, -9), (22, 9), (-22, -9), (-22, 9)),
     *((0, -14), (0, 14), (0, -22), (0, 22)),
 )
+FAR = 10  # in these points; from names further away a line leads to their point
 WIDTH_IN = 8.5  # inches; 850 pixels at the 100 dpi of a README column
 
 plt.rcParams |= {
@@ -255,6 +257,10 @@ def name_points(axis, points) -> None:
                 break
             text.remove()
         taken.append(box)
+        if max(abs(dx), abs(dy)) > FAR:
+            line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 0, "shrinkB": 0}
+            offset = {"textcoords": "offset points", "xytext": place}
+            axis.annotate("", (x, y), **offset, arrowprops=line)
 
 
 def input_sizes(rows):
