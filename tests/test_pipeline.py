@@ -337,11 +337,12 @@ def test_recipes_are_data(recipe):
 def test_the_worked_example_runs(model, batches):
     text = (ROOT / "ptq" / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[2:]]
-    assert len(blocks) == 2 and len(blocks[0].splitlines()) < 30
+    assert len(blocks) == 3 and len(blocks[0].splitlines()) < 30
     names = {}
     try:
         for block in blocks:
             exec(block, names)
+        names["test_three_sigma_of_normal_numbers"]()
         quantized = ptq.quantize(model, names["recipe"], batches)
     finally:
         OBSERVERS.pop("three-sigma", None)
