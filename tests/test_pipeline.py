@@ -279,12 +279,16 @@ def test_names_and_patterns_of_nothing_are_refused(model, batches):
             ptq.quantize(model, recipe, batches)
 
 
-@pytest.mark.parametrize("name", ["w4-mixed", "w4"])
+WHOLE_BLOCKS = replace(RECIPES["w4"], units=r"stages\.\d\.\d")  # MobileViT's among them
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPES["w4-mixed"], RECIPES["w4"], WHOLE_BLOCKS], ids=["mixed", "w4", "blocks"]
+)
 def test_a_learnt_recipe_beats_its_baseline_and_takes_every_layer_once(
-    name, model, batches, monkeypatch
+    recipe, model, batches, monkeypatch
 ):
     monkeypatch.setattr(rounding, "STEPS", 50)
-    recipe = RECIPES[name]
     learnt = ptq.quantize(model, recipe, batches)
     layers = rounding.layers_to_round(learnt)
     taken = [
