@@ -2,7 +2,7 @@
 
     python bench.py train     # training images/s at 256x256, ours against others', 6 min on a CPU
     python bench.py loader    # images/s that the loader makes, against what the model takes, 1 min
-    python bench.py engines   # latency of methods and engines, all in turn, 5 min
+    python bench.py engines   # latency of methods and engines, all in turn, 5 to 7 min
     python bench.py profile   # where OpenVINO spends these milliseconds, under a minute
     python bench.py sweep     # a tenth of the sweep, ours against the published way, 6 min
 

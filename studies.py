@@ -106,33 +106,28 @@ def mean_text(values: list[float], digits: int) -> str:
 def speed_table(benches: list[dict]) -> str:
     """Latencies from bench.py engines, in milliseconds and as shares of FP32's, for each model: a
     line a method and engine, the fastest of the first model first."""
-    lines = {}
+    by_model, versions = {}, {}
     for bench in benches:
-        ms = medians(bench)
-        for name in sorted(ms, key=ms.get):
-            recipe, engine = name.split("@")
-            version = bench["engine_versions"][engine]
-            words = {"Method": TITLES.get(recipe, recipe), "Engine": f"{engine} {version}"}
-            lines.setdefault(name, words)
-    for bench in benches:
-        ms, model = medians(bench), bench["model"].upper()
-        for name, line in lines.items():
+        ms = {name: times["median"] for name, times in bench["latency_ms"].items()}
+        by_model[bench["model"].upper()] = ms
+        versions = bench["engine_versions"] | versions
+    lines = []
+    for name in dict.fromkeys(n for ms in by_model.values() for n in sorted(ms, key=ms.get)):
+        recipe, engine = name.split("@")
+        line = {"Method": TITLES.get(recipe, recipe), "Engine": f"{engine} {versions[engine]}"}
+        for model, ms in by_model.items():
             t = ms.get(name)
             line |= {
                 f"{model} ms": f"{t:.1f}" if t else "-",
                 f"{model} of torch's FP32": share(t, ms.get("fp32@torch-eager")),
-                f"{model} of the library's FP32": share(t, ms.get(f"fp32@{library(name)}")),
+                f"{model} of the library's FP32": share(t, ms.get(f"fp32@{library(engine)}")),
             }
-    return markdown(list(lines.values()), left=2)
+        lines.append(line)
+    return markdown(lines, left=2)
 
 
-def medians(bench: dict) -> dict[str, float]:
-    return {name: times["median"] for name, times in bench["latency_ms"].items()}
-
-
-def library(name: str) -> str:
-    """The engine that runs networks in FP32 by the library that runs METHOD@ENGINE."""
-    engine = name.split("@")[1]
+def library(engine: str) -> str:
+    """The engine that runs networks in FP32 by the same library."""
     runner = RUNS_ON.get(engine, engine)
     return "torch-eager" if runner == "torch" else runner
 

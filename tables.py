@@ -94,15 +94,19 @@ def changed_predictions(row: dict, baseline: dict) -> int:
     return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
 
 
-def agreement(row: dict, rows: list[dict]) -> str:
-    """On how many images an engine's prediction is that of the simulation in torch, where both were
-    measured."""
+def twin(row: dict, rows: list[dict]) -> dict | None:
+    """The row of the same recipe on the same images, simulated in torch."""
     same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images")
     for other in rows:
         alike = other is not row and all(other[name] == row[name] for name in same)
         if alike and other["recipe"]["name"] == row["recipe"]["name"] and other["simulated"]:
-            return f"{100 - 100 * changed_predictions(row, other) / row['n_images']:.2f} %"
-    return "-"
+            return other
+    return None
+
+
+def agreement_pct(row: dict, other: dict) -> float:
+    """Share of images on which two rows predict the same."""
+    return 100 - 100 * changed_predictions(row, other) / row["n_images"]
 
 
 def speed_up(row: dict) -> float:
@@ -162,7 +166,8 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
         if in_protocol(row):
             line["Published % / MB / ms"] = published_text(row["model"], row["recipe"]["name"])
         else:
-            line["As simulated"] = agreement(row, all_rows)
+            simulated = twin(row, all_rows)
+            line["As simulated"] = f"{agreement_pct(row, simulated):.2f} %" if simulated else "-"
         lines.append(line)
     return markdown(lines, left=4)
 

@@ -9,8 +9,9 @@ from conftest import ROOT
 import data
 import rows
 from engines import predict
+from plots import load_rows
 from ptq.recipes import PROTOCOL, RECIPES, Recipe
-from tables import changed_predictions
+from tables import agreement_pct, twin
 from weights import model_from_checkpoint
 
 SHIPPED = sorted(p for p in Path(ROOT, "checkpoints").glob("mobilevit_*/best.pth")
@@ -37,24 +38,18 @@ def test_every_row_is_of_the_shipped_weights(path):
         assert Recipe.fromdict(row["recipe"]) == RECIPES[row["recipe"]["name"]]
 
 
-def both(engine: str) -> list:
-    """Each row of an engine with that of the same recipe simulated."""
-    paths = (p for fp32 in FP32_ROWS for p in sorted(fp32.parent.glob(f"*@{engine}.json")))
-    pairs = ((p, p.with_name(p.name.replace(engine, "torch-eager"))) for p in paths)
-    return [pair for pair in pairs if pair[1].exists()]
-
-
 # What computes in BF16 around the integers rounds more than the simulation does, see the docs.
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_engines_predict_as_simulated(engine):
-    assert both(engine)
-    for executed, simulated in both(engine):
-        row, other = rows.read_json(executed), rows.read_json(simulated)
-        same_pct = 100 - 100 * changed_predictions(row, other) / row["n_images"]
-        apart = abs(row["accuracy_pct"] - other["accuracy_pct"])
-        wanted = AGREEMENT_PCT, POINTS_APART
-        least, most = MISSES.get((row["model"], executed.stem), wanted)
-        assert round(same_pct, 2) >= least and round(apart, 2) <= most, executed
+    every_row = load_rows(ROOT / "results", ROOT / "checkpoints")
+    pairs = [(row, twin(row, every_row)) for row in every_row if row["engine"] == engine]
+    pairs = [(row, simulated) for row, simulated in pairs if simulated]
+    assert pairs
+    for row, simulated in pairs:
+        what = row["model"], f"{row['recipe']['name']}@{engine}"
+        apart = abs(row["accuracy_pct"] - simulated["accuracy_pct"])
+        least, most = MISSES.get(what, (AGREEMENT_PCT, POINTS_APART))
+        assert round(agreement_pct(row, simulated), 2) >= least and round(apart, 2) <= most, what
 
 
 @pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR names no CIFAR-10")
