@@ -21,7 +21,7 @@ MARK_PX = 6  # half the side of a point there
 PLACES = (
     *((7, 0), (0, -6), (0, 6), (-7, 0)),
     *((4, -4), (4, 4), (-4, -4), (-4, 4)),
-    *((22, -9), (22, 9), (-22, -9), (-22, 9)),
+    *((22, -9), (22, 9), (-22, -9), (-22, 9), (22, 0), (44, -9), (44, 9)),
     *((0, -14), (0, 14), (0, -22), (0, 22)),
 )
 FAR = 10  # in these points; from names further away a line leads to their point
@@ -256,8 +256,9 @@ def name_points(axis, points) -> None:
             if free or place is PLACES[-1]:
                 break
             text.remove()
-        taken.append(box)
-        if max(abs(dx), abs(dy)) > FAR:
+        far = max(abs(dx), abs(dy)) > FAR
+        taken.append(box.padded(MARK_PX) if far else box)  # no two lines end at one place
+        if far:
             line = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 0, "shrinkB": 0}
             offset = {"textcoords": "offset points", "xytext": place}
             axis.annotate("", (x, y), **offset, arrowprops=line)
