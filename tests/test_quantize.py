@@ -225,11 +225,11 @@ def test_export_writes_files_that_load(checkpoint, tmp_path):
         torch.testing.assert_close(logits, expected(x), rtol=1e-3, atol=1e-3)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (snippet,) = (text for text in snippets if "packing.load" in text)
-    files = snippet.replace("exported/mobilevit_xxs-w4", str(packed.with_suffix("")))
+    files = snippet.replace("exported/mobilevit_xxs-w8a8", str(packed.with_suffix("")))
     scope = {"images": data.load("synthetic", None, train=False).images[:2]}
     exec(files.replace("256", "32"), scope)
     torch.testing.assert_close(
-        scope["logits"], torch.from_numpy(scope["onnx_logits"]), rtol=0.01, atol=0.01
+        scope["logits"], torch.from_numpy(scope["openvino_logits"]), rtol=0.01, atol=0.01
     )
 
 
