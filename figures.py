@@ -1,5 +1,7 @@
 """Figures from rows and training logs; each function gives a matplotlib figure."""
 
+from collections import Counter
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -187,8 +189,9 @@ def family(row) -> str:
 
 
 def engines(rows):
-    """Accuracy against speed and against size, of rows that are not simulated; two panels a
-    model. What loses more than SHOWN_POINTS is drawn at the lower edge, with its accuracy."""
+    """Accuracy against speed, on the kind of CPU that most rows are from, and against size, of rows
+    that are not simulated; two panels a model. What loses more than SHOWN_POINTS is drawn at the
+    lower edge, with its accuracy."""
     models = [m for m in tables.MODELS if any(row["model"] == m for row in rows)]
     size = (WIDTH_IN, 0.6 + 3.4 * len(models))
     fig, axes = plt.subplots(
@@ -198,11 +201,17 @@ def engines(rows):
     for model, (left, right) in zip(models, axes):
         of_model = [row for row in rows if row["model"] == model]
         left.set_title(model, loc="left")
-        left.set(xlabel="times as fast as FP32 in torch, one thread", ylabel="test accuracy, %")
+        floor = max(row["accuracy_pct"] for row in of_model) - SHOWN_POINTS
+        cpu = Counter(map(tables.cpu, of_model)).most_common(1)[0][0]
+        on_it = [row for row in of_model if tables.cpu(row) == cpu or tables.is_baseline(row)]
+        left.set_xlabel(f"times as fast as torch's FP32, {cpu}")
+        left.set_ylabel("test accuracy, %")
         right.set_xlabel("size of the file, MB")
-        for axis, x in ((left, tables.speed_up), (right, lambda row: row["size_bytes"] / MB)):
-            floor = max(row["accuracy_pct"] for row in of_model) - SHOWN_POINTS
-            points = [(x(row), max(row["accuracy_pct"], floor), row) for row in of_model]
+        for axis, shown, x in (
+            (left, on_it, tables.speed_up),
+            (right, of_model, lambda row: row["size_bytes"] / MB),
+        ):
+            points = [(x(row), max(row["accuracy_pct"], floor), row) for row in shown]
             for at, accuracy, row in points:
                 marker = ENGINE_MARKERS[tables.RUNS_ON.get(row["engine"], row["engine"])]
                 colour = FAMILIES[family(row)]

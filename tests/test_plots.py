@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import fails_with_one_line, run
 
+import figures
 from plots import filled_page, is_published, load_rows
 from ptq import RECIPES
 from rows import BadInput, sha256, write_json, write_text
@@ -200,6 +201,15 @@ def test_rows_of_other_data_settings_or_weights_are_not_published(tree, other):
     rows = load_rows(tree / "results", tree / "checkpoints")
     published = [row["recipe"]["name"] for row in rows if is_published(row)]
     assert sorted(published) == ["fp32", "int8-fx", "w6a6", "w8a8"]
+
+
+def test_speeds_on_another_cpu_are_not_drawn_beside_these():
+    elsewhere = row("int8-nncf", cpu="A CPU, AVX512 with VNNI", accuracy_pct=89.0)
+    shown = [row("fp32"), row("fp32", engine="openvino"), elsewhere]
+    speeds, sizes = figures.engines(shown).axes[:2]
+    heights = [[line.get_ydata()[0] for line in axis.get_lines() if len(line.get_xdata())]
+               for axis in (speeds, sizes)]  # fmt: skip
+    assert heights == [[90.0, 90.0], [90.0, 90.0, 89.0]] and "AVX2" in speeds.get_xlabel()
 
 
 def test_missing_markers_and_folders_are_one_line(tree):
