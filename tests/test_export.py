@@ -14,7 +14,6 @@ from ptq.correction import make_norms_positive, norms_after
 from ptq.export import fold_norms, to_onnx
 from ptq.formats import Uniform
 from ptq.layers import QuantizedLayer
-from rows import has_vnni
 
 
 def per_channel(bits):
@@ -87,11 +86,8 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
     loaded = engine.load(network, recipe, None, x[:1])
     expected = network(x).detach()
     off, lost = ((y - expected).abs().max().item() for y in (loaded.run(x), model(x)))
-    share = 0.01
-    if recipe is W7A8:  # rounding of activations may fall either way where sums differ in order
-        # Without VNNI OpenVINO drops the last bit of weights, see docs/quantization.md.
-        share = 0.5 if engine is onnx_runtime or has_vnni() else 2
-    assert off < share * lost
+    # Rounding of activations may fall either way where a sum is taken in another order.
+    assert off < (0.5 if recipe is W7A8 else 0.01) * lost
     torch.testing.assert_close(loaded.run(x.to(memory_format=torch.channels_last)), loaded.run(x))
     shared, _ = predict(loaded.run, [(x, torch.zeros(5))] * 4, workers=2)
     torch.testing.assert_close(shared, loaded.run(x).repeat(4, 1))
@@ -105,19 +101,6 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
             assert "MatMul" not in loaded.products["float"]  # of attention, too
     else:
         assert not any(loaded.products["int8"].values())
-
-
-def test_openvino_computes_even_codes_as_simulated_on_any_cpu(model, x):
-    network = ptq.quantize(model, W7A8, [(x, None)])
-    for layer in network.modules():
-        if isinstance(layer, QuantizedLayer):
-            layer.set_weight(layer.codes // 2 * 2, layer.scale)
-    expected = network(x).detach()
-    off, lost = (
-        (y - expected).square().mean() ** 0.5
-        for y in (openvino_cpu.load(network, W7A8, None, x[:1]).run(x), model(x))
-    )
-    assert off < 0.5 * lost
 
 
 def test_a_profile_says_what_ran_in_integers(quantized, model, x):
