@@ -25,8 +25,9 @@ OPSET = 21  # the first with INT4
 def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
 
-    Raises ValueError for what is not written: activations in other than 8 bits, weights of
-    more than 8 or without a scale per output channel, quantized inputs of norms and SiLU.
+    Raises ValueError for what is not written: activations in more than 8 bits, or in fewer with a
+    scale per channel, weights of more than 8 or without a scale per output channel, quantized
+    inputs of norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
     fold_norms(model)
@@ -93,22 +94,29 @@ def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
 
 
 class _QDQ(nn.Module):
-    """A quantizer as a pair of ONNX operators."""
+    """A quantizer as a pair of ONNX operators. Engines compute with codes of 8 bits: what fewer bits
+    can't reach is clipped before."""
 
     def __init__(self, quantizer: Quantizer):
         super().__init__()
         fmt = quantizer.format
-        if fmt.bits != 8:
-            raise ValueError(f"ONNX can't write activations in {fmt}")
-        self.dtype = torch.int8 if fmt.symmetric else torch.uint8
         per_tensor = fmt.granularity == "tensor"
+        if fmt.bits > 8 or (fmt.bits < 8 and not per_tensor):
+            raise ValueError(f"ONNX export of activations in {fmt} is not written")
+        self.dtype = torch.int8 if fmt.symmetric else torch.uint8
         self.axis = 0 if per_tensor else fmt.axis
         grid = quantizer.scale, quantizer.zero_point.to(self.dtype)
         scale, zero_point = (t[0] for t in grid) if per_tensor else grid
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+        self.limits = None
+        if fmt.bits < 8:
+            zero = quantizer.zero_point.item()
+            self.limits = [(code - zero) * scale.item() for code in (fmt.qmin, fmt.qmax)]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.limits:
+            x = x.clamp(*self.limits)
         grid, attrs = (self.scale, self.zero_point), {"axis": self.axis}
         codes = torch.onnx.ops.symbolic(
             "QuantizeLinear", (x, *grid), attrs, dtype=self.dtype, shape=x.shape, version=OPSET

@@ -124,7 +124,11 @@ class Recipe:
         """Whether QDQ ONNX can hold what it does to the network."""
         return not self.rules and all(
             spec.kind == "product"
-            and (spec.input is None or spec.input.bits == 8)
+            and (
+                spec.input is None
+                or spec.input.bits == 8
+                or (spec.input.bits < 8 and spec.input.granularity == "tensor")
+            )
             and (
                 spec.weight is None
                 or (spec.weight.bits <= 8 and spec.weight.granularity == "channel")
@@ -190,7 +194,9 @@ def _weights(bits: int) -> Uniform:
 _EARLY = r"stem\.conv|stages\.0\.0\.(expand|depthwise)\.conv|stages\.1\.0\.(expand|depthwise)\.conv"
 
 
-def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec, ...]:
+def _layers(
+    weight_bits: int, input_bits: int | None = None, attention_bits: int | None = None
+) -> tuple[LayerSpec, ...]:
     """Everything with a product in it. Inputs of depthwise convolutions have a scale per channel,
     which their integer kernels can take in with that of the weights; all others one scale. Those of
     attention are symmetric: OpenVINO computes products of two activations in integers only so."""
@@ -201,7 +207,7 @@ def _layers(weight_bits: int, input_bits: int | None = None) -> tuple[LayerSpec,
     return (
         LayerSpec(_EARLY, _weights(weight_bits)),
         LayerSpec(r".*\.depthwise\.conv", _weights(weight_bits), per_channel),
-        LayerSpec(r".*\.core", input=Uniform(input_bits)),
+        LayerSpec(r".*\.core", input=Uniform(attention_bits or input_bits)),
         LayerSpec(".*", _weights(weight_bits), per_tensor),
     )
 
@@ -235,8 +241,9 @@ _LEARNT = {"rounding": "adaround", "units": _BLOCKS, **_CALIBRATED}
 OURS = (
     Recipe("w8a8", layers=_layers(8, 8), **_REPAIRED),
     Recipe("w8a8-nearest", layers=_layers(8, 8), **_CALIBRATED),
-    # Full 8-bit products overflow the 16 bits in which CPUs without VNNI first add them up.
-    Recipe("w7a8", layers=_layers(7, 8), **_REPAIRED),
+    # CPUs without VNNI first add two products in 16 bits, which full 8-bit factors overflow, in
+    # attention as well.
+    Recipe("w7a8", layers=_layers(7, 8, attention_bits=7), **_REPAIRED),
     # There integer convolutions beat float ones, but integer matrix products do not.
     Recipe("w7a8-convs", layers=_convolutions(7, 8), **_REPAIRED),
     Recipe("w6a6", layers=_layers(6, 6), **_GPTQ),

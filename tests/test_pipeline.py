@@ -408,6 +408,23 @@ def test_recipes_for_convolutions_leave_linear_layers_and_products_their_inputs(
     assert not any(isinstance(m, QuantizedAttentionCore) for m in network.modules())
 
 
+@pytest.mark.parametrize("name", ["w7a8", "w7a8-convs"])
+def test_pairs_of_products_of_seven_bits_fit_sixteen(name):
+    network = MobileViT("xxs")
+    attach(network, RECIPES[name])
+    for module in network.modules():
+        if isinstance(module, QuantizedAttentionCore):
+            pairs = [("q", "k"), ("attention", "v")]
+            factors = [tuple(module.inputs[n].format for n in pair) for pair in pairs]
+        elif isinstance(module, QuantizedLayer) and isinstance(module.input, Quantizer):
+            factors = [(module.input.format, module.format)]
+        else:
+            continue
+        for first, second in factors:
+            largest = first.qmax + 128 * first.symmetric  # kernels move signed codes up to unsigned
+            assert 2 * largest * max(-second.qmin, second.qmax) < 2**15
+
+
 def test_biases_leave_to_norms_what_norms_have_taken_in(model, batches):
     recipe = Recipe("r", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),),
                     norms="shift", correct_biases=True)  # fmt: skip
