@@ -94,7 +94,7 @@ def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
 
 
 class _QDQ(nn.Module):
-    """A quantizer as a pair of ONNX operators. Engines compute with codes of 8 bits: what fewer bits
+    """A quantizer as a pair of ONNX operators. Engines compute with 8-bit codes: what fewer bits
     can't reach is clipped before."""
 
     def __init__(self, quantizer: Quantizer):
