@@ -6,11 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 POLICIES = ("none", "crop-flip", "autoaugment")
 DRAWS = 5  # random numbers that an image takes
-_AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,11 @@ class Augmentation:
         if self.policy != "none":
             x = flip(x, draws[:, 2])
         if self.policy == "autoaugment":
-            x = seeded(_AUTO_AUGMENT, x, draws[:, 3])
+            v2 = _transforms()
+            x = seeded(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), x, draws[:, 3])
         if self.erase:
-            x = seeded(v2.RandomErasing(self.erase, value=[125, 123, 114]), x, draws[:, 4])
+            erasing = _transforms().RandomErasing(self.erase, value=[125, 123, 114])
+            x = seeded(erasing, x, draws[:, 4])
         return x
 
     @property
@@ -63,6 +63,13 @@ class Augmentation:
         else:
             x = (kept * x + (1 - kept) * other).round().to(torch.uint8)
         return x, kept * targets + (1 - kept) * other_targets
+
+
+def _transforms():
+    """Those of torchvision, which takes two seconds to import: spent only where it is used."""
+    from torchvision.transforms import v2
+
+    return v2
 
 
 def crop(x: Tensor, top: Tensor, left: Tensor, side: int, padding: int) -> Tensor:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 
 from augment import DRAWS, Augmentation
 from rows import BadInput
@@ -62,6 +61,8 @@ def require_known(checkpoint: dict, path) -> None:
 
 
 def _cifar10(data_dir: Path, train: bool) -> Images:
+    from torchvision.datasets import CIFAR10  # two seconds, spent only where it is used
+
     folder = data_dir / CIFAR10.base_folder
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision's chatter
