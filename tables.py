@@ -96,7 +96,7 @@ def changed_predictions(row: dict, baseline: dict) -> int:
 
 def twin(row: dict, rows: list[dict]) -> dict | None:
     """The row of the same recipe on the same images, simulated in torch on such a CPU: from what
-    another computes, GPTQ and AdaRound choose other codes."""
+    another computes, GPTQ chooses other codes."""
     same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images", "cpu")
     for other in rows:
         alike = other is not row and all(other[name] == row[name] for name in same)
