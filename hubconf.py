@@ -5,8 +5,8 @@
 
 from pathlib import Path
 
+from lab.models.checkpoint import model_from_checkpoint
 from mobilevit import MobileViT
-from weights import model_from_checkpoint
 
 dependencies = ["torch"]
 

@@ -22,20 +22,21 @@ from pathlib import Path
 
 import torch
 
-import rows
-from engines import EngineMissing, require, torch_eager
-from engines.registry import ENGINES, engines_for
+from lab import cli, files, machine
+from lab.cli import BadInput
+from lab.engines import EngineMissing, require, torch_eager
+from lab.engines.registry import ENGINES, engines_for
+from lab.report.rows import kept
+from lab.report.studies import per_layer_table
+from lab.report.tables import in_protocol, printed, products_text, results_table
+from lab.subject import Workbench, looks_into
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, packing
-from ptq.recipes import PROTOCOL
-from rows import BadInput
-from studies import per_layer_table
-from tables import in_protocol, printed, products_text, results_table
-from workbench import Workbench, kept, looks_into
+from ptq.recipes.baselines import PROTOCOL
 
 
 def parse_args():
-    p = rows.parser(__doc__)
+    p = cli.parser(__doc__)
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, metavar="PATH", help="checkpoints to quantize")
     add(
@@ -88,7 +89,7 @@ def parse_args():
     for name in ("calibration_images", "test_images", "latency_runs", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
-    rows.check_seed(p, args.seed)
+    cli.check_seed(p, args.seed)
     exports = args.export is not None
     if args.per_layer and exports:
         p.error("--per-layer and --export exclude each other")
@@ -112,7 +113,7 @@ def write_reports(pairs, args) -> int:
             report, path = bench.report(recipe), bench.report_path(recipe)
         except EngineMissing as missing:
             raise BadInput(f"--per-layer, {recipe.name}: {missing}") from missing
-        rows.write_json(path, report)
+        files.write_json(path, report)
         print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}", flush=True)
     return 0
 
@@ -136,10 +137,10 @@ def write_exports(pairs, args) -> int:
         for suffix, write in files.items():
             name = f"{bench.folder().name}-{recipe.name}{bench.setting()}{suffix}"
             path = Path(args.export, name)
-            with rows.atomic(path) as tmp:
+            with files.atomic(path) as tmp:
                 write(tmp)
             checked = f", {bench.parity(recipe, path)}" if suffix == ".onnx" else ""
-            print(f"{path}, {path.stat().st_size / rows.MB:.2f} MB{checked}", flush=True)
+            print(f"{path}, {path.stat().st_size / files.MB:.2f} MB{checked}", flush=True)
     return 0
 
 
@@ -157,7 +158,7 @@ def write_rows(pairs, args) -> int:
             was_there = row is not None
             if not was_there:
                 row = bench.measure(recipe, engine)
-                rows.write_json(path, row)
+                files.write_json(path, row)
         except EngineMissing as missing:
             print(f"{what}: left out, {missing}")
             continue
@@ -179,12 +180,12 @@ def write_rows(pairs, args) -> int:
     return status
 
 
-@rows.command
+@cli.command
 def main():
     args = parse_args()
-    rows.keep_freed_memory()
+    machine.keep_freed_memory()
     exports = args.export is not None
-    rows.require_writable(args.export if exports else args.output)
+    files.require_writable(args.export if exports else args.output)
     torch.set_num_threads(args.workers)
     benches = [Workbench(path, args) for path in args.checkpoint]
     folders = {}

@@ -24,26 +24,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-import rows
-from augment import POLICIES, Augmentation
-from distributed import World
+from lab import cli, files, machine
+from lab.cli import BadInput
+from lab.models.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from lab.tasks import cifar10
+from lab.tasks.augment import POLICIES, Augmentation
+from lab.training.distributed import World
+from lab.training.run import Run, evaluated
+from lab.training.schedule import parse_resolutions
 from mobilevit import MIN_IMG_SIZE, VARIANTS
-from rows import BadInput
-from run import Run, evaluated
-from schedule import parse_resolutions
-from weights import load_checkpoint, model_from_checkpoint, save_checkpoint
 
 BEGAN = time.monotonic()  # what --max-minutes counts from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
 
 
 def parse_args():
-    p = rows.parser(__doc__)
+    p = cli.parser(__doc__)
     add, number = p.add_argument, {"type": float, "metavar": "X"}
     add("--variant", choices=VARIANTS, default="xxs", help="size of the network")
     add("--heads", type=int, help="attention heads in every block, instead of the variant's")
-    add("--dataset", choices=data.DATASETS, default="cifar10", help="synthetic needs no download")
+    add(
+        "--dataset", choices=cifar10.DATASETS, default="cifar10", help="synthetic needs no download"
+    )
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add(
         "--val-size",
@@ -76,7 +78,7 @@ def parse_args():
     add("--ema-decay", default=0.0, help="average the weights for evaluation; 0: do not", **number)
     add(
         "--precision",
-        choices=rows.PRECISIONS,
+        choices=cli.PRECISIONS,
         help="autocast (default: fp32 on CPU, on CUDA bf16 or, where the GPU lacks it, fp16)",
     )
     add("--compile", action="store_true", help="torch.compile the model")
@@ -110,8 +112,8 @@ def parse_args():
         p.error("only one of --init, --widen and --pretrained")
     if args.pretrained and args.heads is not None:
         p.error("--pretrained excludes --heads")
-    args.device = rows.device(p, args.device)
-    args.precision = rows.precision(p, args.precision, args.device)
+    args.device = cli.device(p, args.device)
+    args.precision = cli.precision(p, args.precision, args.device)
     if args.resolutions is None:
         side, epochs = (256 if args.img_size is None else args.img_size, args.epochs)
         args.resolutions = f"{side}:{100 if epochs is None else epochs}"
@@ -139,13 +141,13 @@ def parse_args():
     if args.val_size is None:
         args.val_size = 2000 if args.dataset == "cifar10" else 200
     if args.workers is None:
-        args.workers = data.loader_workers(args.device)
+        args.workers = cifar10.loader_workers(args.device)
     if args.workers < 0:
         p.error("--workers must be at least 0")
-    rows.check_seed(p, args.seed)
+    cli.check_seed(p, args.seed)
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in args.stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
-    args.output = Path(args.output or f"runs/{rows.model_name(args.variant, args.dataset)}")
+    args.output = Path(args.output or f"runs/{files.model_name(args.variant, args.dataset)}")
     return args
 
 
@@ -156,11 +158,11 @@ def train(args, world: World) -> None:
     if args.val_size < world.size:
         raise BadInput(f"--val-size {args.val_size} leaves some of {world.size} processes nothing")
     with world.first_then_others():  # one of them may have to download it
-        images = data.load(args.dataset, args.data_dir, train=True)
-    train_indices, val_indices = data.split(images.labels, args.val_size)
+        images = cifar10.load(args.dataset, args.data_dir, train=True)
+    train_indices, val_indices = cifar10.split(images.labels, args.val_size)
     val = images[val_indices]
     windows = [stage.window for stage in args.stages for _ in range(math.ceil(stage.epochs))]
-    batches = data.TrainBatches(
+    batches = cifar10.TrainBatches(
         images[train_indices],
         args.batch_size,
         args.seed,
@@ -174,13 +176,13 @@ def train(args, world: World) -> None:
         run.resume()
     else:
         if world.rank == 0:
-            rows.write_json(output / "config.json", run.config | rows.provenance())
+            files.write_json(output / "config.json", run.config | machine.provenance())
         run.save()
     if fit(run, batches, val) and world.rank == 0:
         finish(run)
 
 
-def fit(run: Run, batches: data.TrainBatches, val: data.Images) -> bool:
+def fit(run: Run, batches: cifar10.TrainBatches, val: cifar10.Images) -> bool:
     """Train from where `run` stands to its end, to --max-minutes, or to SIGINT or SIGTERM; whether
     it came to its end."""
     args, world = run.args, run.world
@@ -249,7 +251,7 @@ def finish(run: Run) -> None:
     if best["test_accuracy_pct"] is None:
         n_correct, n = test_accuracy(path, args.data_dir, args.device)
         test_accuracy_pct = 100 * n_correct / n
-        name = rows.model_name(args.variant, args.dataset)
+        name = files.model_name(args.variant, args.dataset)
         printed = (
             f"{name}: epoch {best['epoch']} chosen, validation {best['val_accuracy_pct']:.2f} %, "
             f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
@@ -265,33 +267,33 @@ def finish(run: Run) -> None:
             "printed": printed,
             "config": run.config,
         }
-        rows.write_json(metrics_path, metrics | rows.provenance())
+        files.write_json(metrics_path, metrics | machine.provenance())
         save_checkpoint(path, best | {"test_accuracy_pct": test_accuracy_pct})
-    print(rows.read_json(metrics_path)["printed"])
+    print(files.read_json(metrics_path)["printed"])
 
 
 def hardware(world: World) -> str:
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
     else:
-        name = f"{rows.cpu_name()}, {torch.get_num_threads()} threads"
+        name = f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
     return name if world.size == 1 else f"{world.size} x {name}"
 
 
 def test_accuracy(path, data_dir, device) -> tuple[int, int]:
     """Correct and all test images of a checkpoint's data set, at its image size."""
     model, checkpoint = model_from_checkpoint(path)
-    data.require_known(checkpoint, path)
-    test = data.load(checkpoint["config"]["dataset"], data_dir, train=False)
+    cifar10.require_known(checkpoint, path)
+    test = cifar10.load(checkpoint["config"]["dataset"], data_dir, train=False)
     device = torch.device(device)
     logits, labels = evaluated(model.to(device), test, checkpoint["img_size"], device)
     return int((logits.argmax(1) == labels).sum()), len(labels)
 
 
-@rows.command
+@cli.command
 def main():
     args = parse_args()
-    rows.keep_freed_memory()
+    machine.keep_freed_memory()
     if args.eval:
         n_correct, n = test_accuracy(args.checkpoint, args.data_dir, args.device)
         print(f"{args.checkpoint}: test {100 * n_correct / n:.2f} % ({n_correct} of {n})")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.correction import norms_after
+from ptq.graph import norms_after
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 OPSET = 21  # the first with INT4

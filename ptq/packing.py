@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptq.formats import Float16
 from ptq.layers import QuantizedLayer, Quantizer
 from ptq.pipeline import attach
-from ptq.recipes import Recipe
+from ptq.recipe import Recipe
 
 GRID = ("scale", "zero_point")  # of a quantizer
 

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.correction import NORMS, correct_biases, equalize, make_norms_positive, norms_after
+from ptq.graph import norms_after
 from ptq.layers import KINDS, QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.methods import ROUNDINGS
+from ptq.methods.equalize import correct_biases, equalize, make_norms_positive
+from ptq.methods.norms import NORMS
 from ptq.observers import OBSERVERS
-from ptq.recipes import LayerSpec, Recipe
-from ptq.rounding import ROUNDINGS
+from ptq.recipe import LayerSpec, Recipe
 
 
 def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distributed import CpuSyncBatchNorm, World
+from lab.training.distributed import CpuSyncBatchNorm, World
 from mobilevit import MobileViT
 
 

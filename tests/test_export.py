@@ -7,13 +7,15 @@ from small import Small, small_network
 from torch import nn
 
 import ptq
-from engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu, predict
+from lab.engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu
+from lab.engines.measure import predict
 from mobilevit import AttentionCore
-from ptq import LayerSpec, Recipe
-from ptq.correction import make_norms_positive, norms_after
 from ptq.export import fold_norms, to_onnx
 from ptq.formats import Uniform
+from ptq.graph import norms_after
 from ptq.layers import QuantizedLayer
+from ptq.methods.equalize import make_norms_positive
+from ptq.recipe import LayerSpec, Recipe
 
 
 def per_channel(bits):

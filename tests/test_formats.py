@@ -6,9 +6,10 @@ import torch
 
 import ptq
 from mobilevit import MobileViT
-from ptq import RECIPES, Recipe, Rule
+from ptq import RECIPES
 from ptq.formats import Float16, PercentileUniform
 from ptq.packing import estimated_size_bytes
+from ptq.recipe import Recipe, Rule
 
 
 def test_a_channel_computed_by_hand():

@@ -6,9 +6,9 @@ from conftest import ROOT
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from data import CLASSES, to_input
+from lab.models.checkpoint import model_from_checkpoint
+from lab.tasks.cifar10 import CLASSES, to_input
 from mobilevit import VARIANTS, MobileViT
-from weights import model_from_checkpoint
 
 
 def load(name, **kwargs):

@@ -5,8 +5,9 @@ import torch
 
 import ptq
 from mobilevit import MobileViT
-from ptq import LayerSpec, Recipe, packing
+from ptq import packing
 from ptq.formats import Uniform
+from ptq.recipe import LayerSpec, Recipe
 
 RECIPE = Recipe(
     "test",

@@ -4,12 +4,13 @@ import pytest
 import torch
 from small import small_network
 
-from engines import EngineMissing, nncf_openvino, ort_static, predict, torch_pt2e
+from lab.engines import EngineMissing, onnx_runtime_static, openvino_nncf, torch_pt2e
+from lab.engines.measure import predict
 from ptq import RECIPES
 
 # Largest mean squared error over the variance between images; a constant would give 1. ONNX Runtime
 # rounds what products put out, too.
-PEERS = ((nncf_openvino, 0.5), (ort_static, 0.9), (torch_pt2e, 0.4))
+PEERS = ((openvino_nncf, 0.5), (onnx_runtime_static, 0.9), (torch_pt2e, 0.4))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_peers_compute_about_the_same_in_integers(model, x, engine, most, capsys
 
 @pytest.mark.parametrize(
     "engine, package",
-    [(nncf_openvino, "nncf"), (ort_static, "onnxruntime"), (torch_pt2e, "torchao")],
+    [(openvino_nncf, "nncf"), (onnx_runtime_static, "onnxruntime"), (torch_pt2e, "torchao")],
 )
 def test_a_missing_peer_names_its_package(monkeypatch, engine, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)

@@ -12,20 +12,18 @@ from torch.utils.data import DataLoader
 
 import ptq
 from mobilevit import AttentionCore, MobileViT
-from ptq import LayerSpec, Recipe, Rule, rounding
-from ptq.correction import (
-    captured,
-    equalize,
-    linears_after_norms,
-    replace_norms,
-    statistics,
-)
+from ptq.analysis.sensitivity import sensitivities
 from ptq.formats import Float16, Uniform
+from ptq.graph import captured, linears_after_norms
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
+from ptq.methods import adaround
+from ptq.methods import nearest as nearest_module
+from ptq.methods.equalize import equalize
+from ptq.methods.norms import replace_norms, statistics
 from ptq.observers import OBSERVERS
 from ptq.pipeline import attach
+from ptq.recipe import LayerSpec, Recipe, Rule
 from ptq.recipes import RECIPES
-from ptq.sensitivity import sensitivities
 
 W8A8 = Recipe(
     "test", layers=(LayerSpec(".*", Uniform(8, granularity="channel"), Uniform(8, False)),)
@@ -288,13 +286,13 @@ WHOLE_BLOCKS = replace(RECIPES["w4"], units=r"stages\.\d\.\d")  # MobileViT's am
 def test_a_learnt_recipe_beats_its_baseline_and_takes_every_layer_once(
     recipe, model, batches, monkeypatch
 ):
-    monkeypatch.setattr(rounding, "STEPS", 50)
+    monkeypatch.setattr(adaround, "STEPS", 50)
     learnt = ptq.quantize(model, recipe, batches)
-    layers = rounding.layers_to_round(learnt)
+    layers = nearest_module.layers_to_round(learnt)
     taken = [
         layer
-        for unit in rounding.units(learnt, recipe.units)
-        for layer in rounding.layers_to_round(learnt.get_submodule(unit)).values()
+        for unit in nearest_module.units(learnt, recipe.units)
+        for layer in nearest_module.layers_to_round(learnt.get_submodule(unit)).values()
     ]
     assert len(taken) == len(layers) and set(taken) == set(layers.values())
     x = batches[0][0]

@@ -6,10 +6,12 @@ import shutil
 import pytest
 from conftest import fails_with_one_line, run
 
-import figures
-from plots import filled_page, is_published, load_rows
+from lab.cli import BadInput
+from lab.files import sha256, write_json, write_text
+from lab.report import figures
+from lab.report.pages import filled_page
+from lab.report.rows import is_published, load_rows
 from ptq import RECIPES
-from rows import BadInput, sha256, write_json, write_text
 
 
 def page(*blocks):

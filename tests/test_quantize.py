@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import ROOT, fails_with_one_line, run
 
-import data
 import ptq
-import rows
-from engines import EngineMissing, latency, onnx_runtime, predict, torch_eager, torch_fx
+from lab import files
+from lab.engines import EngineMissing, onnx_runtime, torch_eager, torch_fx
+from lab.engines.measure import latency, predict
+from lab.models.checkpoint import model_from_checkpoint
+from lab.report.tables import products_text, results_table
+from lab.tasks import cifar10
 from mobilevit import MobileViT
 from ptq import RECIPES, packing
-from tables import products_text, results_table
-from weights import model_from_checkpoint
 
 FLAGS = ("--calibration-images", "60", "--latency-runs", "3")
 
@@ -25,7 +26,7 @@ def swept(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--output", folder)
     paths = sorted(folder.rglob("*.json"))
-    return folder, out, {path.stem: rows.read_json(path) for path in paths}
+    return folder, out, {path.stem: files.read_json(path) for path in paths}
 
 
 def test_every_recipe_gets_its_row(swept, checkpoint):
@@ -39,7 +40,7 @@ def test_every_recipe_gets_its_row(swept, checkpoint):
     trained = torch.load(checkpoint, weights_only=True)
     fp32 = results["fp32-32@torch-eager"]
     assert fp32["accuracy_pct"] == pytest.approx(trained["test_accuracy_pct"])
-    assert fp32["checkpoint_sha256"] == rows.sha256(checkpoint)
+    assert fp32["checkpoint_sha256"] == files.sha256(checkpoint)
     assert fp32["dataset"] == "synthetic" and "synthetic" in fp32["model"]
     for row in results.values():
         assert len(row["predictions"]) == row["n_images"] == 500
@@ -65,7 +66,7 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     _, err = run(*other, code=2)
     assert path.read_text() == before and "another n_images: --force replaces it" in err
     run(*other, "--force")
-    assert rows.read_json(path)["n_images"] == 100
+    assert files.read_json(path)["n_images"] == 100
     path.write_text(before)
 
 
@@ -73,7 +74,7 @@ def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
     run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "--latency-runs", "3",
         "--held-out", "--output", tmp_path)  # fmt: skip
     (path,) = tmp_path.rglob("fp32-32-held-out@torch-eager.json")
-    row = rows.read_json(path)
+    row = files.read_json(path)
     trained = torch.load(checkpoint, weights_only=True)
     assert (row["split"], row["n_images"]) == ("held-out", 200)
     assert row["accuracy_pct"] == pytest.approx(trained["val_accuracy_pct"])
@@ -86,24 +87,24 @@ def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert folder.name == f"mobilevit_xxs-synthetic-{checkpoint.parent.parent.name}"
     plain, shifted = (
-        rows.read_json(folder / f"{name}-64-seed1@torch-eager.json")
+        files.read_json(folder / f"{name}-64-seed1@torch-eager.json")
         for name in ("fp32", "w4-shift")
     )
     assert plain["img_size"] == shifted["img_size"] == 64
     assert plain["predictions"] != shifted["predictions"]
     assert plain["adapt_images"] == 256
     model, _ = model_from_checkpoint(checkpoint)
-    images = data.load("synthetic", None, train=False)[:50]
+    images = cifar10.load("synthetic", None, train=False)[:50]
 
     def predictions(network):
-        logits, _ = predict(network, data.EvalBatches(images, 64, 25))
+        logits, _ = predict(network, cifar10.EvalBatches(images, 64, 25))
         return "".join(map(str, logits.argmax(1).tolist()))
 
-    train = data.load("synthetic", None, train=True)
-    usable, _ = data.split(train.labels, 200)
-    chosen = data.balanced_subset(train.labels, usable, 256, seed=1)
+    train = cifar10.load("synthetic", None, train=True)
+    usable, _ = cifar10.split(train.labels, 200)
+    chosen = cifar10.balanced_subset(train.labels, usable, 256, seed=1)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    batches = [data.EvalBatches(train[chosen[order]], side, 32) for side in (64, 32)]
+    batches = [cifar10.EvalBatches(train[chosen[order]], side, 32) for side in (64, 32)]
     assert predictions(ptq.adapted(model, *batches)) == plain["predictions"] != predictions(model)
 
 

@@ -10,10 +10,12 @@ from small import Idle, draw
 from torch import nn
 
 import ptq
-from ptq import LayerSpec, Recipe, rounding
 from ptq.formats import Uniform
 from ptq.layers import QuantizedLayer
-from ptq.rounding import gptq_codes, input_moments, units, weight_scale
+from ptq.methods import adaround
+from ptq.methods.gptq import gptq_codes, input_moments
+from ptq.methods.nearest import units, weight_scale
+from ptq.recipe import LayerSpec, Recipe
 
 FORMAT = Uniform(3, granularity="channel")
 
@@ -65,7 +67,7 @@ def test_moments_give_the_output_error(kind):
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_outputs_come_closer_than_with_nearest(kind, method, monkeypatch):
-    monkeypatch.setattr(rounding, "STEPS", 300)
+    monkeypatch.setattr(adaround, "STEPS", 300)
     layer, x = make(kind)
     errors = {
         m: (quantized(layer, x, m)(x) - layer(x)).square().mean() for m in ("nearest", method)
@@ -130,7 +132,7 @@ def test_gptq_on_dead_inputs_rounds_to_nearest():
 
 
 def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
-    monkeypatch.setattr(rounding, "STEPS", 100)
+    monkeypatch.setattr(adaround, "STEPS", 100)
     layer, x = make("dense")
     result = quantized(layer, x, "adaround")[0]
     exact = FORMAT.rows(layer.weight.detach()) / result.scale[:, None]
@@ -139,7 +141,7 @@ def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
 
 
 def test_adaround_is_near_the_best_of_all_ways_up_or_down(monkeypatch):
-    monkeypatch.setattr(rounding, "STEPS", 300)
+    monkeypatch.setattr(adaround, "STEPS", 300)
     totals = torch.zeros(3, dtype=torch.float64)  # best, AdaRound, nearest
     ups = torch.tensor(list(itertools.product((0, 1), repeat=6)))
     for seed in range(8):
@@ -159,7 +161,7 @@ def test_adaround_is_near_the_best_of_all_ways_up_or_down(monkeypatch):
 
 @pytest.mark.parametrize("method", ["nearest", "gptq", "adaround"])
 def test_constant_filters_stay_what_they_are(method, monkeypatch):
-    monkeypatch.setattr(rounding, "STEPS", 100)
+    monkeypatch.setattr(adaround, "STEPS", 100)
     layer, x = make("dense")
     with torch.no_grad():
         layer.weight[0], layer.weight[1] = 0, 0.3
@@ -182,7 +184,7 @@ def test_units_are_the_outermost_matches_in_order():
 
 
 def test_learning_a_unit_as_one_beats_layer_by_layer(monkeypatch):
-    monkeypatch.setattr(rounding, "STEPS", 500)
+    monkeypatch.setattr(adaround, "STEPS", 500)
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(8, 12, 1), nn.SiLU(), nn.Conv2d(12, 8, 1))
     net, x = nn.Sequential(block), correlated(32, 8, 6, 6)

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import data
-import rows
-from engines import predict
-from plots import load_rows
-from ptq.recipes import PROTOCOL, RECIPES, Recipe
-from tables import agreement_pct, twin
-from weights import model_from_checkpoint
+from lab import files
+from lab.engines.measure import predict
+from lab.models.checkpoint import model_from_checkpoint
+from lab.report.rows import load_rows
+from lab.report.tables import agreement_pct, twin
+from lab.tasks import cifar10
+from ptq.recipe import Recipe
+from ptq.recipes import RECIPES
+from ptq.recipes.baselines import PROTOCOL
 
 SHIPPED = sorted(p for p in Path(ROOT, "checkpoints").glob("mobilevit_*/best.pth")
                  if "synthetic" not in str(p))  # fmt: skip
@@ -32,9 +34,9 @@ def test_something_is_shipped():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
 def test_every_row_is_of_the_shipped_weights(path):
-    results = [rows.read_json(p) for p in (ROOT / "results" / path.parent.name).glob("*.json")]
+    results = [files.read_json(p) for p in (ROOT / "results" / path.parent.name).glob("*.json")]
     assert {row["recipe"]["name"] for row in results} >= {r.name for r in PROTOCOL}
-    assert {row["checkpoint_sha256"] for row in results} == {rows.sha256(path)}
+    assert {row["checkpoint_sha256"] for row in results} == {files.sha256(path)}
     for row in results:
         assert Recipe.fromdict(row["recipe"]) == RECIPES[row["recipe"]["name"]]
 
@@ -56,12 +58,12 @@ def test_engines_predict_as_simulated(engine):
 @pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR names no CIFAR-10")
 @pytest.mark.parametrize("path", FP32_ROWS, ids=lambda path: path.parent.name)
 def test_shipped_weights_predict_what_their_row_says(path):
-    row = rows.read_json(path)
+    row = files.read_json(path)
     checkpoint = ROOT / row["checkpoint"]
-    assert rows.sha256(checkpoint) == row["checkpoint_sha256"]
+    assert files.sha256(checkpoint) == row["checkpoint_sha256"]
     model, _ = model_from_checkpoint(checkpoint)
-    test = data.load("cifar10", os.environ["DATA_DIR"], train=False)
-    logits, labels = predict(model, data.EvalBatches(test[:N], row["img_size"], 50))
+    test = cifar10.load("cifar10", os.environ["DATA_DIR"], train=False)
+    logits, labels = predict(model, cifar10.EvalBatches(test[:N], row["img_size"], 50))
     expected = sum(int(a) == b for a, b in zip(row["predictions"], test.labels[:N].tolist()))
     n_correct = int((logits.argmax(1) == labels).sum())
     assert abs(n_correct - expected) <= 1  # another CPU may break a tie otherwise
@@ -71,6 +73,6 @@ def test_shipped_weights_predict_what_their_row_says(path):
 
 @pytest.mark.parametrize("path", FP32_ROWS, ids=lambda path: path.parent.name)
 def test_shipped_checkpoints_state_the_accuracy_of_their_row(path):
-    row = rows.read_json(path)
+    row = files.read_json(path)
     _, checkpoint = model_from_checkpoint(ROOT / row["checkpoint"])
     assert abs(checkpoint["test_accuracy_pct"] - row["accuracy_pct"]) <= 0.02  # 2 images

@@ -15,12 +15,13 @@ from conftest import SYNTHETIC, fails_with_one_line, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from distributed import World
+from lab.cli import BadInput
+from lab.models.checkpoint import load_checkpoint, load_timm, load_weights
+from lab.training.distributed import World
+from lab.training.optimizer import arithmetic, build_optimizer, weight_groups
+from lab.training.run import Run, tensorboard_writer
+from lab.training.schedule import Schedule, parse_resolutions
 from mobilevit import MobileViT
-from rows import BadInput
-from run import Run, arithmetic, build_optimizer, tensorboard_writer, weight_groups
-from schedule import Schedule, parse_resolutions
-from weights import load_checkpoint, load_timm, load_weights
 
 
 def test_one_resolution_gives_torchs_warm_up_and_cosine():

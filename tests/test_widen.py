@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from conftest import run
 from torch import nn
 
-import rows
+from lab import files
+from lab.cli import BadInput
+from lab.models.checkpoint import save_checkpoint
+from lab.models.widen import widen
+from lab.training.run import build_model
 from mobilevit import MobileViT
-from rows import BadInput
-from run import build_model
 from train import parse_args
-from weights import save_checkpoint
-from widen import widen
 
 
 def trained(variant: str, heads=None) -> MobileViT:
@@ -104,7 +104,7 @@ def test_training_starts_from_a_narrower_checkpoint(checkpoint, tmp_path):
     short = ("--dataset", "synthetic", "--resolutions", "32:0.05", "--warmup-epochs", "0")
     out, _ = run("train.py", *short, "--variant", "xs", "--widen", checkpoint, "--output", tmp_path)
     assert out.startswith("epoch 1") and "mobilevit_xs-synthetic: epoch 1 chosen" in out
-    assert rows.read_json(tmp_path / "config.json")["widen"] == str(checkpoint)
+    assert files.read_json(tmp_path / "config.json")["widen"] == str(checkpoint)
     with pytest.raises(BadInput, match=f"{tmp_path}/best.pth: xs is wider than xxs"):
         start_from(tmp_path / "best.pth", variant="xxs")
 

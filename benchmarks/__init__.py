@@ -1,1 +1,0 @@
-"""What bench.py measures: functions from its options to the fields of a result."""

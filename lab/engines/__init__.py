@@ -1,0 +1,38 @@
+"""Running a network for real, judging it and timing it.
+
+An engine is a module with `NAME`, `version()` and `load(model, recipe, calibration, example) ->
+Loaded`, where `model` comes from `ptq.quantize`, `calibration` is a sequence of (input, labels) or
+None, and `example` is an input [1, 3, S, S]. `predict` and `latency` treat all of them alike.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class EngineMissing(Exception):
+    """An engine can't run here; the message says why, or what to install."""
+
+
+def require(*packages: str) -> list:
+    """The imported packages, the engine's own first; EngineMissing if one is not installed."""
+    try:
+        return [importlib.import_module(name) for name in packages]
+    except ModuleNotFoundError as error:
+        raise EngineMissing(f"{error.name} is missing: pip install {' '.join(packages)}") from error
+    except ImportError as error:
+        raise EngineMissing(f"{packages[0]} can't be imported: {error}") from error
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`run`: images [b, 3, S, S] -> logits [b, K]. What its weight file holds (`state`) or how
+    large the file was that it was read from (`size_bytes`). `products`: how many convolutions and
+    matrix products it computes in integers and how many in float, where the engine tells."""
+
+    run: Callable[[Tensor], Tensor]
+    state: dict | None = None
+    size_bytes: int | None = None
+    products: dict | None = None

@@ -1,0 +1,81 @@
+"""ONNX Runtime on the CPU, from the QDQ ONNX file that ptq.export writes."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from lab.engines import Loaded, require
+
+NAME = "onnxruntime"
+# Operators of an optimised graph that multiply, by what they multiply in.
+INT8 = {
+    "QLinearConv": "Conv",
+    "ConvInteger": "Conv",
+    "QGemm": "MatMul",
+    "QLinearMatMul": "MatMul",
+    "MatMulIntegerToFloat": "MatMul",
+    "MatMulInteger": "MatMul",
+}
+FLOAT = {
+    "Conv": "Conv",
+    "FusedConv": "Conv",
+    "MatMul": "MatMul",
+    "FusedMatMul": "MatMul",
+    "Gemm": "MatMul",
+    "FusedGemm": "MatMul",
+    "MatMulNBits": "MatMul",
+    "Einsum": "MatMul",
+}
+
+
+def version() -> str:
+    return require("onnxruntime", "onnx", "onnxscript")[0].__version__
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    """`model` exported, loaded and run in FP32 where it is not quantized."""
+    require("onnxruntime", "onnx", "onnxscript")
+    from ptq.export import to_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        to_onnx(model, example, path)
+        return loaded(path)
+
+
+def loaded(path: Path) -> Loaded:
+    """The network of an ONNX file, one thread a call. Leaves a file beside `path`. ValueError if
+    that one is damaged."""
+    ort, *_ = require("onnxruntime", "onnx")
+    optimised = path.with_suffix(".optimised.onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Products with 4-bit weights in FP32, where the default may round activations to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.optimized_model_filepath = str(optimised)
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no base of their own
+        raise ValueError(f"{path} is no ONNX file that runs: {error}") from error
+
+    def run(x):
+        (logits,) = session.run(None, {"images": x.contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+    size_bytes = path.stat().st_size
+    return Loaded(run, size_bytes=size_bytes, products=executed_products(optimised))
+
+
+def executed_products(path) -> dict[str, dict[str, int]]:
+    """Convolutions and matrix products of an optimised graph: {"int8": {...}, "float": {...}}."""
+    import onnx
+
+    kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
+    counted = {"int8": Counter(), "float": Counter()}
+    for names, precision in ((INT8, "int8"), (FLOAT, "float")):
+        for kind, product in names.items():
+            counted[precision][product] += kinds[kind]
+    return {precision: dict(counts) for precision, counts in counted.items()}

@@ -1,0 +1,23 @@
+"""OpenVINO in BF16 where a network is not quantized, on CPUs that compute in it."""
+
+from lab.engines import EngineMissing, Loaded, openvino_cpu, require
+
+NAME = "openvino-bf16"
+PRECISION = "bf16"
+
+
+def version() -> str:
+    _require_bf16()
+    return openvino_cpu.version()
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    _require_bf16()
+    network, size_bytes = openvino_cpu.exported(model, example)
+    return openvino_cpu.loaded(network, size_bytes, precision=PRECISION)
+
+
+def _require_bf16() -> None:
+    openvino, *_ = require("openvino", "onnx", "onnxscript")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise EngineMissing("this CPU does not compute in BF16")

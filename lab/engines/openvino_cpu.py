@@ -1,0 +1,143 @@
+"""OpenVINO on the CPU, from the QDQ ONNX file that ptq.export writes."""
+
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.engines import Loaded, require
+
+NAME = "openvino"
+PRECISION = "f32"  # where a network is not quantized
+PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
+
+
+def version() -> str:
+    return require("openvino", "onnx", "onnxscript")[0].__version__.split("-")[0]
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    """`model` exported, compiled and run in FP32 where it is not quantized."""
+    network, size_bytes = exported(model, example)
+    return loaded(network, size_bytes)
+
+
+def exported(model, example) -> tuple:
+    """`model` as a network of OpenVINO for one image, and the bytes of its ONNX file."""
+    openvino, *_ = require("openvino", "onnx", "onnxscript")
+    from ptq.export import to_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        to_onnx(model, example, path)
+        network = openvino.Core().read_model(path)
+        size_bytes = path.stat().st_size
+    network.reshape(list(example[:1].shape))
+    return network, size_bytes
+
+
+def loaded(network, size_bytes: int, precision: str = PRECISION) -> Loaded:
+    """A network compiled for one thread a call, in `precision` where it is not quantized. Each
+    calling thread gets one of its own: with several streams in one, OpenVINO 2026.4 computes
+    networks with INT4 weights wrongly."""
+    core = require("openvino")[0].Core()
+    network = channels_last(network)
+    lock, local = threading.Lock(), threading.local()
+
+    def compiled():
+        if not hasattr(local, "network"):
+            with lock:
+                local.network = core.compile_model(network, "CPU", one_thread(precision))
+            local.request = local.network.create_infer_request()
+        return local
+
+    def run(x):
+        request = compiled().request
+        logits = [request.infer([image], share_inputs=True)[0] for image in _images(x)]
+        return torch.from_numpy(np.concatenate(logits))
+
+    return Loaded(run, size_bytes=size_bytes, products=executed_products(compiled().network))
+
+
+def channels_last(network):
+    """A copy of `network`, for images [1, 3, S, S], that takes [1, S, S, 3] instead: the order in
+    which OpenVINO computes and in which tensors of images lie in memory here, so that none is
+    copied."""
+    openvino, preprocess = require("openvino", "openvino.preprocess")
+    steps = preprocess.PrePostProcessor(network.clone())
+    steps.input().tensor().set_layout(openvino.Layout("NHWC"))
+    steps.input().model().set_layout(openvino.Layout("NCHW"))
+    return steps.build()
+
+
+def _images(x) -> list:
+    """[b, 3, S, S] -> b arrays [1, S, S, 3], without a copy if `x` is channels-last."""
+    return list(x.permute(0, 2, 3, 1).contiguous().numpy()[:, None])
+
+
+def one_thread(precision: str) -> dict:
+    """Settings to compile a network with for one thread a call."""
+    return {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # to a core, the same for all that are compiled
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+
+
+def executed_products(compiled) -> dict[str, dict[str, int]]:
+    """Convolutions and matrix products of a compiled model: {"int8": {...}, "float": {...}}. Those
+    are in integers whose input is; a node's own precision is that of the narrowest thing that it
+    takes in, be it weights that meet floats. Of attention, which is one node, the first product is
+    in integers if q and k are, the second if v is as well."""
+    counted = {"int8": Counter(), "float": Counter()}
+
+    def count(kind, in_integers):
+        counted["int8" if in_integers else "float"][kind] += 1
+
+    for node in compiled.get_runtime_model().get_ops():
+        layer = _said(node, "layerType")
+        if kind := PRODUCTS.get(layer):
+            count(kind, _comes_in_integers(node.input_value(0)))
+        elif layer == "Subgraph" and "softmax" in _said(node, "originalLayersNames").lower():
+            n = sum(_comes_in_integers(value) for value in node.input_values())
+            count("MatMul", n >= 2)
+            count("MatMul", n >= 3)
+    return {precision: dict(counts) for precision, counts in counted.items()}
+
+
+def _said(node, what: str) -> str:
+    return str(node.get_rt_info()[what].astype(str))
+
+
+def _comes_in_integers(value) -> bool:
+    precisions = _said(value.get_node(), "outputPrecisions").split(",")
+    return precisions[value.get_index()] in ("i8", "u8")
+
+
+def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]:
+    """For each of `networks`, {name: (network, precision)}, how many milliseconds a call spends in
+    each type of node and its arithmetic, such as "Convolution INT8", by OpenVINO's own counters:
+    the mean of `n` calls, in which the networks take turns."""
+    core = require("openvino")[0].Core()
+    images, requests, spent = _images(example), {}, {}
+    for name, (network, precision) in networks.items():
+        settings = one_thread(precision) | {"PERF_COUNT": True}
+        compiled = core.compile_model(channels_last(network), "CPU", settings)
+        requests[name] = compiled.create_infer_request()
+        requests[name].infer(images)  # the first call of all is slower
+        spent[name] = Counter()
+    for _ in range(n):
+        for name, request in requests.items():
+            request.infer(images)
+            for node in request.profiling_info:
+                computed_in = node.exec_type.rpartition("_")[2].upper()
+                arithmetic = {"I8": "INT8", "U8": "INT8", "F32": "FP32"}.get(
+                    computed_in, computed_in
+                )
+                ms = 1000 * node.real_time.total_seconds()
+                spent[name][f"{node.node_type} {arithmetic}"] += ms / n
+    return {name: {k: ms for k, ms in nodes.items() if ms} for name, nodes in spent.items()}

@@ -1,0 +1,43 @@
+"""NNCF's post-training quantization, run by OpenVINO: what people would otherwise use there."""
+
+import contextlib
+import io
+import logging
+import tempfile
+from pathlib import Path
+
+from lab.engines import Loaded, openvino_cpu, require
+
+NAME = "nncf"
+
+
+def version() -> str:
+    nncf, openvino = require("nncf", "openvino")
+    return f"{nncf.__version__}, OpenVINO {openvino_cpu.version()}"
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    _, openvino = require("nncf", "openvino")
+    network = quantized(model, calibration, example)
+    with tempfile.TemporaryDirectory() as folder:
+        openvino.save_model(network, Path(folder, "model.xml"), compress_to_fp16=False)
+        size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+    return openvino_cpu.loaded(network, size_bytes)
+
+
+def quantized(model, calibration, example):
+    """`model` quantized by NNCF with what it recommends for transformers and for accuracy, full
+    bias correction included, on every image of `calibration`, a sequence of (input, labels)."""
+    nncf, _ = require("nncf", "openvino")
+    nncf.set_log_level(logging.ERROR)
+    network, _ = openvino_cpu.exported(model, example)
+    images = [image[None].contiguous().numpy() for x, _ in calibration for image in x]
+    with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
+        return nncf.quantize(
+            network,
+            nncf.Dataset(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,
+            fast_bias_correction=False,
+            subset_size=len(images),
+        )

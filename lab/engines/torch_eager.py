@@ -1,0 +1,17 @@
+"""torch, operator by operator, in float32: the reference, and the stage on which quantized values
+are simulated."""
+
+import torch
+
+from lab.engines import Loaded
+
+NAME = "torch-eager"
+
+
+def version() -> str:
+    return torch.__version__
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    """The network as it stands, with the values that the recipe gave it."""
+    return Loaded(model, state=model.state_dict())

@@ -1,0 +1,71 @@
+"""torchao's PT2E quantization, compiled by Inductor: the successor of FX graph mode."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from lab.engines import Loaded, require
+from lab.machine import has_vnni
+from mobilevit import AttentionCore
+
+NAME = "torch-pt2e"
+# How Inductor counts the products that it found in the graph as quantized ones.
+MATCHED = {
+    "qconv_weight_prepack_matcher_count": "Conv",
+    "qlinear_weight_prepack_matcher_count": "MatMul",
+}
+
+
+def version() -> str:
+    return f"{require('torchao')[0].__version__}, torch {torch.__version__}"
+
+
+def load(model, recipe, calibration, example) -> Loaded:
+    """`model` quantized with the default settings for x86 on every image of `calibration`, a
+    sequence of (input, labels), then compiled for one image and one thread a call."""
+    require("torchao")
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    settings = x86.get_default_x86_inductor_quantization_config(reduce_range=not has_vnni())
+    quantizer.set_global(settings)
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        batch = {0: torch.export.Dim("batch")}
+        pair = example.expand(2, *example.shape[1:]).contiguous()  # one would be exported as fixed
+        prepared = prepare_pt2e(
+            torch.export.export(model, (pair,), dynamic_shapes=(batch,)).module(), quantizer
+        )
+        for x, _ in calibration:
+            prepared(x)
+        converted = convert_pt2e(prepared)
+        counters.clear()
+        torch.set_num_threads(1)  # the number is compiled in
+        try:
+            with config.patch(freezing=True):
+                compiled = torch.compile(converted)
+                compiled(example)
+        finally:
+            torch.set_num_threads(threads)
+
+    def run(x):
+        with torch.inference_mode(False), torch.no_grad():  # the mode it was compiled in
+            return torch.cat([compiled(image[None].clone()) for image in x])
+
+    # The module also keeps the float weights, of which its graph reads nothing any more.
+    read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
+    state = {name: tensor for name, tensor in converted.state_dict().items() if name in read}
+    return Loaded(run, state=state, products=products(model, counters["inductor"]))
+
+
+def products(model, matched) -> dict[str, dict[str, int]]:
+    """Convolutions and matrix products in integers and in float; attention's two are in float."""
+    kinds = {"Conv": {nn.Conv2d: 1}, "MatMul": {nn.Linear: 1, AttentionCore: 2}}
+    total = {k: sum(n.get(type(m), 0) for m in model.modules()) for k, n in kinds.items()}
+    int8 = {kind: matched[name] for name, kind in MATCHED.items()}
+    return {"int8": int8, "float": {kind: n - int8[kind] for kind, n in total.items()}}

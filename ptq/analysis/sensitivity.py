@@ -1,0 +1,92 @@
+"""How much the quantization of each single tensor changes what a network puts out."""
+
+import contextlib
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ptq.layers import Quantizer
+from ptq.methods.nearest import layers_to_round, nearest
+from ptq.pipeline import calibrate, check_batches, check_finite, with_quantized_layers
+from ptq.recipe import Recipe
+
+LARGEST = 10  # tensors that a report shows one by one
+
+
+@torch.no_grad()
+def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
+    """The noise, as `noises` gives it, of the "weights" and "inputs" of all layers that `recipe`
+    quantizes: rounded to nearest, and calibrated on `batches`.
+
+    Raises ValueError as `ptq.quantize` does.
+    """
+    check_batches(model, recipe, batches)
+    check_finite(model)
+    network = copy.deepcopy(model).eval()
+    reference = with_quantized_layers(network, recipe, batches)
+    layers = layers_to_round(network)
+    nearest(network, reference, batches, recipe)
+    weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.layer.weight.copy_(reference.get_submodule(name).weight)
+    calibrate(network, batches)
+    quantizers = {n: m for n, m in network.named_modules() if isinstance(m, Quantizer)}
+    scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
+    for quantizer in quantizers.values():
+        quantizer.scale = None  # passes on what comes
+    alone = {
+        "weights": {n: partial(holding, m.layer.weight, weights[n]) for n, m in layers.items()},
+        "inputs": {n: partial(having, m, "scale", scales[n]) for n, m in quantizers.items()},
+    }
+    return noises(network, outputs, alone)
+
+
+def noises(network: nn.Module, outputs, alone: dict) -> dict:
+    """What the tensor `outputs(network)` changes by, mean square over variance, when tensors of the
+    network take the values of their formats: {"noise": {kind: {name: of that one alone}},
+    "noise_of_rest": of all but the LARGEST together, "noise_of_all": of all together}.
+
+    `alone`: {kind: {name: function}}, where each function gives the context in which that tensor
+    does so.
+    """
+    expected = outputs(network).double()
+
+    def noise(contexts) -> float:
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            changed = outputs(network).double()
+        return ((changed - expected).square().mean() / expected.var()).item()
+
+    flat = {(kind, name): c for kind, of_kind in alone.items() for name, c in of_kind.items()}
+    each = {key: noise([context]) for key, context in flat.items()}
+    by_noise = sorted(flat, key=each.get, reverse=True)
+    return {
+        "noise": {k: {name: each[k, name] for name in of_kind} for k, of_kind in alone.items()},
+        "noise_of_rest": noise([flat[key] for key in by_noise[LARGEST:]]),
+        "noise_of_all": noise(flat.values()),
+    }
+
+
+@contextlib.contextmanager
+def holding(tensor: Tensor, value: Tensor):
+    """Within this context `tensor` holds `value`."""
+    before = tensor.clone()
+    tensor.copy_(value)
+    try:
+        yield
+    finally:
+        tensor.copy_(before)
+
+
+@contextlib.contextmanager
+def having(module: nn.Module, name: str, value):
+    """Within this context the attribute `name` of `module` is `value`."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

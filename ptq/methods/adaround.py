@@ -1,0 +1,100 @@
+"""How the codes of weights are chosen: to nearest, by GPTQ, by AdaRound, by block reconstruction.
+
+A method is a function (model, reference, batches, recipe) -> None that gives every
+`QuantizedLayer` of `model` with a weight format its codes, from input to output; `reference` is
+the float network.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ptq.graph import NEVER_RAN, captured
+from ptq.layers import QuantizedLayer
+from ptq.methods.nearest import layers_to_round, units, weight_scale
+from ptq.recipe import Recipe
+
+# Fewer, smaller and larger steps than in Nagel et al., section 5 (10,000 of 32 images at a rate of
+# 1e-3), for the sake of time.
+STEPS = 1000  # a unit
+STEP_IMAGES = 8  # drawn anew each step
+LEARNING_RATE = 1e-2
+# As in BRECQ's code.
+WARM_UP = 0.2  # share of the steps without regularisation
+BETAS = (20.0, 2.0)  # exponent of the regularisation, from after the warm-up to the end
+ROUNDING_WEIGHT = 0.01  # of the regularisation
+
+
+class SoftRounding(nn.Module):
+    """A weight as floor(w / s) + h(v), h between 0 and 1, with v to be learnt (eq. 23 there)."""
+
+    def __init__(self, layer: QuantizedLayer, scale: Tensor):
+        super().__init__()
+        fmt, weight = layer.format, layer.layer.weight.detach()
+        self.fmt = fmt
+        self.scale = fmt.spread(scale, weight)
+        self.floor = (weight / self.scale).floor()
+        rest = (weight / self.scale - self.floor).clamp(0.01, 0.99)
+        self.v = nn.Parameter(((rest + 0.1) / (1.2 - rest - 0.1)).log())  # h(v) = rest
+
+    def h(self) -> Tensor:
+        return (1.2 * self.v.sigmoid() - 0.1).clamp(0, 1)
+
+    def codes(self) -> Tensor:
+        return (self.floor + (self.h() >= 0.5)).clamp(self.fmt.qmin, self.fmt.qmax).int()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (self.floor + self.h()).clamp(self.fmt.qmin, self.fmt.qmax) * self.scale
+
+
+def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
+    """Learn for each weight whether to round up or down, unit by unit, so that the unit's output
+    on what the quantized network feeds it comes close to the float network's.
+
+    Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, where
+    units are single layers; with larger units, Li et al., "BRECQ: Pushing the Limit of
+    Post-Training Quantization by Block Reconstruction", ICLR 2021, without its weighting of
+    outputs by Fisher information.
+    """
+    for name in units(model, recipe.units):
+        unit, wanted = model.get_submodule(name), reference.get_submodule(name)
+        inputs = torch.cat([x for (x,) in captured(model, unit, batches, "input")])
+        outputs = torch.cat(list(captured(reference, wanted, batches, "output")))
+        n_images = sum(len(x) for x, *_ in batches)
+        reconstruct(unit, inputs, outputs, STEP_IMAGES * len(inputs) // n_images)
+
+
+def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> None:
+    """Choose the codes of all layers to round in `unit` so that it maps `inputs` to `outputs`,
+    looking at `n` of them a step."""
+    channels = 1 if outputs.dim() == 4 else -1
+    rounded = layers_to_round(unit)
+    soft = {}
+    scales = {name: weight_scale(layer) for name, layer in rounded.items()}
+    for name, layer in rounded.items():
+        soft[name] = SoftRounding(layer, scales[name])
+        parametrize.register_parametrization(layer.layer, "weight", soft[name], unsafe=True)
+    learnt = [rounding.v for rounding in soft.values()]
+    optimizer = torch.optim.Adam(learnt, LEARNING_RATE)
+    generator = torch.Generator().manual_seed(0)
+    began = WARM_UP * STEPS
+    with torch.enable_grad():
+        for step in range(STEPS):
+            drawn = torch.randint(len(inputs), (n,), generator=generator)
+            error = (unit(inputs[drawn]) - outputs[drawn]).square().sum(channels).mean()
+            if step >= began:
+                # A cosine between the two exponents, as the authors anneal it.
+                way = 0.5 * (1 + math.cos(math.pi * (step - began) / (STEPS - began)))
+                beta = BETAS[1] + (BETAS[0] - BETAS[1]) * way
+                open_ = sum((1 - (2 * r.h() - 1).abs() ** beta).sum() for r in soft.values())
+                error = error + ROUNDING_WEIGHT * open_
+            optimizer.zero_grad()
+            error.backward(inputs=learnt)
+            if any(v.grad is None for v in learnt):
+                raise ValueError(NEVER_RAN)
+            optimizer.step()
+    for name, layer in rounded.items():
+        parametrize.remove_parametrizations(layer.layer, "weight", leave_parametrized=False)
+        layer.set_weight(soft[name].codes(), scales[name])

@@ -1,0 +1,88 @@
+"""GPTQ: column by column, each rounding error made good by the columns to come."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq.graph import NEVER_RAN, captured
+from ptq.layers import QuantizedLayer
+from ptq.methods.nearest import layers_to_round, units, weight_scale
+from ptq.recipe import Recipe
+
+GPTQ_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
+
+
+def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
+    """Column by column, each rounding error made good by the columns still to come.
+
+    Frantar et al., "GPTQ", ICLR 2023, algorithm 1, with columns in descending order of the
+    Hessian's diagonal (the authors' act-order) and scales fixed beforehand. Beyond the paper, the
+    groups of a convolution are solved side by side, each with its own Hessian: a depthwise
+    convolution is as many problems of nine weights as it has channels. The layers of a unit see
+    inputs from before any of them is rounded.
+    """
+    for name in units(model, recipe.units):
+        for layer, hessian in hessians(model, model.get_submodule(name), batches).items():
+            scale = weight_scale(layer)
+            layer.set_weight(gptq_codes(layer, scale, hessian), scale)
+
+
+def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer, Tensor]:
+    """For each layer to round in `unit`, [groups, n, n], the sum over `batches` of its input's
+    moments."""
+    sums = {}
+
+    def add(layer, inputs):
+        sums[layer] = sums.get(layer, 0.0) + input_moments(layer.layer, layer.input(*inputs))
+
+    handles = [layer.register_forward_pre_hook(add) for layer in layers_to_round(unit).values()]
+    try:
+        for _ in captured(model, unit, batches, "output"):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(sums) < len(handles):
+        raise ValueError(NEVER_RAN)
+    return sums
+
+
+def input_moments(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """Sum over all places of u u^T, [groups, n, n], where u [n] is what a filter of the group is
+    multiplied with."""
+    if isinstance(layer, nn.Linear):
+        u = x.flatten(0, -2).T[None]  # [1, n, places]
+        return u @ u.mT
+    total = 0.0
+    for image in x:  # one by one: unfolding multiplies memory by the kernel's size
+        u = F.unfold(
+            image[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride
+        ).unflatten(1, (layer.groups, -1))[0]
+        total = total + u @ u.mT
+    return total
+
+
+def gptq_codes(layer: QuantizedLayer, scale: Tensor, hessian: Tensor) -> Tensor:
+    """Codes int32 of the weight's shape; `hessian` [groups, n, n] up to a factor."""
+    weight, fmt = layer.layer.weight, layer.format
+    groups, n = hessian.shape[:2]
+    # Both [groups, filters, n].
+    w, s = (t.reshape(groups, -1, n).clone() for t in (weight, fmt.spread(scale, weight)))
+    diagonal = hessian.diagonal(dim1=1, dim2=2)  # [groups, n]
+    order = diagonal.argsort(dim=1, descending=True)
+    back = order.argsort(dim=1)
+    w, s = (t.gather(2, order[:, None].expand_as(t)) for t in (w, s))
+    h = hessian.gather(1, order[:, :, None].expand_as(hessian))
+    h = h.gather(2, order[:, None].expand_as(h))
+    mean = diagonal.mean(1)
+    damping = torch.where(mean > 0, GPTQ_DAMPING * mean, 1.0)  # inputs that are always 0
+    h = h + damping[:, None, None] * torch.eye(n, device=h.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()  # [groups, n, n]
+    codes = torch.empty_like(w)
+    for j in range(n):
+        codes[:, :, j] = (w[:, :, j] / s[:, :, j]).round().clamp(fmt.qmin, fmt.qmax)
+        error = (w[:, :, j] - codes[:, :, j] * s[:, :, j]) / upper[:, j, j, None]
+        w[:, :, j:] -= error[:, :, None] * upper[:, None, j, j:]
+    codes = codes.gather(2, back[:, None].expand_as(codes))
+    return codes.reshape(weight.shape).int()

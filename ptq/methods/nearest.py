@@ -1,0 +1,48 @@
+"""Each weight to its nearest level, and what all ways of rounding share."""
+
+import re
+
+from torch import Tensor, nn
+
+from ptq.layers import QuantizedLayer
+from ptq.observers import OBSERVERS
+from ptq.recipe import Recipe
+
+
+def layers_to_round(module: nn.Module) -> dict[str, QuantizedLayer]:
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantizedLayer) and layer.format is not None
+    }
+
+
+def weight_scale(layer: QuantizedLayer) -> Tensor:
+    """Scale [G] that the layer's observer chooses for its float weight."""
+    observer = OBSERVERS[layer.weight_observer](layer.format)
+    observer.update(layer.layer.weight)
+    scale, _ = layer.format.grid(*observer.range())
+    return scale
+
+
+def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
+    """Each weight to its nearest level."""
+    for layer in layers_to_round(model).values():
+        scale = weight_scale(layer)
+        layer.set_weight(layer.format.encode(layer.layer.weight, scale), scale)
+
+
+def units(model: nn.Module, pattern: str | None) -> list[str]:
+    """Names of modules that `pattern` matches, the outermost of each, and of the layers to round
+    outside of them, from input to output. ValueError if a pattern matches nothing."""
+    to_round = layers_to_round(model)
+    chosen = []
+    for name, _ in model.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in chosen)
+        matches = pattern is not None and re.fullmatch(pattern, name) is not None
+        holds = any(layer == name or layer.startswith(f"{name}.") for layer in to_round)
+        if not within and (name in to_round or (matches and holds)):
+            chosen.append(name)
+    if pattern is not None and not any(re.fullmatch(pattern, name) for name in chosen):
+        raise ValueError(f"no module with layers to round is called {pattern}")
+    return chosen
