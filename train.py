@@ -1,10 +1,10 @@
 """Train MobileViT on CIFAR-10, resume, evaluate.
 
-    python train.py --variant xxs                                     # the full recipe, one GPU
-    python train.py --variant xxs --resolutions 64:8,128:3,256:1 ...  # a short run on a CPU
-    python train.py --variant xxs --resume                            # go on where it stopped
+    python train.py --model xxs                                     # the full recipe, one GPU
+    python train.py --model xxs --resolutions 64:8,128:3,256:1 ...  # a short run on a CPU
+    python train.py --model xxs --resume                            # go on where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
-    python train.py --dataset synthetic --img-size 64 --epochs 3 --batch-size 32 \\
+    python train.py --task synthetic --img-size 64 --epochs 3 --batch-size 32 \\
         --warmup-epochs 0.5 --augment none              # smoke run, no download, under a minute
     torchrun --nproc-per-node=2 train.py ...                          # data-parallel
 
@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 from lab import cli, files, machine
 from lab.cli import BadInput
+from lab.models import NAMES, registered, run_name
 from lab.models.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
-from lab.tasks import cifar10
+from lab.tasks import TASKS
 from lab.tasks.augment import POLICIES, Augmentation
+from lab.tasks.batches import TrainBatches, loader_workers, split
+from lab.tasks.cifar10 import Images
 from lab.training.distributed import World
 from lab.training.run import Run, evaluated
 from lab.training.schedule import parse_resolutions
-from mobilevit import MIN_IMG_SIZE, VARIANTS
+from mobilevit import MIN_IMG_SIZE
 
 BEGAN = time.monotonic()  # what --max-minutes counts from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
@@ -41,11 +44,9 @@ SAVE_EVERY_S = 120  # seconds between saves within an epoch
 def parse_args():
     p = cli.parser(__doc__)
     add, number = p.add_argument, {"type": float, "metavar": "X"}
-    add("--variant", choices=VARIANTS, default="xxs", help="size of the network")
+    add("--model", default="mobilevit_xxs", type=registered, help=f"a network: {NAMES}")
     add("--heads", type=int, help="attention heads in every block, instead of the variant's")
-    add(
-        "--dataset", choices=cifar10.DATASETS, default="cifar10", help="synthetic needs no download"
-    )
+    add("--task", choices=TASKS, default="cifar10", help="synthetic needs no download")
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     add(
         "--val-size",
@@ -139,15 +140,15 @@ def parse_args():
         if not 0 <= getattr(args, name) <= high:
             p.error(f"--{name.replace('_', '-')} must be within 0 and {high}")
     if args.val_size is None:
-        args.val_size = 2000 if args.dataset == "cifar10" else 200
+        args.val_size = 2000 if args.task == "cifar10" else 200
     if args.workers is None:
-        args.workers = cifar10.loader_workers(args.device)
+        args.workers = loader_workers(args.device)
     if args.workers < 0:
         p.error("--workers must be at least 0")
     cli.check_seed(p, args.seed)
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in args.stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
-    args.output = Path(args.output or f"runs/{files.model_name(args.variant, args.dataset)}")
+    args.output = Path(args.output or f"runs/{run_name(args.model, args.task)}")
     return args
 
 
@@ -158,11 +159,11 @@ def train(args, world: World) -> None:
     if args.val_size < world.size:
         raise BadInput(f"--val-size {args.val_size} leaves some of {world.size} processes nothing")
     with world.first_then_others():  # one of them may have to download it
-        images = cifar10.load(args.dataset, args.data_dir, train=True)
-    train_indices, val_indices = cifar10.split(images.labels, args.val_size)
+        images = TASKS[args.task].load(args.data_dir, train=True)
+    train_indices, val_indices = split(images.labels, args.val_size)
     val = images[val_indices]
     windows = [stage.window for stage in args.stages for _ in range(math.ceil(stage.epochs))]
-    batches = cifar10.TrainBatches(
+    batches = TrainBatches(
         images[train_indices],
         args.batch_size,
         args.seed,
@@ -182,7 +183,7 @@ def train(args, world: World) -> None:
         finish(run)
 
 
-def fit(run: Run, batches: cifar10.TrainBatches, val: cifar10.Images) -> bool:
+def fit(run: Run, batches: TrainBatches, val: Images) -> bool:
     """Train from where `run` stands to its end, to --max-minutes, or to SIGINT or SIGTERM; whether
     it came to its end."""
     args, world = run.args, run.world
@@ -251,7 +252,7 @@ def finish(run: Run) -> None:
     if best["test_accuracy_pct"] is None:
         n_correct, n = test_accuracy(path, args.data_dir, args.device)
         test_accuracy_pct = 100 * n_correct / n
-        name = files.model_name(args.variant, args.dataset)
+        name = run_name(args.model, args.task)
         printed = (
             f"{name}: epoch {best['epoch']} chosen, validation {best['val_accuracy_pct']:.2f} %, "
             f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
@@ -283,8 +284,7 @@ def hardware(world: World) -> str:
 def test_accuracy(path, data_dir, device) -> tuple[int, int]:
     """Correct and all test images of a checkpoint's data set, at its image size."""
     model, checkpoint = model_from_checkpoint(path)
-    cifar10.require_known(checkpoint, path)
-    test = cifar10.load(checkpoint["config"]["dataset"], data_dir, train=False)
+    test = TASKS[checkpoint["task"]].load(data_dir, train=False)
     device = torch.device(device)
     logits, labels = evaluated(model.to(device), test, checkpoint["img_size"], device)
     return int((logits.argmax(1) == labels).sum()), len(labels)

@@ -56,8 +56,3 @@ def read_json(path):
 def sha256(data) -> str:
     """Hex digest of a file's content, or of bytes."""
     return hashlib.sha256(data if isinstance(data, bytes) else Path(data).read_bytes()).hexdigest()
-
-
-def model_name(variant: str, dataset: str) -> str:
-    """A run's name in paths and tables; another data set than CIFAR-10 shows in it."""
-    return f"mobilevit_{variant}" + ("" if dataset == "cifar10" else f"-{dataset}")

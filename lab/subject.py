@@ -20,6 +20,7 @@ from lab.engines.measure import CPU_BATCH, latency, predict
 from lab.engines.registry import PEERS
 from lab.models.checkpoint import model_from_checkpoint
 from lab.tasks import cifar10
+from lab.tasks.batches import EvalBatches, balanced_subset, split
 from ptq import packing
 from ptq.analysis.sensitivity import sensitivities
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
@@ -40,7 +41,7 @@ class Prepared:
     recipe: Recipe
     network: torch.nn.Module
     file_bytes: int | None
-    batches: cifar10.EvalBatches | None
+    batches: EvalBatches | None
     described: dict
     seconds: float
 
@@ -59,7 +60,7 @@ class Workbench:
         self.name = files.model_name(self.checkpoint["model"], dataset)
         images = cifar10.load(dataset, args.data_dir, train=args.held_out)
         if args.held_out:
-            images = images[cifar10.split(images.labels, self.config["val_size"])[1]]
+            images = images[split(images.labels, self.config["val_size"])[1]]
         self.images = images[: args.test_images]
         self.split = "held-out" if args.held_out else "test"
         self.prepared = None
@@ -121,26 +122,24 @@ class Workbench:
             return self.model
         images, _ = self.calibration(ADAPT_IMAGES)
         sizes = (self.img_size, self.checkpoint["img_size"])
-        return ptq.adapted(
-            self.model, *(cifar10.EvalBatches(images, s, ADAPT_BATCH) for s in sizes)
-        )
+        return ptq.adapted(self.model, *(EvalBatches(images, s, ADAPT_BATCH) for s in sizes))
 
     def calibration(self, n: int) -> tuple[cifar10.Images, dict]:
         """`n` training images, drawn by classes alike, and their description."""
         train = cifar10.load(self.config["dataset"], self.args.data_dir, train=True)
-        usable, _ = cifar10.split(train.labels, self.config["val_size"])
-        chosen = cifar10.balanced_subset(train.labels, usable, n, self.args.seed)
+        usable, _ = split(train.labels, self.config["val_size"])
+        chosen = balanced_subset(train.labels, usable, n, self.args.seed)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed))
         digest = files.sha256(chosen.numpy().tobytes())
         return train[chosen[order]], {"n": n, "seed": self.args.seed, "indices_sha256": digest}
 
-    def batches(self, recipe) -> tuple[cifar10.EvalBatches | None, dict]:
+    def batches(self, recipe) -> tuple[EvalBatches | None, dict]:
         """What the recipe calibrates on, and its description."""
         n = self.n_calibration(recipe)
         if n == 0:
             return None, {"n": 0}
         images, described = self.calibration(n)
-        return cifar10.EvalBatches(images, self.img_size, recipe.calibration_batch), described
+        return EvalBatches(images, self.img_size, recipe.calibration_batch), described
 
     def prepare(self, recipe) -> Prepared:
         """Calibration images and quantized network, made once for all engines of a recipe."""
@@ -166,7 +165,7 @@ class Workbench:
             size_bytes = written_size_bytes(packed(loaded.state, recipe))
         elif size_bytes is None:
             size_bytes = estimated_size_bytes(self.model, recipe)
-        images = cifar10.EvalBatches(self.images, self.img_size, CPU_BATCH)
+        images = EvalBatches(self.images, self.img_size, CPU_BATCH)
         logits, labels = predict(loaded.run, images, self.args.workers)
         if not logits.isfinite().all():
             raise BadInput("the logits are not finite")
@@ -200,7 +199,7 @@ class Workbench:
         """On how many training images ONNX Runtime predicts with an exported file what the
         simulation does, in words."""
         images, described = self.calibration(PARITY_IMAGES)
-        batches = cifar10.EvalBatches(images, self.img_size, CPU_BATCH)
+        batches = EvalBatches(images, self.img_size, CPU_BATCH)
         with tempfile.TemporaryDirectory() as folder:  # the engine leaves a file beside its own
             try:
                 run = onnx_runtime.loaded(Path(shutil.copy(path, folder))).run
@@ -215,7 +214,7 @@ class Workbench:
         """Noise in the logits from each single tensor that a recipe of `looks_into` quantizes."""
         began = time.monotonic()
         batches, described = self.batches(recipe)
-        shown = cifar10.EvalBatches(batches.data[:REPORT_IMAGES], self.img_size, REPORT_BATCH)
+        shown = EvalBatches(batches.data[:REPORT_IMAGES], self.img_size, REPORT_BATCH)
 
         def logits(network):
             return predict(network, shown, self.args.workers)[0]

@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SYNTHETIC = (
-    "--dataset",
+    "--task",
     "synthetic",
     "--img-size",
     "32",

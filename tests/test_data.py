@@ -9,8 +9,9 @@ from conftest import fails_with_one_line
 from torchvision.transforms import v2
 
 from lab.cli import BadInput
-from lab.tasks import cifar10
+from lab.tasks import TASKS, cifar10, synthetic
 from lab.tasks.augment import POLICIES, Augmentation, crop, flip
+from lab.tasks.batches import EvalBatches, TrainBatches, balanced_subset, split
 
 
 def numbered(n=100):
@@ -22,25 +23,25 @@ def numbered(n=100):
 
 def test_split_is_balanced_nested_and_disjoint():
     labels = torch.arange(5000) % 10
-    train, val = cifar10.split(labels, 200)
+    train, val = split(labels, 200)
     assert labels[val].bincount().tolist() == [20] * 10
     assert sorted(torch.cat((train, val)).tolist()) == list(range(5000))
-    assert set(cifar10.split(labels, 100)[1].tolist()) < set(val.tolist())
+    assert set(split(labels, 100)[1].tolist()) < set(val.tolist())
 
 
 def test_balanced_subset_keeps_to_its_indices_and_depends_on_the_seed():
     labels = torch.arange(5000) % 10
-    usable, held_out = cifar10.split(labels, 200)
-    first, second = (cifar10.balanced_subset(labels, usable, 128, seed) for seed in (0, 1))
+    usable, held_out = split(labels, 200)
+    first, second = (balanced_subset(labels, usable, 128, seed) for seed in (0, 1))
     assert not set(first.tolist()) & set(held_out.tolist())
     assert set(labels[first].bincount().tolist()) == {12, 13}
     assert not torch.equal(first, second)
     with pytest.raises(BadInput, match="cannot draw"):
-        cifar10.balanced_subset(labels, usable, 5000, 0)
+        balanced_subset(labels, usable, 5000, 0)
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
-    batches = cifar10.TrainBatches(numbered(), 20, 0, Augmentation("none"))
+    batches = TrainBatches(numbered(), 20, 0, Augmentation("none"))
     epochs = [
         [i for s in range(5 * e, 5 * e + 5) for i in batches[s][0][:, 0, 0, 0].tolist()]
         for e in (0, 1)
@@ -51,18 +52,18 @@ def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
 
 @pytest.mark.parametrize("augment", POLICIES)
 def test_windows_change_with_the_epoch(augment):
-    batches = cifar10.TrainBatches(
-        cifar10.synthetic(True), 500, 0, Augmentation(augment), windows=[32, 16]
+    batches = TrainBatches(
+        synthetic.load(None, True), 500, 0, Augmentation(augment), windows=[32, 16]
     )
     assert [batches[step][0].shape[-1] for step in (0, 3, 4, 7)] == [32, 32, 16, 16]
 
 
 @pytest.mark.parametrize("augment", POLICIES)
 def test_processes_share_out_the_batch_that_one_would_get(augment):
-    images = cifar10.synthetic(True)
-    whole, labels = cifar10.TrainBatches(images, 12, 3, Augmentation(augment))[7]
+    images = synthetic.load(None, True)
+    whole, labels = TrainBatches(images, 12, 3, Augmentation(augment))[7]
     for rank in range(3):
-        part, part_labels = cifar10.TrainBatches(images, 12, 3, Augmentation(augment), rank, 3)[7]
+        part, part_labels = TrainBatches(images, 12, 3, Augmentation(augment), rank, 3)[7]
         assert torch.equal(part, whole[rank::3]) and torch.equal(part_labels, labels[rank::3])
 
 
@@ -70,7 +71,7 @@ def test_augmentation_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    cifar10.TrainBatches(cifar10.synthetic(True), 10, 0, Augmentation("autoaugment"))[0]
+    TrainBatches(synthetic.load(None, True), 10, 0, Augmentation("autoaugment"))[0]
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -98,16 +99,16 @@ def test_input_against_torchvision():
 
 
 def test_eval_batches_cover_everything_in_order():
-    batches = cifar10.EvalBatches(numbered(), 32, 30)
+    batches = EvalBatches(numbered(), 32, 30)
     assert len(batches) == 4
     assert torch.cat([labels for _, labels in batches]).equal(numbered().labels)
 
 
 def test_batch_sizes_that_do_not_fit_are_refused():
     with pytest.raises(BadInput, match="batch size 101"):
-        cifar10.TrainBatches(numbered(), 101, 0, Augmentation("none"))
+        TrainBatches(numbered(), 101, 0, Augmentation("none"))
     with pytest.raises(BadInput, match="3 processes"):
-        cifar10.TrainBatches(numbered(), 20, 0, Augmentation("none"), 0, 3)
+        TrainBatches(numbered(), 20, 0, Augmentation("none"), 0, 3)
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
@@ -133,7 +134,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     with pytest.raises(BadInput, match="could not be downloaded"):
-        cifar10.load("cifar10", tmp_path / "absent", True)
+        TASKS["cifar10"].load(tmp_path / "absent", True)
 
 
 STRONG = Augmentation("crop-flip", erase=1.0, mixup=0.8, cutmix=1.0)
@@ -153,7 +154,7 @@ def test_mixed_images_and_targets_keep_the_same_shares():
 
 
 def test_erasing_leaves_the_rest_alone():
-    x = cifar10.synthetic(True).images[:50]
+    x = synthetic.load(None, True).images[:50]
     draws = torch.randint(2**31, (50, 5), generator=torch.Generator().manual_seed(0))
     erased = Augmentation("none", erase=1.0).images(x, draws, 32)
     share = (erased != x).any(1).float().mean((1, 2))
@@ -162,10 +163,10 @@ def test_erasing_leaves_the_rest_alone():
 
 
 def test_processes_mix_what_one_process_would():
-    images = cifar10.synthetic(True)
-    whole, targets = cifar10.TrainBatches(images, 12, 3, STRONG)[7]
+    images = synthetic.load(None, True)
+    whole, targets = TrainBatches(images, 12, 3, STRONG)[7]
     for rank in range(3):
-        part, part_targets = cifar10.TrainBatches(images, 12, 3, STRONG, rank, 3)[7]
+        part, part_targets = TrainBatches(images, 12, 3, STRONG, rank, 3)[7]
         assert torch.equal(part, whole[rank::3]) and torch.equal(part_targets, targets[rank::3])
     with pytest.raises(BadInput, match="mix images in pairs"):
-        cifar10.TrainBatches(images, 15, 0, STRONG, 0, 3)
+        TrainBatches(images, 15, 0, STRONG, 0, 3)

@@ -14,7 +14,8 @@ from lab.engines import EngineMissing, onnx_runtime, torch_eager, torch_fx
 from lab.engines.measure import latency, predict
 from lab.models.checkpoint import model_from_checkpoint
 from lab.report.tables import products_text, results_table
-from lab.tasks import cifar10
+from lab.tasks import TASKS
+from lab.tasks.batches import EvalBatches, balanced_subset, split
 from mobilevit import MobileViT
 from ptq import RECIPES, packing
 
@@ -94,17 +95,17 @@ def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
     assert plain["predictions"] != shifted["predictions"]
     assert plain["adapt_images"] == 256
     model, _ = model_from_checkpoint(checkpoint)
-    images = cifar10.load("synthetic", None, train=False)[:50]
+    images = TASKS["synthetic"].load(None, train=False)[:50]
 
     def predictions(network):
-        logits, _ = predict(network, cifar10.EvalBatches(images, 64, 25))
+        logits, _ = predict(network, EvalBatches(images, 64, 25))
         return "".join(map(str, logits.argmax(1).tolist()))
 
-    train = cifar10.load("synthetic", None, train=True)
-    usable, _ = cifar10.split(train.labels, 200)
-    chosen = cifar10.balanced_subset(train.labels, usable, 256, seed=1)
+    train = TASKS["synthetic"].load(None, train=True)
+    usable, _ = split(train.labels, 200)
+    chosen = balanced_subset(train.labels, usable, 256, seed=1)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    batches = [cifar10.EvalBatches(train[chosen[order]], side, 32) for side in (64, 32)]
+    batches = [EvalBatches(train[chosen[order]], side, 32) for side in (64, 32)]
     assert predictions(ptq.adapted(model, *batches)) == plain["predictions"] != predictions(model)
 
 

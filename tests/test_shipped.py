@@ -11,7 +11,8 @@ from lab.engines.measure import predict
 from lab.models.checkpoint import model_from_checkpoint
 from lab.report.rows import load_rows
 from lab.report.tables import agreement_pct, twin
-from lab.tasks import cifar10
+from lab.tasks import TASKS
+from lab.tasks.batches import EvalBatches
 from ptq.recipe import Recipe
 from ptq.recipes import RECIPES
 from ptq.recipes.baselines import PROTOCOL
@@ -62,8 +63,8 @@ def test_shipped_weights_predict_what_their_row_says(path):
     checkpoint = ROOT / row["checkpoint"]
     assert files.sha256(checkpoint) == row["checkpoint_sha256"]
     model, _ = model_from_checkpoint(checkpoint)
-    test = cifar10.load("cifar10", os.environ["DATA_DIR"], train=False)
-    logits, labels = predict(model, cifar10.EvalBatches(test[:N], row["img_size"], 50))
+    test = TASKS["cifar10"].load(os.environ["DATA_DIR"], train=False)
+    logits, labels = predict(model, EvalBatches(test[:N], row["img_size"], 50))
     expected = sum(int(a) == b for a, b in zip(row["predictions"], test.labels[:N].tolist()))
     n_correct = int((logits.argmax(1) == labels).sum())
     assert abs(n_correct - expected) <= 1  # another CPU may break a tie otherwise

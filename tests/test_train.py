@@ -350,11 +350,11 @@ def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
         (("--seed", str(2**64)), "--seed must be at least 0"),
         (("--batch-size", "1", "--img-size", "32"), "--batch-size 1 needs more than 32 pixels"),
         (("--epochs", "5"), "--warmup-epochs"),
-        (("--variant", "xl"), "invalid choice"),
+        (("--model", "xl"), "invalid choice"),
         (("--heads", "3"), "do not divide"),
         (("--resolutions", "64:1", "--epochs", "3"), "replaces"),
         (("--eval",), "go together"),
-        (("--eval", "--checkpoint", "x.pth", "--variant", "s"), "excluded"),
+        (("--eval", "--checkpoint", "x.pth", "--model", "s"), "excluded"),
         (("--batch-size", "5000"), "batch size 5000"),
         (("--val-size", "2000"), "cannot draw"),
         (("--seed", "-1"), "--seed"),
@@ -363,7 +363,7 @@ def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
 )
 def test_nonsense_flags_are_one_line(flags, says, tmp_path):
     out = tmp_path / "out"
-    fails_with_one_line("train.py", "--dataset", "synthetic", *flags, "--output", out, says=says)
+    fails_with_one_line("train.py", "--task", "synthetic", *flags, "--output", out, says=says)
     assert not out.exists()
 
 

@@ -101,8 +101,8 @@ def start_from(path, **options):
 
 
 def test_training_starts_from_a_narrower_checkpoint(checkpoint, tmp_path):
-    short = ("--dataset", "synthetic", "--resolutions", "32:0.05", "--warmup-epochs", "0")
-    out, _ = run("train.py", *short, "--variant", "xs", "--widen", checkpoint, "--output", tmp_path)
+    short = ("--task", "synthetic", "--resolutions", "32:0.05", "--warmup-epochs", "0")
+    out, _ = run("train.py", *short, "--model", "xs", "--widen", checkpoint, "--output", tmp_path)
     assert out.startswith("epoch 1") and "mobilevit_xs-synthetic: epoch 1 chosen" in out
     assert files.read_json(tmp_path / "config.json")["widen"] == str(checkpoint)
     with pytest.raises(BadInput, match=f"{tmp_path}/best.pth: xs is wider than xxs"):

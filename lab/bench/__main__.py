@@ -1,7 +1,7 @@
 """Benchmarks behind the README's claims of speed, each side by side in one run.
 
-    python -m lab.bench train     # training images/s at 256x256, ours against others', 6 min on a CPU
-    python -m lab.bench loader    # images/s that the loader makes, against what the model takes, 1 min
+    python -m lab.bench train     # training images/s at 256x256, ours against others, 6 min on a CPU
+    python -m lab.bench loader    # images/s of the loader, against what the model takes, 1 min
     python -m lab.bench engines   # latency of methods and engines, all in turn, 5 to 7 min
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
     python -m lab.bench sweep     # a tenth of the sweep, ours against the published way, 6 min
@@ -19,7 +19,8 @@ import torch
 
 from lab import cli, files, machine
 from lab.bench import quantization, training
-from mobilevit import MIN_IMG_SIZE, VARIANTS
+from lab.models import registered
+from mobilevit import MIN_IMG_SIZE
 
 BENCHMARKS = {
     "train": training.train,
@@ -35,7 +36,7 @@ def parse_args():
     p = cli.parser(__doc__)
     add = p.add_argument
     add("what", choices=BENCHMARKS)
-    add("--variant", default="xxs", choices=VARIANTS, help="for train and loader")
+    add("--model", default="mobilevit_xxs", type=registered, help="for train and loader")
     add("--img-size", type=int, default=256, help="input side in pixels, for train and loader")
     add("--batch-size", type=int, default=32, help="images a training step, for train and loader")
     add("--seconds", type=float, default=8, help="of each round, for train and loader")

@@ -12,7 +12,7 @@ from lab.cli import BadInput
 from lab.engines import EngineMissing, torch_eager, torch_fx
 from lab.engines.measure import latency
 from lab.models.checkpoint import model_from_checkpoint
-from lab.tasks import cifar10
+from lab.tasks import TASKS, cifar10
 from ptq.recipes.baselines import PROTOCOL
 
 
@@ -26,7 +26,7 @@ def training_batches(args):
         transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
     )
     loader = pil_loader(
-        cifar10.load("synthetic", None, train=True),
+        TASKS["synthetic"].load(None, train=True),
         side,
         augmented,
         batch_size=args.batch_size,
@@ -49,7 +49,7 @@ def sweep_s(args) -> float:
     model = model.to(memory_format=torch.contiguous_format)
 
     def loader(train: bool, n: int):
-        part = cifar10.load("cifar10", args.data_dir, train)[:n]
+        part = TASKS["cifar10"].load(args.data_dir, train)[:n]
         return pil_loader(part, 256, batch_size=128)
 
     test, calibration = loader(False, args.test_images), loader(True, args.calibration_images)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from lab.bench.published import training_batches
 from lab.cli import BadInput
-from lab.tasks import cifar10
+from lab.models import build
+from lab.tasks import TASKS, cifar10
 from lab.tasks.augment import POLICIES, Augmentation
+from lab.tasks.batches import TrainBatches, loader_workers
 from lab.training.optimizer import arithmetic
-from mobilevit import MobileViT
 
 ROUNDS = 5  # of each contender, taking turns
 
@@ -28,10 +29,10 @@ def train(args) -> dict:
         import timm
     except ImportError as error:
         raise BadInput("the comparison needs timm: pip install timm") from error
-    theirs = timm.create_model(f"mobilevit_{args.variant}", num_classes=len(cifar10.CLASSES))
+    theirs = timm.create_model(args.model, num_classes=len(cifar10.CLASSES))
 
     def contender(model=None, batches=our_batches, **changes):
-        model = model or MobileViT(args.variant, len(cifar10.CLASSES), heads=4)
+        model = model or build(args.model, num_classes=len(cifar10.CLASSES), heads=4)
         return trainer(model, batches(args), args, **changes)
 
     on_cuda, plain = args.device == "cuda", torch.contiguous_format
@@ -57,7 +58,7 @@ def train(args) -> dict:
             for name in steps
             if name != "ours"
         },
-        "variant": args.variant,
+        "model": args.model,
         "img_size": args.img_size,
         "batch_size": args.batch_size,
         "precision": args.precision,
@@ -67,12 +68,12 @@ def train(args) -> dict:
 
 def loader(args) -> dict:
     """Images/s that one loader process makes, and that the network takes."""
-    images = cifar10.load("cifar10", args.data_dir, train=True)
+    images = TASKS["cifar10"].load(args.data_dir, train=True)
     made = {}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for policy in POLICIES:
-        batches = cifar10.TrainBatches(images, args.batch_size, 0, Augmentation(policy))
+        batches = TrainBatches(images, args.batch_size, 0, Augmentation(policy))
         began, n = time.perf_counter(), 0
         while time.perf_counter() - began < args.seconds:
             batches[n]
@@ -81,12 +82,12 @@ def loader(args) -> dict:
     torch.set_num_threads(torch_threads)
     x = cifar10.to_input(images.images[: args.batch_size].to(args.device), args.img_size)
     labels = images.labels[: args.batch_size].to(args.device)
-    model = MobileViT(args.variant, len(cifar10.CLASSES))
+    model = build(args.model, num_classes=len(cifar10.CLASSES))
     step = trainer(model, itertools.repeat((x, labels)), args)
     return {
         "loader_images_per_s": made,
         "training_images_per_s": images_per_s(step, args),
-        "variant": args.variant,
+        "model": args.model,
         "img_size": args.img_size,
         "batch_size": args.batch_size,
         "precision": args.precision,
@@ -127,12 +128,12 @@ def images_per_s(step, args) -> float:
 
 def our_batches(args):
     """Batches as train.py makes them, augmented at 32x32 and resized on the device; without end."""
-    images = cifar10.load("synthetic", None, train=True)  # as fast as any others
+    images = TASKS["synthetic"].load(None, train=True)  # as fast as any others
     loader = torch.utils.data.DataLoader(
-        cifar10.TrainBatches(images, args.batch_size, 0, Augmentation("autoaugment")),
+        TrainBatches(images, args.batch_size, 0, Augmentation("autoaugment")),
         batch_size=None,
         sampler=range(sys.maxsize),
-        num_workers=cifar10.loader_workers(args.device),
+        num_workers=loader_workers(args.device),
         pin_memory=args.device == "cuda",
     )
     for images, labels in loader:

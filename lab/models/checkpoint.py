@@ -1,19 +1,53 @@
-"""Weights in and out: this project's checkpoints and timm's ImageNet weights.
+"""Checkpoints: networks of the registry with their weights and what they were trained for.
 
-A checkpoint is a file of tensors and plain values: {"format", "model": variant, "num_classes",
-"heads", "img_size", "state_dict", "test_accuracy_pct", "val_accuracy_pct", "epoch", "config",
-"commit"}.
-It is always read with `weights_only=True`, so it can't run code.
+    {"format": 2, "model": name in MODELS, "settings", "task", "classes", "img_size", "state_dict",
+     "test_accuracy_pct", "val_accuracy_pct", "epoch", "config", "commit"}
+
+A file of tensors and plain values, always read with `weights_only=True`, so that it can't run code.
+Format 1, which knew MobileViT on CIFAR-10 alone, is read as format 2.
 """
 
+import zipfile
+
 import torch
+from torch import Tensor, nn
 
 from lab.cli import BadInput
 from lab.files import atomic
-from mobilevit import MobileViT, from_timm
+from lab.models import MODELS, build, full_name, settings_of
+from lab.schema import anything, integer, mapping, maybe, number, one_of, record, sequence, text
+from lab.tasks.cifar10 import CLASSES
+from mobilevit import MIN_IMG_SIZE, from_timm
 
-FORMAT = 1  # of a checkpoint; one without a number is of the first, too
-NETWORK_KEYS = ("model", "num_classes", "heads", "img_size", "state_dict", "config")
+FORMAT = 2
+MAX_IMG_SIZE = 4096  # pixels a side
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+
+
+def tensor(value, where: str) -> None:
+    """A tensor without NaN and infinity."""
+    if not isinstance(value, Tensor):
+        raise BadInput(f"{where} is a {type(value).__name__}, but should be a tensor")
+    if value.is_complex() or value.is_quantized or value.layout != torch.strided:
+        raise BadInput(f"{where} is {value.dtype}, {value.layout}, but should be a plain tensor")
+    if not value.isfinite().all():
+        raise BadInput(f"{where} has values that are not finite")
+
+
+percent = number(0, 100)
+CHECKPOINT = record(
+    {
+        "model": one_of(*MODELS),
+        "settings": record({"num_classes": integer(1, 10**6)}),
+        "task": text,
+        "classes": sequence(text),
+        "img_size": integer(MIN_IMG_SIZE, MAX_IMG_SIZE),
+        "state_dict": mapping(tensor),
+        "test_accuracy_pct": maybe(percent),
+        "val_accuracy_pct": maybe(percent),
+        "config": mapping(anything),
+    }
+)
 
 
 def save_checkpoint(path, checkpoint: dict) -> None:
@@ -22,62 +56,126 @@ def save_checkpoint(path, checkpoint: dict) -> None:
         torch.save(checkpoint, file)
 
 
-def load_checkpoint(path, keys=NETWORK_KEYS) -> dict:
-    """Read a checkpoint onto the CPU; BadInput if it is unreadable or lacks one of `keys`."""
+def read_tensors(path) -> dict:
+    """The dict that a file of tensors and plain values holds, on the CPU; BadInput otherwise."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+                damaged = archive.testzip()
+            if damaged:
+                raise BadInput(f"{path} is damaged: the checksum of {damaged} does not fit")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadInput(f"no checkpoint at {path}") from error
+    except BadInput:
+        raise
     except Exception as error:  # truncated, no archive, pickled objects: torch has no common base
         reason = str(error).split("\n")[0].split(". ")[0]
         raise BadInput(f"{path} is not a readable checkpoint of tensors: {reason}") from error
-    if isinstance(checkpoint, dict) and checkpoint.get("format", 1) != FORMAT:
-        theirs = checkpoint["format"]
-        raise BadInput(f"{path} has checkpoint format {theirs}, this code reads format {FORMAT}")
-    missing = [k for k in keys if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if missing:
-        raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
-    if keys is NETWORK_KEYS and not {"dataset", "val_size"} <= set(checkpoint["config"]):
-        raise BadInput(f"{path} does not say which images it was trained on")
+    if not isinstance(loaded, dict):
+        raise BadInput(f"{path} holds a {type(loaded).__name__}, but should hold a dict")
+    return loaded
+
+
+def load_checkpoint(path) -> dict:
+    """Read and check a checkpoint; what it lacks or has wrong is a BadInput that names it."""
+    checkpoint = read_tensors(path)
+    version = checkpoint.get("format", 1)
+    if version not in (1, FORMAT):
+        raise BadInput(f"{path} has checkpoint format {version}, this code reads format {FORMAT}")
+    if "state_dict" not in checkpoint:
+        raise BadInput(f"{path} is not a checkpoint of this project: it lacks state_dict")
+    if version == 1:
+        checkpoint = _from_format_1(checkpoint, path)
+    CHECKPOINT(checkpoint, str(path))
+    n = checkpoint["settings"]["num_classes"]
+    if n != len(checkpoint["classes"]):
+        raise BadInput(f"{path} names {len(checkpoint['classes'])} classes of {n}")
     return checkpoint
 
 
-def load_weights(model: MobileViT, checkpoint: dict, path) -> None:
-    """Load a checkpoint of the same network into `model`; BadInput names both sides otherwise."""
-    theirs = (checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
-    ours = tuple(model.settings.values())
-    if ours != theirs:
-        what = "{} with {} classes and heads {}".format
-        raise BadInput(f"{path} holds {what(*theirs)}, but asked for is {what(*ours)}")
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, TypeError) as error:
-        raise BadInput(f"{path} does not fit mobilevit_{model.variant}: {error}") from error
+def _from_format_1(old: dict, path) -> dict:
+    record(
+        {
+            "model": text,
+            "num_classes": integer(1),
+            "heads": sequence(integer(1), 3),
+            "config": record({"dataset": text, "val_size": integer(1)}),
+        }
+    )(old, str(path))
+    n = old["num_classes"]
+    return old | {
+        "model": full_name(old["model"]),
+        "settings": {"num_classes": n, "heads": list(old["heads"])},
+        "task": old["config"]["dataset"],
+        "classes": list(CLASSES) if n == len(CLASSES) else [f"class {k}" for k in range(n)],
+        "test_accuracy_pct": old.get("test_accuracy_pct"),
+        "val_accuracy_pct": old.get("val_accuracy_pct"),
+    }
 
 
-def network(checkpoint: dict, path) -> MobileViT:
+def without_prefix(state_dict: dict) -> dict:
+    """The state dict without the prefixes that DataParallel and torch.compile give every name."""
+    for prefix in PREFIXES:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            return without_prefix({n.removeprefix(prefix): t for n, t in state_dict.items()})
+    return state_dict
+
+
+def load_state(model: nn.Module, state_dict: dict, path) -> None:
+    """Load the tensors of the file `path` into `model`; BadInput names the first that do not fit.
+
+    A prefix of DataParallel or torch.compile is taken off.
+    """
+    state_dict, ours = without_prefix(state_dict), model.state_dict()
+    wrong = [f"lacks {name}" for name in ours if name not in state_dict]
+    wrong += [f"has {name}, which the network has not" for name in state_dict if name not in ours]
+    wrong += [
+        f"has {name} as {list(t.shape)} instead of {list(ours[name].shape)}"
+        for name, t in state_dict.items()
+        if name in ours and t.shape != ours[name].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more such things)" if len(wrong) > 1 else ""
+        raise BadInput(f"{path} does not fit the network: it {wrong[0]}{more}")
+    model.load_state_dict(state_dict)
+
+
+def load_weights(model: nn.Module, name: str, checkpoint: dict, path) -> None:
+    """Load a checkpoint into `model`, the network `name`; BadInput if it holds another network."""
+    theirs = checkpoint["model"], checkpoint["settings"]
+    ours = name, settings_of(model)
+    if theirs != ours:
+        (their_name, theirs), (our_name, ours) = theirs, ours
+        raise BadInput(
+            f"{path} holds {their_name} with {theirs}, but asked for is {our_name} with {ours}"
+        )
+    load_state(model, checkpoint["state_dict"], path)
+
+
+def network(checkpoint: dict, path) -> nn.Module:
     """The network in a checkpoint that was read from `path`."""
     try:
-        model = MobileViT(checkpoint["model"], checkpoint["num_classes"], checkpoint["heads"])
-    except (ValueError, TypeError) as error:
+        model = build(checkpoint["model"], **checkpoint["settings"])
+    except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
-    load_weights(model, checkpoint, path)
+    load_state(model, checkpoint["state_dict"], path)
     return model
 
 
-def model_from_checkpoint(path) -> tuple[MobileViT, dict]:
+def model_from_checkpoint(path) -> tuple[nn.Module, dict]:
     """The float network in a checkpoint, in eval mode and channels-last, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     model = network(checkpoint, path)
     return model.eval().to(memory_format=torch.channels_last), checkpoint
 
 
-def load_timm(model: MobileViT) -> None:
+def load_timm(model: nn.Module, name: str) -> None:
     """Load timm's ImageNet weights, all but the classifier, into a `model` with four heads."""
     try:
         import timm
 
-        source = timm.create_model(f"mobilevit_{model.variant}", pretrained=True)
+        source = timm.create_model(name, pretrained=True)
     except ImportError as error:
         raise BadInput("--pretrained needs timm: pip install timm") from error
     except (OSError, RuntimeError) as error:  # no network, or no such file on the hub

@@ -15,20 +15,22 @@ from tqdm import tqdm
 from lab import files, machine
 from lab.cli import BadInput
 from lab.engines.measure import CPU_BATCH, predict
+from lab.models import build, settings_of
 from lab.models.checkpoint import (
     FORMAT,
     load_checkpoint,
     load_timm,
     load_weights,
     network,
+    read_tensors,
     save_checkpoint,
 )
 from lab.models.widen import widen
 from lab.tasks import cifar10
+from lab.tasks.batches import EvalBatches
 from lab.training.distributed import World
 from lab.training.optimizer import arithmetic, build_optimizer
 from lab.training.schedule import Schedule
-from mobilevit import MobileViT
 
 EVAL_BATCH = {"cpu": CPU_BATCH, "cuda": 200}  # images
 # Options that a resumed run may be given anew, and those that are not about the run.
@@ -38,10 +40,12 @@ OPTIONS = {"world_size": "processes:"}  # what is none of train.py's own
 SAVED = ("step", "seconds", "history", "best_accuracy", "config")  # besides the weights and sums
 
 
-def build_model(args) -> MobileViT:
+def build_model(args) -> nn.Module:
     torch.manual_seed(args.seed)
     try:
-        model = MobileViT(args.variant, len(cifar10.CLASSES), 4 if args.pretrained else args.heads)
+        heads = {"heads": 4 if args.pretrained else args.heads}
+        settings = {k: v for k, v in heads.items() if v is not None}
+        model = build(args.model, num_classes=len(cifar10.CLASSES), **settings)
     except ValueError as error:
         raise BadInput(str(error)) from error
     if args.resume:
@@ -50,20 +54,20 @@ def build_model(args) -> MobileViT:
     if source:
         checkpoint = load_checkpoint(source)
         before = checkpoint["config"]
-        if before["dataset"] == args.dataset and before["val_size"] < args.val_size:
+        if checkpoint["task"] == args.task and before["val_size"] < args.val_size:
             raise BadInput(
                 f"{source} was trained on images that this run holds out: "
                 f"use its --val-size {before['val_size']}"
             )
     if args.init:
-        load_weights(model, checkpoint, args.init)
+        load_weights(model, args.model, checkpoint, args.init)
     elif args.widen:
         try:
             widen(network(checkpoint, args.widen), model)
         except ValueError as error:
             raise BadInput(f"{args.widen}: {error}") from error
     elif args.pretrained:
-        load_timm(model)
+        load_timm(model, args.model)
     return model
 
 
@@ -137,7 +141,7 @@ class Run:
         ended = self.step % self.steps_per_epoch == 0 or self.step == len(self.schedule)
         return ended and math.ceil(self.step / self.steps_per_epoch) > len(self.history)
 
-    def network(self) -> MobileViT:
+    def network(self) -> nn.Module:
         """The weights to evaluate and ship."""
         return self.ema.module if self.ema else self.model
 
@@ -192,9 +196,10 @@ class Run:
     def shippable(self) -> dict:
         return {
             "format": FORMAT,
-            "model": self.model.variant,
-            "num_classes": self.model.num_classes,
-            "heads": list(self.model.heads),
+            "model": self.args.model,
+            "settings": settings_of(self.model),
+            "task": self.args.task,
+            "classes": list(cifar10.CLASSES),
             "img_size": self.args.img_size,
             "state_dict": {k: v.contiguous().cpu() for k, v in self.network().state_dict().items()},
             "test_accuracy_pct": None,
@@ -225,7 +230,7 @@ class Run:
 
     def resume(self) -> None:
         path = self.args.output / "last.pth"
-        state = load_checkpoint(path, (*SAVED, "sums", "model", "optimizer", "scaler"))
+        state = read_tensors(path)
         changed = [k for k, v in self.config.items() if state["config"].get(k) != v]
         if changed:
             told = ", ".join(
@@ -244,7 +249,7 @@ class Run:
 
 def evaluated(model, images: cifar10.Images, img_size: int, device: torch.device):
     """Logits and labels of `images`; on a CPU, each core takes batches of its own."""
-    batches = cifar10.EvalBatches(images, img_size, EVAL_BATCH[device.type], device)
+    batches = EvalBatches(images, img_size, EVAL_BATCH[device.type], device)
     return predict(model, batches, torch.get_num_threads() if device.type == "cpu" else 1)
 
 

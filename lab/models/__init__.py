@@ -1,0 +1,51 @@
+"""Networks by name. A new one is a file in this folder and a line here.
+
+>>> build("mobilevit_xxs", num_classes=10)
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from mobilevit import VARIANTS, MobileViT
+
+# name -> function from settings (num_classes and what else the network takes) to the network
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS
+}
+SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
+
+
+NAMES = ", ".join((*MODELS, *SHORT))
+
+
+def full_name(name: str) -> str:
+    """The registered name for a name or its short form: "xxs" is mobilevit_xxs."""
+    return SHORT.get(name, name)
+
+
+def registered(name: str) -> str:
+    """`full_name` as the type of a command's option, which refuses other names."""
+    if full_name(name) not in MODELS:
+        raise argparse.ArgumentTypeError(f"no network is called {name}: there are {NAMES}")
+    return full_name(name)
+
+
+def build(name: str, **settings) -> nn.Module:
+    """The network `name` with fresh weights; ValueError for settings that it does not take."""
+    try:
+        return MODELS[name](**settings)
+    except (TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that are none
+        raise ValueError(f"{name} can't be built with {settings}: {error}") from error
+
+
+def settings_of(model: nn.Module) -> dict:
+    """The settings that build the same network by its registered name, as plain values."""
+    return {name: value for name, value in model.settings.items() if name != "variant"}
+
+
+def run_name(model: str, task: str) -> str:
+    """A run's name in paths and tables; another task than CIFAR-10 shows in it."""
+    return model if task == "cifar10" else f"{model}-{task}"

@@ -1,0 +1,124 @@
+"""What a file must hold, declared once and checked once, where the file is read.
+
+A schema is a function (value, where) that raises BadInput if `value` is not what it describes. The
+message names the file and field, what is there, and what should be. Behind the check nothing looks
+again.
+
+    >>> ROW = record({"model": text, "n_images": integer(1), "score": mapping(number())})
+    >>> ROW(read_json(path), path)
+"""
+
+import math
+from collections.abc import Callable
+
+from lab.cli import BadInput
+
+Schema = Callable[[object, str], None]
+SHOWN = 60  # characters of a wrong value that a message repeats
+
+
+def _require(ok: bool, value, where: str, expected: str) -> None:
+    if not ok:
+        shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+        shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
+        raise BadInput(f"{where} is {shown}, but should be {expected}")
+
+
+def text(value, where: str) -> None:
+    """A string."""
+    _require(isinstance(value, str), value, where, "text")
+
+
+def flag(value, where: str) -> None:
+    """True or False."""
+    _require(isinstance(value, bool), value, where, "true or false")
+
+
+def anything(value, where: str) -> None:
+    """Any value; for what is only shown or passed on."""
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Schema:
+    """A finite int or float within `low` and `high`."""
+
+    def check(value, where):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        ok = is_number and math.isfinite(value) and low <= value <= high
+        _require(ok, value, where, f"a finite number{_bounds(low, high)}")
+
+    return check
+
+
+def integer(low: float = -math.inf, high: float = math.inf) -> Schema:
+    """An int within `low` and `high`."""
+
+    def check(value, where):
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        _require(ok, value, where, f"a whole number{_bounds(low, high)}")
+
+    return check
+
+
+def _bounds(low: float, high: float) -> str:
+    if high < math.inf:
+        return f" from {low} to {high}"
+    return f" of at least {low}" if low > -math.inf else ""
+
+
+def one_of(*values) -> Schema:
+    """One of `values`."""
+
+    def check(value, where):
+        names = ", ".join(map(str, values))
+        _require(any(type(value) is type(v) and value == v for v in values), value, where, names)
+
+    return check
+
+
+def maybe(schema: Schema) -> Schema:
+    """None, or what `schema` describes."""
+
+    def check(value, where):
+        if value is not None:
+            schema(value, where)
+
+    return check
+
+
+def sequence(schema: Schema, length: int | None = None) -> Schema:
+    """A list whose elements `schema` describes, of `length` where that is given."""
+
+    def check(value, where):
+        of = "" if length is None else f" of {length}"
+        ok = isinstance(value, list | tuple) and length in (None, len(value))
+        _require(ok, value, where, f"a list{of}")
+        for i, element in enumerate(value):
+            schema(element, f"{where}[{i}]")
+
+    return check
+
+
+def mapping(schema: Schema) -> Schema:
+    """A dict with names as keys, whose values `schema` describes."""
+
+    def check(value, where):
+        _require(isinstance(value, dict), value, where, "a mapping")
+        for key, element in value.items():
+            _require(isinstance(key, str), key, f"a key of {where}", "text")
+            schema(element, f"{where}: {key}")
+
+    return check
+
+
+def record(fields: dict[str, Schema]) -> Schema:
+    """A dict that has each of `fields`, as its schema describes it; others are let pass."""
+
+    def check(value, where):
+        _require(isinstance(value, dict), value, where, "a mapping")
+        missing = [name for name in fields if name not in value]
+        if missing:
+            raise BadInput(f"{where} lacks {', '.join(missing)}")
+        for name, schema in fields.items():
+            schema(value[name], f"{where}: {name}")
+
+    return check

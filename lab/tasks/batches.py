@@ -1,0 +1,123 @@
+"""From a data set to batches: splits, balanced subsets, batches to train and to evaluate on.
+
+A data set has `labels` int64 [N], `classes`, `len`, indexing by a tensor of indices or a slice, and
+`inputs(img_size, device)`, which makes the network's input of all its images. Images of CIFAR-10
+stay uint8 [N, 3, 32, 32] until a batch is needed: they are augmented at that size in the loader's
+workers, then normalised and resized on the network's device, a whole batch at a time.
+
+Every random choice is a function of (seed, step). Any process can make any batch again at any
+time, so a resumed or data-parallel run sees exactly the same images.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lab.cli import BadInput
+from lab.tasks.augment import DRAWS, Augmentation
+from lab.tasks.cifar10 import SIDE, Images
+
+# The same for every run, so that no run trains on images that another one holds out.
+_SPLIT_SEED = 0
+
+
+def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and `val_size` indices to hold out, the latter class-balanced.
+
+    The same for every run; a smaller held-out set is part of a larger one.
+    """
+    held_out = balanced_subset(labels, torch.arange(len(labels)), val_size, _SPLIT_SEED)
+    keep = torch.ones(len(labels), dtype=torch.bool)
+    keep[held_out] = False
+    return keep.nonzero().flatten(), held_out
+
+
+def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tensor:
+    """`n` of `indices`, sorted, drawn at random with each class the same number of times (+-1)."""
+    if not 0 < n < len(indices):
+        raise BadInput(f"cannot draw {n} of {len(indices)} images: ask for fewer, and at least 1")
+    shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
+    # The k-th image of its class in shuffled order has rank k: the n lowest ranks are balanced.
+    one_hot = F.one_hot(labels[shuffled])
+    rank = one_hot.cumsum(0).gather(1, labels[shuffled, None]).flatten()
+    return shuffled[rank.argsort(stable=True)[:n]].sort().values
+
+
+class TrainBatches(torch.utils.data.Dataset):
+    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, w, w] and their
+    labels int64 [b] or, where `augment` mixes images, class probabilities float32 [b, K].
+
+    Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
+    last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
+    share b = batch_size / world of the batch that a single process would get. `windows` names, by
+    epoch, the side w <= 32 of a random window to cut from every image (default: 32).
+    """
+
+    def __init__(
+        self,
+        data: Images,
+        batch_size: int,
+        seed: int,
+        augment: Augmentation,
+        rank: int = 0,
+        world: int = 1,
+        windows: list[int] | None = None,
+    ):
+        if not 0 < batch_size <= len(data):
+            raise BadInput(f"batch size {batch_size} is not within 1 to {len(data)} images")
+        divisor = 2 * world if augment.mixes else world  # images mix within a process, by halves
+        if batch_size % divisor:
+            raise BadInput(
+                f"batch size {batch_size} does not divide by {divisor}: {world} processes"
+                + (", which mix images in pairs" if augment.mixes else "")
+            )
+        self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
+        self.rank, self.world, self.windows = rank, world, windows
+        self.steps_per_epoch = len(data) // batch_size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch))
+        indices = order[batch * self.batch_size :][: self.batch_size]
+        x, labels = self.data.images[indices], self.data.labels[indices]
+        share = slice(self.rank, None, self.world)
+        # Drawn for the whole batch and then shared out, so that `world` changes no image.
+        draws = torch.randint(
+            2**31, (self.batch_size, DRAWS), generator=_generator(self.seed, 0, step)
+        )
+        x, labels, draws = x[share], labels[share], draws[share]
+        window = self.windows[epoch] if self.windows else SIDE
+        x = self.augment.images(x, draws, window)
+        if not self.augment.mixes:
+            return x, labels
+        rng = np.random.default_rng((self.seed, 1, step))
+        return self.augment.mixed(x, F.one_hot(labels, len(self.data.classes)).float(), rng)
+
+
+def loader_workers(device: str) -> int:
+    """Loader processes that keep a device busy; none for a CPU, which trains a hundred times longer
+    on a batch than it takes to make it."""
+    return min(8, torch.multiprocessing.cpu_count()) if device == "cuda" else 0
+
+
+def _generator(*key: int) -> torch.Generator:
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+class EvalBatches:
+    """A sequence of (input [b, 3, S, S], labels [b]) over `data` in order, made when asked for."""
+
+    def __init__(self, data, img_size: int, batch_size: int, device="cpu"):
+        self.data, self.img_size, self.batch_size = data, img_size, batch_size
+        self.device = device
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = self.data[i * self.batch_size : (i + 1) * self.batch_size]
+        return part.inputs(self.img_size, self.device), part.labels.to(self.device)
