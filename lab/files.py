@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -43,7 +44,14 @@ def write_text(path, text: str) -> None:
 
 
 def write_json(path, value) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write plain values, indented, but each list of whole numbers on one line."""
+    text = json.dumps(value, indent=1)
+    short = re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda m: _one_line(m[1]), text)
+    write_text(path, short + "\n")
+
+
+def _one_line(numbers: str) -> str:
+    return f"[{' '.join(numbers.split())}]"
 
 
 def read_json(path):

@@ -1,9 +1,14 @@
 """Post-training quantization: formats, recipes, and the pipeline that applies one to the other.
-Knows modules, batches and its own files; nothing of data sets, checkpoints or the command line."""
 
+Knows modules, batches and its own files; nothing of data sets, checkpoints or the command line.
+
+    >>> quantized = ptq.quantize(model, ptq.recipe("w8a8", model), batches)
+"""
+
+from ptq.formats import Uniform
 from ptq.methods.norms import adapted
 from ptq.pipeline import quantize
-from ptq.recipe import LayerSpec, Recipe, Rule
-from ptq.recipes import RECIPES
+from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes import RECIPES, recipe
 
-__all__ = ["RECIPES", "LayerSpec", "Recipe", "Rule", "adapted", "quantize"]
+__all__ = ["RECIPES", "LayerSpec", "Recipe", "Uniform", "adapted", "quantize", "recipe"]

@@ -1,66 +1,13 @@
 """Number formats: how a tensor is written in few bits.
 
-A format is a frozen dataclass of pure functions. `Float16` and `PercentileUniform` choose their own
-grid: `encode(x)` gives codes and what is needed to read them, `decode(*encode(x))` the float32
-tensor that they stand for. The grid of `Uniform` is chosen by an observer (ptq.observers) or by a
-rounding method, and passed in.
+A format is a frozen dataclass of pure functions. Its grid, scales and zero-points, is chosen by an
+observer (ptq.observers) or by a method, and passed in.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Float16:
-    """IEEE 754 half precision."""
-
-    def encode(self, x: Tensor) -> tuple[Tensor]:
-        return (x.half(),)
-
-    def decode(self, half: Tensor) -> Tensor:
-        return half.float()
-
-    def size_bits(self, x: Tensor) -> int:
-        return 16 * x.numel()
-
-
-@dataclass(frozen=True)
-class PercentileUniform:
-    """2**bits evenly spaced levels between two percentiles of each output channel.
-
-    The grid starts at the lower percentile and need not contain 0. With 4 bits and the 1st and 99th
-    percentile this is the INT4 of the CIFAR-10 re-implementation whose protocol we reproduce. A
-    channel whose percentiles coincide is written as that one value.
-    """
-
-    bits: int = 4
-    low_pct: float = 1.0
-    high_pct: float = 99.0
-
-    def __post_init__(self):
-        if not (1 <= self.bits <= 8 and 0 <= self.low_pct < self.high_pct <= 100):
-            raise ValueError(f"1 to 8 bits between two percentiles, not {self}")
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[C, ...] -> codes uint8 [C, ...], scale and offset float32 [C, 1, ...]."""
-        flat = x.flatten(1)
-        shape = (-1, *[1] * (x.dim() - 1))
-        low = flat.quantile(self.low_pct / 100, dim=1).view(shape)
-        high = flat.quantile(self.high_pct / 100, dim=1).view(shape)
-        scale = (high - low) / (2**self.bits - 1)
-        scale = torch.where(scale > 0, scale, 1.0)  # constant channel: every code is 0
-        codes = ((x.clamp(low, high) - low) / scale).round()
-        return codes.to(torch.uint8), scale, low
-
-    def decode(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        return codes * scale + offset
-
-    def size_bits(self, x: Tensor) -> int:
-        """As published: codes, and per channel a float32 scale and a zero-point as wide as a code.
-        A file would need 32 bits for the offset, which is not on the grid."""
-        return self.bits * x.numel() + (32 + self.bits) * x.shape[0]
 
 
 @dataclass(frozen=True)
@@ -161,6 +108,3 @@ class Uniform:
         `scale` and `zero_point` broadcast with `x`."""
         zero = zero_point.to(x.dtype)
         return (x / scale).round_().clamp_(self.qmin - zero, self.qmax - zero).mul_(scale)
-
-
-Format = Float16 | PercentileUniform  # those that rules for tensors take

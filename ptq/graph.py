@@ -1,27 +1,64 @@
 """What feeds what in a network: inputs and outputs of layers, norms after convolutions."""
 
+from collections import Counter
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
+NEVER_RAN = "a layer of the network never ran during calibration"
+PRODUCERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, QuantizedLayer)
 
-def norms_after(model: nn.Module) -> dict[str, str]:
-    """{name of a batch norm: name of the convolution that alone feeds it and nothing else}."""
-    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        return {}  # and perhaps not to be traced
-    tracer = _Tracer()
-    tracer.trace(model)
+
+def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
+    """{name of a batch norm: name of the convolution that alone feeds it and nothing else}.
+
+    `batches` are needed for networks that torch.fx can't trace; without them, such a network has
+    no pairs. A batch norm that does more, such as one with an activation in it, is in no pair.
+    """
+    modules = dict(model.named_modules())
+    norms = {n for n, m in modules.items() if type(m) is nn.BatchNorm2d}
+    fed = consumers(model, batches) if norms else {}
     pairs = {}
-    for node in tracer.graph.nodes:
-        if node.op == "call_module" and isinstance(
-            model.get_submodule(node.target), nn.BatchNorm2d
-        ):
-            before = node.args[0]
-            layer = model.get_submodule(before.target) if before.op == "call_module" else None
-            if isinstance(layer, nn.Conv2d | QuantizedLayer) and len(before.users) == 1:
-                pairs[node.target] = before.target
+    for producer, (consumer, *others) in fed.items():
+        if consumer in norms and not others and isinstance(modules[producer], CONVOLUTIONS):
+            pairs[consumer] = producer
     return pairs
+
+
+CONVOLUTIONS = (nn.Conv2d, QuantizedLayer)
+
+
+def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
+    """{name of a layer norm: names of the linear layers that take in its output}, where nothing
+    else does; `batches` as for `norms_after`."""
+    modules = dict(model.named_modules())
+    return {
+        producer: fed
+        for producer, fed in consumers(model, batches).items()
+        if isinstance(modules[producer], nn.LayerNorm)
+        and all(isinstance(modules.get(name), nn.Linear | QuantizedLayer) for name in fed)
+    }
+
+
+def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
+    """{name of a layer: names of the layers that take in its output, None for anything else}.
+
+    From the graph that torch.fx traces or, where it can't, from one call on the first of `batches`.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # control flow that looks at values; torch.fx has no common base for it
+        return watched(model, batches) if batches is not None else {}
+    runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    return {
+        node.target: [user.target if user.op == "call_module" else None for user in node.users]
+        for node in graph.nodes
+        if node.op == "call_module" and runs[node.target] == 1 and node.users
+    }
 
 
 class _Tracer(torch.fx.Tracer):
@@ -30,21 +67,51 @@ class _Tracer(torch.fx.Tracer):
         return ours or super().is_leaf_module(module, name)
 
 
-def linears_after_norms(model: nn.Module) -> dict[str, list[str]]:
-    """{name of a layer norm: names of the linear layers that take in its output}, where nothing
-    else does."""
-    modules, after = dict(model.named_modules()), {}
-    for node in _Tracer().trace(model).nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.LayerNorm):
-            if all(
-                user.op == "call_module" and isinstance(modules[user.target], nn.Linear)
-                for user in node.users
-            ):
-                after[node.target] = [user.target for user in node.users]
-    return after
+@torch.no_grad()
+def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
+    """`consumers` as seen in one call of `model`: every operator on a layer's output counts as the
+    layer that it runs in."""
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
+    users: dict[str, list[str | None]] = {}
+    running: list[str] = []
+    runs = Counter()
 
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and id(value) in outputs:
+                    name = outputs[id(value)][0]
+                    user = running[-1] if running else None
+                    if user not in users[name]:
+                        users[name].append(user)
+            return func(*args, **(kwargs or {}))
 
-NEVER_RAN = "a layer of the network never ran during calibration"
+    def enter(name):
+        return lambda *_: running.append(name)
+
+    def leave(name):
+        def hook(module, inputs, output):
+            running.pop()
+            runs[name] += 1
+            outputs[id(output)] = name, output
+            users.setdefault(name, [])
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in users)
+        if isinstance(module, PRODUCERS) and not inside:
+            users[name] = []  # so that what lies inside of it is passed over
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave(name)))
+    try:
+        with Watch():
+            model(next(iter(batches))[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: fed for name, fed in users.items() if fed and runs[name] == 1}
 
 
 class _Reached(Exception):

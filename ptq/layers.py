@@ -1,8 +1,7 @@
-"""Layers with quantizers: what `ptq.quantize` puts in the place of convolutions, linear layers and
-attention cores.
+"""Layers with quantizers: what `ptq.quantize` puts in the place of a network's own layers.
 
-Weights hold the values of their codes, so the float layer computes as it did; inputs pass a
-`Quantizer`. Batch norms stay where they are: with one scale per output channel (or finer) folding
+Weights hold the values of their codes, so the float layer computes as it did. Inputs pass a
+`Quantizer`. Batch norms stay where they are: with one scale per output channel (or finer), folding
 them changes scales and biases, never codes.
 """
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.formats import Uniform
 from ptq.observers import OBSERVERS
+from ptq.recipe import LayerSpec
 
 
 class Quantizer(nn.Module):
@@ -115,4 +115,47 @@ class QuantizedAttentionCore(nn.Module):
         return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
 
 
-KINDS = {"product": (nn.Conv2d, nn.Linear, AttentionCore), "pointwise": (nn.LayerNorm, nn.SiLU)}
+def _layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> nn.Module:
+    if isinstance(layer, nn.Conv2d) and (
+        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        raise ValueError("convolutions are quantized only with a number of zeros around them")
+    return QuantizedLayer(layer, _quantizer(spec), spec.weight, spec.weight_observer)
+
+
+def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
+    return QuantizedAttentionCore(spec.input, spec.input_observer) if spec.input else core
+
+
+def _pointwise(module: nn.Module, spec: LayerSpec) -> nn.Module:
+    return nn.Sequential(_quantizer(spec), module) if spec.input else module
+
+
+def _quantizer(spec: LayerSpec) -> Quantizer | None:
+    return Quantizer(spec.input, spec.input_observer) if spec.input else None
+
+
+# {kind: {type of module: function of it and its LayerSpec that gives what takes its place}}.
+# A method that brings layers of its own adds them here.
+LAYERS = {
+    "product": {nn.Conv2d: _layer, nn.Linear: _layer, AttentionCore: _core},
+    "pointwise": {nn.LayerNorm: _pointwise, nn.SiLU: _pointwise},
+}
+
+
+def kinds_of(module: nn.Module) -> set[str]:
+    """The kinds of LAYERS that a module belongs to."""
+    return {kind for kind, types in LAYERS.items() if _entry(types, module)}
+
+
+def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
+    """What takes the place of `module`, as `spec` asks for."""
+    return _entry(LAYERS[spec.kind], module)(module, spec)
+
+
+def _entry(types: dict, module: nn.Module):
+    """The entry for a module. A subclass that computes something else of its own has none."""
+    for kind, entry in types.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return entry
+    return None

@@ -1,7 +1,11 @@
-"""What a quantized network takes on disk, and the file that holds its weights in few bits."""
+"""The file that holds a quantized network in few bits, and the bytes that it takes."""
 
 import copy
 import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,30 +13,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq.formats import Float16
 from ptq.layers import QuantizedLayer, Quantizer
-from ptq.pipeline import attach
+from ptq.pipeline import attach, layer_specs
 from ptq.recipe import Recipe
 
 GRID = ("scale", "zero_point")  # of a quantizer
 
 
-def packed(state: dict, recipe: Recipe) -> dict:
-    """The state dict to write: tensors that the recipe writes as float16 are float16."""
-    return {
-        name: value.half() if isinstance(recipe.format_of(name, value), Float16) else value
-        for name, value in state.items()
-    }
+def size_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """Bytes of the file that holds a network's weights, written to find out.
+
+    Quantized networks are packed as `save` does it. Others are saved as torch saves their state.
+    """
+    if recipe.layers:
+        return written_bytes(lambda path: save(model, recipe, path))
+    return written_bytes(lambda path: torch.save(model.state_dict(), path))
 
 
-def estimated_size_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """Size of a packed file without its header: each tensor in its format, every other parameter
-    and buffer with 32 bits an element."""
-    bits = 0
-    for name, tensor in model.state_dict().items():
-        fmt = recipe.format_of(name, tensor)
-        bits += fmt.size_bits(tensor) if fmt else 32 * tensor.numel()
-    return -(-bits // 8)
+def written_bytes(write: Callable[[Path], None]) -> int:
+    """Bytes of the file that `write` writes to the path it is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights")
+        write(path)
+        return path.stat().st_size
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -55,9 +58,11 @@ def unpack(data: Tensor, bits: int, shape) -> Tensor:
 
 
 def save(model: nn.Module, recipe: Recipe, path) -> None:
-    """Write a network that `ptq.quantize` gave to a safetensors file: packed codes and scales in
-    the place of weights, everything else in float32, the recipe in the header, and beside it the
-    network's `settings`, if it has any. OSError if it can't be written."""
+    """Write a network that `ptq.quantize` gave to a safetensors file.
+
+    Packed codes and scales take the place of weights, everything else stays in float32. The header
+    holds the recipe and the network's `settings`, if it has any. OSError if it can't be written.
+    """
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.format is not None:
@@ -75,23 +80,25 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
 
 
 def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
-    """The quantized network and the recipe in a file that `save` wrote, rebuilt on a copy of
-    `model`, a float network of the same architecture with any weights.
+    """The quantized network and the recipe in a file that `save` wrote.
 
-    Raises ValueError if the file is damaged or of another network.
+    The network is rebuilt on a copy of `model`, a float network of the same architecture with any
+    weights. Raises ValueError if the file is damaged or holds another network.
     """
     try:
         with safe_open(path, "pt") as file:
             header = {key: json.loads(value) for key, value in file.metadata().items()}
             recipe, settings = Recipe.fromdict(header["recipe"]), header["settings"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} holds no quantized network: {error}") from error
     ours = getattr(model, "settings", None)
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
+    for spec in recipe.layers:
+        _check_pattern(spec.pattern)
     model = copy.deepcopy(model).eval()
-    attach(model, recipe)
+    attach(model, layer_specs(model, recipe))
     try:
         _fill(model, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -99,23 +106,45 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     return model, recipe
 
 
+def _check_pattern(pattern: str) -> None:
+    """Raise ValueError for a pattern that is none, or that could take forever to match: a file can
+    come from anywhere."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern[:40]!r} is no pattern: {error}") from error
+    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
+        raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
+
+
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     rebuilt = set()
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             module.scale, module.zero_point = (tensors[f"{name}.{k}"] for k in GRID)
+            _check_grid(name, module.scale, module.zero_point.dtype == torch.int32)
         elif isinstance(module, QuantizedLayer):
             bias = tensors.get(f"{name}.layer.bias")
             if bias is not None and module.layer.bias is None:  # it came with bias correction
                 module.layer.bias = nn.Parameter(torch.empty_like(bias))
             if module.format is not None:
-                codes = tensors.pop(f"{name}.codes")
+                codes, scale = tensors.pop(f"{name}.codes"), tensors[f"{name}.scale"]
+                _check_grid(name, scale, codes.dtype == torch.uint8 and codes.dim() == 1)
                 codes = unpack(codes, module.format.bits, module.layer.weight.shape)
-                module.set_weight(codes, tensors[f"{name}.scale"])
+                module.set_weight(codes, scale)
                 rebuilt |= {f"{name}.codes", f"{name}.layer.weight"}
         elif isinstance(module, nn.BatchNorm2d):
             rebuilt.add(f"{name}.num_batches_tracked")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     wrong = [name for name in missing if name not in rebuilt] + unexpected
     if wrong:
         raise ValueError(f"{', '.join(wrong[:3])} missing or not expected")
+
+
+def _check_grid(name: str, scale: Tensor, codes_fit: bool) -> None:
+    good = scale.dtype == torch.float32 and scale.dim() == 1 and bool((scale > 0).all())
+    if not (good and codes_fit):
+        raise ValueError(f"codes or scales of {name} are none")

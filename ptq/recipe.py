@@ -1,39 +1,23 @@
-"""Recipes: what is done to which layers of a network, as data."""
+"""Recipes: what is done to which layers of a network, as data.
+
+A recipe can be printed, compared, saved beside its result (`asdict`) and read back (`fromdict`).
+"""
 
 import re
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import get_args, get_origin
 
-from torch import Tensor
-
-from ptq.formats import Float16, Format, PercentileUniform, Uniform
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`format` for the floating tensors of a state dict whose name matches `pattern` in full and
-    that have at least `min_ndim` dimensions. They are written in it and read back."""
-
-    pattern: str
-    format: Format
-    min_ndim: int = 0
-
-    def applies(self, name: str, tensor: Tensor) -> bool:
-        return (
-            tensor.is_floating_point()
-            and tensor.dim() >= self.min_ndim
-            and re.fullmatch(self.pattern, name) is not None
-        )
+from ptq.formats import Uniform
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How the layers of a kind whose module name matches `pattern` in full are quantized. A format
-    that is None leaves its tensor in float.
+    """How the layers of a kind whose module name matches `pattern` in full are quantized.
 
-    `kind`: a name of ptq.layers.KINDS. "product" are convolutions, linear layers and attention
-    cores, for which `input` holds for q, k and v, and without a sign for the softmax. "pointwise"
-    are layer norms and SiLU, which compute in float on inputs of that format and keep their
-    weights.
+    A format that is None leaves its tensor in float. `kind` is a key of ptq.layers.LAYERS:
+    "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
+    of q, k and v, and without a sign that of the softmax. "pointwise" are layer norms and SiLU:
+    they compute in float on inputs of that format and keep their weights.
     """
 
     pattern: str
@@ -50,56 +34,37 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named way to quantize: either `rules` for tensors, or `layers` for layers, or `peer`.
-    Of rules and of layers the first that applies decides.
+    """A named way to quantize a network: `layers` and `steps`, or `peer`, or none (float).
 
-    `equalize`: whether norms share their outputs' ranges with the weights that take them in.
-    `rounding`: how codes of weights are chosen, a name of ptq.rounding.
-    `units`: pattern of module names whose weights rounding takes together; layers outside of them
-    are taken one by one.
-    `norms`: how the statistics of batch norms follow quantized weights, a name of
-    ptq.correction.NORMS.
-    `correct_biases`: whether biases make up for the shift of each layer's mean output.
-    `peer`: name of the engine that quantizes the network by its own methods instead.
+    `title`: what it does, in a few words, for tables. Two recipes may differ in it and be equal.
+    `layers`: the formats; the first entry that applies to a layer decides.
+    `steps`: names of ptq.methods.STEPS in the order in which they are taken.
+    `units`: pattern of names of modules whose weights are rounded together by GPTQ and AdaRound.
+        Layers outside of them are rounded one by one.
+    `peer`: name of an engine that quantizes the network by its own methods instead.
     """
 
     name: str
-    rules: tuple[Rule, ...] = ()
+    title: str = field(default="", compare=False)
     layers: tuple[LayerSpec, ...] = ()
-    equalize: bool = False
-    rounding: str = "nearest"
+    steps: tuple[str, ...] = ()
     units: str | None = None
-    norms: str | None = None
-    correct_biases: bool = False
     peer: str | None = None
     calibration_images: int = 0
     calibration_batch: int = 128
 
     def __post_init__(self):
-        kinds = [kind for kind in ("rules", "layers", "peer") if getattr(self, kind)]
-        rounds = self.rounding != "nearest"
-        layered = rounds or self.correct_biases or self.equalize or self.norms
-        if len(kinds) > 1 or (layered and kinds != ["layers"]):
-            raise ValueError(f"recipe {self.name} mixes what does not go together: {kinds}")
-        if self.units and not rounds:
+        if self.peer and (self.layers or self.steps):
+            raise ValueError(f"recipe {self.name} has a peer, which takes no layers and no steps")
+        if bool(self.layers) != bool(self.steps):
+            raise ValueError(f"recipe {self.name} has layers without steps, or the reverse")
+        if self.units and not self.calibrates:
             raise ValueError(f"recipe {self.name} has units, but rounds to nearest")
 
-    def rule_for(self, name: str, tensor: Tensor) -> Rule | None:
-        """The rule for a tensor of a state dict, None if it stays as it is."""
-        return next((rule for rule in self.rules if rule.applies(name, tensor)), None)
-
-    def format_of(self, name: str, tensor: Tensor) -> Format | None:
-        rule = self.rule_for(name, tensor)
-        return rule.format if rule else None
-
-    def layer_spec(self, name: str, kind: str | None) -> LayerSpec | None:
-        """The first entry for a layer of this name and kind, None if it stays as it is."""
-        of_kind = (spec for spec in self.layers if spec.kind == kind)
+    def layer_spec(self, name: str, kinds: set[str]) -> LayerSpec | None:
+        """The first entry for a layer of this name and these kinds; None leaves it as it is."""
+        of_kind = (spec for spec in self.layers if spec.kind in kinds)
         return next((spec for spec in of_kind if re.fullmatch(spec.pattern, name)), None)
-
-    def to_nearest(self) -> "Recipe":
-        """The same recipe with every weight at its nearest code: as fast to run, and soon made."""
-        return replace(self, rounding="nearest", units=None)
 
     @property
     def quantizes_inputs(self) -> bool:
@@ -107,19 +72,13 @@ class Recipe:
 
     @property
     def calibrates(self) -> bool:
-        """Whether it needs batches to look at."""
-        steps = self.norms or self.equalize or self.correct_biases
-        return bool(steps or self.quantizes_inputs or self.rounding != "nearest")
-
-    @property
-    def simulated(self) -> bool:
-        """Whether floats stand in for the recipe's low-bit numbers when it runs in torch."""
-        return bool(self.rules or self.layers)
+        """Whether a step needs images to look at: all but rounding to nearest do."""
+        return any(step != "nearest" for step in self.steps)
 
     @property
     def exportable(self) -> bool:
         """Whether QDQ ONNX can hold what it does to the network."""
-        return not self.rules and all(
+        return all(
             spec.kind == "product"
             and (
                 spec.input is None
@@ -133,29 +92,23 @@ class Recipe:
             for spec in self.layers
         )
 
-    @property
-    def storable(self) -> bool:
-        """Whether a file with every tensor in its format can be written."""
-        return all(isinstance(rule.format, Float16) for rule in self.rules)
-
     def asdict(self) -> dict:
         """Plain values only; every dataclass names its type."""
         return _plain(self)
 
     @staticmethod
     def fromdict(plain: dict) -> "Recipe":
-        """The inverse of `asdict`, also for fields added since, which get their default. ValueError
-        for what it did not write."""
-        try:
-            rebuilt = _rebuilt(plain)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a recipe: {error}") from error
+        """The inverse of `asdict`; fields added since get their defaults.
+
+        ValueError for anything that `asdict` did not write.
+        """
+        rebuilt = rebuild(plain)
         if not isinstance(rebuilt, Recipe):
-            raise ValueError(f"not a recipe: {plain}")
+            raise ValueError(f"not a recipe: {type(plain).__name__}")
         return rebuilt
 
 
-_TYPES = {t.__name__: t for t in (Recipe, Rule, LayerSpec, Float16, PercentileUniform, Uniform)}
+_TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform)}
 
 
 def _plain(value):
@@ -165,8 +118,33 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _rebuilt(plain):
-    if isinstance(plain, dict):
-        values = {k: _rebuilt(v) for k, v in plain.items() if k != "type"}
-        return _TYPES[plain["type"]](**values)
-    return tuple(_rebuilt(v) for v in plain) if isinstance(plain, list) else plain
+def rebuild(plain):
+    """A recipe or a part of one from the plain values that stand for it; ValueError for others."""
+    if isinstance(plain, list):
+        return tuple(rebuild(v) for v in plain)
+    if not isinstance(plain, dict):
+        return plain
+    kind = _TYPES.get(plain.get("type")) if isinstance(plain.get("type"), str) else None
+    if kind is None:
+        raise ValueError(f"not a recipe or a part of one: type {str(plain.get('type'))[:40]!r}")
+    types = {f.name: f.type for f in fields(kind)}
+    values = {k: rebuild(v) for k, v in plain.items() if k != "type"}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"a {plain['type']} has no {name[:40]}")
+        if not _fits(value, types[name]):
+            raise ValueError(f"{name} of a {plain['type']} can't be {str(value)[:40]!r}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"not a {plain['type']}: {error}") from error
+
+
+def _fits(value, annotation) -> bool:
+    """Whether a value has the type of a dataclass's field."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, parts[0]) for v in value)
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    return isinstance(value, annotation) and isinstance(value, bool) == (annotation is bool)

@@ -28,11 +28,14 @@ def require(*packages: str) -> list:
 
 @dataclass(frozen=True)
 class Loaded:
-    """`run`: images [b, 3, S, S] -> logits [b, K]. What its weight file holds (`state`) or how
-    large the file was that it was read from (`size_bytes`). `products`: how many convolutions and
-    matrix products it computes in integers and how many in float, where the engine tells."""
+    """A network that an engine is ready to run.
+
+    `run`: images [b, 3, S, S] -> logits [b, K]. `size_bytes`: the file that holds its weights;
+    `size_is_estimate`: by a formula, as no such file is written. `products`: how many convolutions
+    and matrix products it computes in integers and how many in float, where the engine tells.
+    """
 
     run: Callable[[Tensor], Tensor]
-    state: dict | None = None
-    size_bytes: int | None = None
+    size_bytes: int
+    size_is_estimate: bool = False
     products: dict | None = None

@@ -4,6 +4,7 @@ are simulated."""
 import torch
 
 from lab.engines import Loaded
+from ptq.packing import size_bytes
 
 NAME = "torch-eager"
 
@@ -14,4 +15,4 @@ def version() -> str:
 
 def load(model, recipe, calibration, example) -> Loaded:
     """The network as it stands, with the values that the recipe gave it."""
-    return Loaded(model, state=model.state_dict())
+    return Loaded(model, size_bytes(model, recipe))

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from lab.engines import EngineMissing, Loaded
-from ptq.analysis.sensitivity import having, holding, noises
+from ptq.analysis.sensitivity import noises, set_attribute, set_tensor
+from ptq.packing import written_bytes
 from ptq.pipeline import check_finite
 
 NAME = "torch-fx"
@@ -24,20 +25,20 @@ def version() -> str:
     return torch.__version__
 
 
-def load(model, recipe, calibration, example, histograms=None) -> Loaded:
+def load(model, recipe, calibration, example) -> Loaded:
     """`model` converted with the default settings of QCONFIG.
 
-    `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. `histograms`: the
-    context that observers count in, FastHistograms unless a benchmark names another. Raises
+    `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. Raises
     EngineMissing where torch no longer has torch.ao.quantization or its INT8 kernels.
     """
-    prepared = calibrated(model, calibration, example, histograms or FastHistograms)
+    prepared = calibrated(model, calibration, example)
     from torch.ao.quantization.quantize_fx import convert_fx
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         converted = convert_fx(prepared)
-    return Loaded(converted, state=converted.state_dict())
+    state = converted.state_dict()
+    return Loaded(converted, written_bytes(lambda path: torch.save(state, path)))
 
 
 @torch.inference_mode()
@@ -46,7 +47,7 @@ def sensitivities(model, recipe, calibration, outputs) -> dict:
     quantizes; an activation has the name of the layer or operation that gives it. Raises ValueError
     for weights that are not finite."""
     check_finite(model)
-    network = calibrated(model, calibration, calibration[0][0][:1], FastHistograms)
+    network = calibrated(model, calibration, calibration[0][0][:1])
     from torch.ao.quantization import ObserverBase
 
     alone = {"weights": {}, "activations": {}}
@@ -59,14 +60,14 @@ def sensitivities(model, recipe, calibration, outputs) -> dict:
             value = torch.fake_quantize_per_channel_affine(
                 module.weight, scale, zero_point.int(), 0, *limits
             )
-            alone["weights"][name] = partial(holding, module.weight, value)
+            alone["weights"][name] = partial(set_tensor, module.weight, value)
     for node in network.graph.nodes:
         observer = network.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(observer, ObserverBase):
             network.set_submodule(node.target, switch := Switch(observer))
             (source,) = node.args
             name = source.target if source.op == "call_module" else source.name
-            alone["activations"][name] = partial(having, switch, "on", True)
+            alone["activations"][name] = partial(set_attribute, switch, "on", True)
     return noises(network, outputs, alone)
 
 
@@ -83,7 +84,7 @@ class Switch(nn.Module):
         return torch.fake_quantize_per_tensor_affine(x, *self.format) if self.on else x
 
 
-def calibrated(model, calibration, example, histograms):
+def calibrated(model, calibration, example):
     """`model` with observers that have seen `calibration`, ready to be converted."""
     try:
         from torch.ao.quantization import get_default_qconfig_mapping
@@ -100,7 +101,7 @@ def calibrated(model, calibration, example, histograms):
         warnings.simplefilter("ignore")  # of deprecation, and of observers that saw nothing
         mapping = get_default_qconfig_mapping(QCONFIG)
         prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, (example,))
-        with histograms():
+        with FastHistograms():
             for x, _ in tqdm(calibration, "calibrating", leave=False, disable=None):
                 prepared(x)
     return prepared

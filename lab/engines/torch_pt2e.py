@@ -8,6 +8,7 @@ from torch import nn
 from lab.engines import Loaded, require
 from lab.machine import has_vnni
 from mobilevit import AttentionCore
+from ptq.packing import written_bytes
 
 NAME = "torch-pt2e"
 # How Inductor counts the products that it found in the graph as quantized ones.
@@ -60,7 +61,11 @@ def load(model, recipe, calibration, example) -> Loaded:
     # The module also keeps the float weights, of which its graph reads nothing any more.
     read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
     state = {name: tensor for name, tensor in converted.state_dict().items() if name in read}
-    return Loaded(run, state=state, products=products(model, counters["inductor"]))
+    return Loaded(
+        run,
+        written_bytes(lambda path: torch.save(state, path)),
+        products=products(model, counters["inductor"]),
+    )
 
 
 def products(model, matched) -> dict[str, dict[str, int]]:

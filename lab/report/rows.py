@@ -1,36 +1,128 @@
-"""Rows: where they lie, which of them are published, and when one is reused."""
+"""Rows: one recipe on one engine for one checkpoint, as a file. Path, schema, reuse, selection."""
 
-import csv
 from pathlib import Path
 
-from lab import files
 from lab.cli import BadInput
 from lab.files import read_json, sha256
-from lab.report import tables
-from mobilevit import MobileViT
-from ptq.recipe import Recipe
+from lab.schema import (
+    anything,
+    flag,
+    integer,
+    mapping,
+    maybe,
+    number,
+    one_of,
+    record,
+    sequence,
+    text,
+)
 
-FULL = {"test": 10_000, "held-out": 2_000}  # images of a split
+LATENCY = record({name: number(0) for name in ("median", "p10", "p90")} | {"runs": integer(1)})
+RECIPE = record(
+    {
+        "name": text,
+        "title": text,
+        "peer": maybe(text),
+        "layers": sequence(mapping(anything)),
+        "steps": sequence(text),
+        "calibration_images": integer(0),
+    }
+)
+IDENTITY = {  # what makes a row the same row: asked for again, it need not be measured again
+    "model": text,
+    "task": text,
+    "split": one_of("test", "held-out"),
+    "img_size": integer(1),
+    "checkpoint_sha256": text,
+    "recipe": RECIPE,
+    "engine": text,
+    "seed": integer(0),
+    "calibration_images": integer(0),
+    "adapt_images": maybe(integer(1)),
+    "n_images": integer(1),
+    "latency_runs": integer(1),
+}
+ROW = record(
+    IDENTITY
+    | {
+        "checkpoint": text,
+        "classes": sequence(text),
+        "engine_version": text,
+        "kind": one_of("measured", "simulated", "integer"),
+        "n_correct": integer(0),
+        "score": record({"accuracy_pct": number(0, 100)}),
+        "predictions": sequence(integer(0)),
+        "confusion": sequence(sequence(integer(0))),
+        "size_bytes": integer(1),
+        "size_is_estimate": flag,
+        "products": maybe(mapping(mapping(integer(0)))),
+        "latency_ms": LATENCY,
+        "fp32_latency_ms": LATENCY,
+        "cpu": text,
+        "command": text,
+        "wall_s": number(0),
+    }
+)
+FULL = {"test": 10_000, "held-out": 2_000}  # images of a split of CIFAR-10
+PUBLISHED = {"split": "test", "img_size": 256, "seed": 0}  # of the rows in the main tables
+
+
+def read_row(path) -> dict:
+    """A row that quantize.py wrote; BadInput says which field is not as it should be."""
+    row = read_json(path)
+    ROW(row, str(path))
+    n, classes = row["n_images"], len(row["classes"])
+    if len(row["predictions"]) != n or max(row["predictions"]) >= classes:
+        raise BadInput(f"{path}: predictions should be {n} numbers below {classes}")
+    if [len(line) for line in row["confusion"]] != [classes] * classes:
+        raise BadInput(f"{path}: confusion should be {classes} lines of {classes} numbers")
+    return row
+
+
+def setting(img_size: int, seed: int) -> str:
+    """What a file's name says of image size and seed where they are not the usual ones."""
+    size = "" if img_size == PUBLISHED["img_size"] else f"-{img_size}"
+    return size + (f"-seed{seed}" if seed else "")
+
+
+def row_path(folder: Path, identity: dict) -> Path:
+    """Where the row of this identity lies in the folder of its network."""
+    name = f"{identity['recipe']['name']}{setting(identity['img_size'], identity['seed'])}"
+    ablation = "ablation" if identity["split"] == "held-out" else ""
+    return folder / ablation / f"{name}@{identity['engine']}.json"
+
+
+def reusable_row(path: Path, identity: dict) -> dict | None:
+    """The row at `path`, None if there is none; BadInput if it is of other weights or settings."""
+    if not path.exists():
+        return None
+    row = read_row(path)
+    differing = [name for name in identity if comparable(row[name]) != comparable(identity[name])]
+    if differing:
+        raise BadInput(
+            f"{path} holds a row with another {', '.join(differing)}: "
+            "--force replaces it, --output keeps both"
+        )
+    return row
+
+
+def comparable(value):
+    """A field of a row to be compared: a recipe may change its title and stay the same recipe."""
+    return {k: v for k, v in value.items() if k != "title"} if isinstance(value, dict) else value
 
 
 def load_rows(folder, checkpoints) -> list[dict]:
-    """The rows of shipped CIFAR-10 weights that differ from published ones at most in split, side
-    of the images and seed."""
+    """The rows of shipped CIFAR-10 weights on all images, at any image size and seed."""
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
-    rows = []
-    for path in sorted(Path(folder).glob("*/*@*.json")):
-        row = read_json(path)
-        try:
-            if row["checkpoint_sha256"] in shipped and is_full(row):
-                rows.append(row)
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"{path} is no row of quantize.py: it lacks {error}") from error
-    return rows
+    paths = (*Path(folder).glob("*/*@*.json"), *Path(folder).glob("*/ablation/*@*.json"))
+    rows = [read_row(path) for path in sorted(paths)]
+    return [row for row in rows if row["checkpoint_sha256"] in shipped and is_full(row)]
 
 
 def is_full(row: dict) -> bool:
+    """Whether a row was measured with the usual numbers of images and calls."""
     full = {
-        "dataset": "cifar10",
+        "task": "cifar10",
         "n_images": FULL[row["split"]],
         "calibration_images": row["recipe"]["calibration_images"],
         "latency_runs": 100,
@@ -39,89 +131,5 @@ def is_full(row: dict) -> bool:
 
 
 def is_published(row: dict) -> bool:
-    return (row["split"], row["img_size"], row["seed"]) == ("test", 256, 0)
-
-
-def load_report(args, recipe: str) -> dict | None:
-    """The report per layer that docs/quantization.md shows: of XXS, or of a run before it whose
-    weights ship as well."""
-    path = Path(args.results, "mobilevit_xxs", "per-layer", f"{recipe}.json")
-    shipped = {sha256(p) for p in Path(args.checkpoints, "mobilevit_xxs").rglob("best.pth")}
-    report = read_json(path) if path.exists() else None
-    usual = report and (
-        report["checkpoint_sha256"] in shipped
-        and report["calibration"]["n"] == report["recipe"]["calibration_images"]
-    )
-    return report if usual else None
-
-
-def of_engines(rows: list[dict]) -> list[dict]:
-    """The rows that an engine computed as they are written, once there are other than published
-    methods among them."""
-    if all(tables.in_protocol(row) for row in rows):
-        return []
-    return [row for row in rows if not row["simulated"]]
-
-
-def of_input_sizes(rows: list[dict]) -> list[dict]:
-    """The rows of a sweep over input sides, for models that have more than one."""
-    usual = {"split": "test", "engine": "openvino", "seed": 0}.items()
-    swept = [row for row in rows if usual <= row.items()]
-    swept = [row for row in swept if row["recipe"]["name"] in tables.SIZE_SWEEP]
-    several = {row["model"] for row in swept if row["img_size"] != 256}
-    return [row for row in swept if row["model"] in several]
-
-
-def load_runs(folder) -> list[dict]:
-    """All finished CIFAR-10 runs under `folder`."""
-    runs = [load_run(path.parent) for path in sorted(Path(folder).glob("*/metrics.json"))]
-    runs = [run for run in runs if run["config"]["dataset"] == "cifar10"]
-    return sorted(runs, key=lambda run: tables.MODELS.index(run["model"]))
-
-
-def load_run(folder: Path) -> dict:
-    """The metrics.json of a run with its log and, from `folder`/first, the run that its weights
-    came from."""
-    run = read_json(folder / "metrics.json")
-    try:
-        with open(folder / "log.csv") as file:
-            log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"cannot read {folder / 'log.csv'}: {error}") from error
-    variant, first = run["config"]["variant"], folder / "first"
-    return run | {
-        "log": log,
-        "model": f"mobilevit_{variant}",
-        "command": read_json(folder / "config.json")["command"],  # that of the start
-        "parameters": sum(p.numel() for p in MobileViT(variant).parameters()),
-        "first": load_run(first) if first.exists() else None,
-    }
-
-
-def of_variants(benchmarks: dict[str, dict], name: str) -> list[dict]:
-    """The benchmarks called `name`, with {} for the variant, from small to large."""
-    names = (name.format(model.removeprefix("mobilevit_")) for model in tables.MODELS)
-    return [benchmarks[name] for name in names if name in benchmarks]
-
-
-def comparable(recipe: dict | None) -> Recipe | None:
-    """A recipe as it was saved, with the defaults of fields that it was saved without."""
-    try:
-        return Recipe.fromdict(recipe)
-    except ValueError:
-        return None
-
-
-def kept(path: Path, identity: dict) -> dict | None:
-    """The row at `path`, None if there is none; BadInput if it is of other weights or settings."""
-    if not path.exists():
-        return None
-    row = files.read_json(path)
-    theirs, ours = (side | {"recipe": comparable(side.get("recipe"))} for side in (row, identity))
-    other = [name for name in ours if theirs.get(name) != ours[name]]
-    if other:
-        raise BadInput(
-            f"{path} holds a row with another {', '.join(other)}: "
-            "--force replaces it, --output keeps both"
-        )
-    return row
+    """Whether a row belongs in the main tables."""
+    return all(row[name] == value for name, value in PUBLISHED.items())

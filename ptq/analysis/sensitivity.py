@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq.layers import Quantizer
-from ptq.methods.nearest import layers_to_round, nearest
-from ptq.pipeline import calibrate, check_batches, check_finite, with_quantized_layers
+from ptq.methods import STEPS
+from ptq.methods.nearest import layers_to_round
+from ptq.pipeline import check_batches, check_finite, with_quantized_layers
 from ptq.recipe import Recipe
 
 LARGEST = 10  # tensors that a report shows one by one
@@ -17,39 +18,41 @@ LARGEST = 10  # tensors that a report shows one by one
 
 @torch.no_grad()
 def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
-    """The noise, as `noises` gives it, of the "weights" and "inputs" of all layers that `recipe`
-    quantizes: rounded to nearest, and calibrated on `batches`.
+    """Noise in the logits from each single weight and input that `recipe` quantizes.
 
-    Raises ValueError as `ptq.quantize` does.
+    The result is that of `noises` for the kinds "weights" and "inputs". Weights are rounded to
+    nearest, inputs calibrated on `batches`. Raises ValueError as `ptq.quantize` does.
     """
     check_batches(model, recipe, batches)
     check_finite(model)
     network = copy.deepcopy(model).eval()
     reference = with_quantized_layers(network, recipe, batches)
+    if "equalize" in recipe.steps:
+        STEPS["equalize"](network, reference, batches, recipe)
     layers = layers_to_round(network)
-    nearest(network, reference, batches, recipe)
+    STEPS["nearest"](network, reference, batches, recipe)
     weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.layer.weight.copy_(reference.get_submodule(name).weight)
-    calibrate(network, batches)
+    STEPS["calibrate"](network, reference, batches, recipe)
     quantizers = {n: m for n, m in network.named_modules() if isinstance(m, Quantizer)}
     scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
     for quantizer in quantizers.values():
         quantizer.scale = None  # passes on what comes
     alone = {
-        "weights": {n: partial(holding, m.layer.weight, weights[n]) for n, m in layers.items()},
-        "inputs": {n: partial(having, m, "scale", scales[n]) for n, m in quantizers.items()},
+        "weights": {n: partial(set_tensor, m.layer.weight, weights[n]) for n, m in layers.items()},
+        "inputs": {n: partial(set_attribute, m, "scale", scales[n]) for n, m in quantizers.items()},
     }
     return noises(network, outputs, alone)
 
 
 def noises(network: nn.Module, outputs, alone: dict) -> dict:
-    """What the tensor `outputs(network)` changes by, mean square over variance, when tensors of the
-    network take the values of their formats: {"noise": {kind: {name: of that one alone}},
-    "noise_of_rest": of all but the LARGEST together, "noise_of_all": of all together}.
+    """How much `outputs(network)` changes when tensors take the values of their formats.
 
-    `alone`: {kind: {name: function}}, where each function gives the context in which that tensor
-    does so.
+    The change is a mean square over the outputs' variance: {"noise": {kind: {name: of that tensor
+    alone}}, "noise_of_rest": of all but the `largest` together, "noise_of_all": of all together,
+    "largest": their number}. `alone`: {kind: {name: function}}; each function gives the context in
+    which that one tensor takes the values of its format.
     """
     expected = outputs(network).double()
 
@@ -67,11 +70,12 @@ def noises(network: nn.Module, outputs, alone: dict) -> dict:
         "noise": {k: {name: each[k, name] for name in of_kind} for k, of_kind in alone.items()},
         "noise_of_rest": noise([flat[key] for key in by_noise[LARGEST:]]),
         "noise_of_all": noise(flat.values()),
+        "largest": LARGEST,
     }
 
 
 @contextlib.contextmanager
-def holding(tensor: Tensor, value: Tensor):
+def set_tensor(tensor: Tensor, value: Tensor):
     """Within this context `tensor` holds `value`."""
     before = tensor.clone()
     tensor.copy_(value)
@@ -82,7 +86,7 @@ def holding(tensor: Tensor, value: Tensor):
 
 
 @contextlib.contextmanager
-def having(module: nn.Module, name: str, value):
+def set_attribute(module: nn.Module, name: str, value):
     """Within this context the attribute `name` of `module` is `value`."""
     before = getattr(module, name)
     setattr(module, name, value)

@@ -1,5 +1,19 @@
-"""Methods by name."""
+"""Methods by name: what a recipe's steps are called. A new one is a file and a line here.
 
-from ptq.methods import adaround, gptq, nearest
+Each is a function (model, reference, batches, recipe) -> None that changes `model`, the network
+with quantized layers (ptq.layers), in place. `reference` is the same network in float, `batches`
+the calibration images, or None.
+"""
 
-ROUNDINGS = {"nearest": nearest.nearest, "gptq": gptq.gptq, "adaround": adaround.adaround}
+from ptq.methods import adaround, biases, calibrate, equalize, gptq, nearest, norms
+
+STEPS = {
+    "nearest": nearest.nearest,
+    "gptq": gptq.gptq,
+    "adaround": adaround.adaround,
+    "calibrate": calibrate.calibrate,
+    "shift_norms": norms.shift_norms,
+    "replace_norms": norms.replace_norms,
+    "equalize": equalize.equalize,
+    "correct_biases": biases.correct_biases,
+}

@@ -1,9 +1,4 @@
-"""How the codes of weights are chosen: to nearest, by GPTQ, by AdaRound, by block reconstruction.
-
-A method is a function (model, reference, batches, recipe) -> None that gives every
-`QuantizedLayer` of `model` with a weight format its codes, from input to output; `reference` is
-the float network.
-"""
+"""AdaRound and block reconstruction: learning for each weight whether to round up or down."""
 
 import math
 
@@ -50,8 +45,10 @@ class SoftRounding(nn.Module):
 
 
 def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Learn for each weight whether to round up or down, unit by unit, so that the unit's output
-    on what the quantized network feeds it comes close to the float network's.
+    """Learn for each weight whether to round up or down, one unit after the other.
+
+    A unit's output on what the quantized network feeds it is to come close to the output of the
+    same unit in the float network.
 
     Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, where
     units are single layers; with larger units, Li et al., "BRECQ: Pushing the Limit of
@@ -62,6 +59,8 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
         unit, wanted = model.get_submodule(name), reference.get_submodule(name)
         inputs = torch.cat([x for (x,) in captured(model, unit, batches, "input")])
         outputs = torch.cat(list(captured(reference, wanted, batches, "output")))
+        if not (inputs.isfinite().all() and outputs.isfinite().all()):
+            raise ValueError(f"what goes into or comes out of {name} is not finite")
         n_images = sum(len(x) for x, *_ in batches)
         reconstruct(unit, inputs, outputs, STEP_IMAGES * len(inputs) // n_images)
 

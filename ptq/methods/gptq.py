@@ -1,4 +1,4 @@
-"""GPTQ: column by column, each rounding error made good by the columns to come."""
+"""GPTQ: rounding whose errors the weights still to be rounded make up for."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ GPTQ_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
 
 
 def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Column by column, each rounding error made good by the columns still to come.
+    """Round column by column; the columns still to come make up for each rounding error.
 
     Frantar et al., "GPTQ", ICLR 2023, algorithm 1, with columns in descending order of the
     Hessian's diagonal (the authors' act-order) and scales fixed beforehand. Beyond the paper, the
@@ -28,8 +28,8 @@ def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> Non
 
 
 def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer, Tensor]:
-    """For each layer to round in `unit`, [groups, n, n], the sum over `batches` of its input's
-    moments."""
+    """Sum over `batches` of the moments [groups, n, n] of what each layer to round in `unit` takes
+    in."""
     sums = {}
 
     def add(layer, inputs):
@@ -44,6 +44,8 @@ def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer,
             handle.remove()
     if len(sums) < len(handles):
         raise ValueError(NEVER_RAN)
+    if not all(hessian.isfinite().all() for hessian in sums.values()):
+        raise ValueError("the calibration data or what a layer makes of it is not finite")
     return sums
 
 

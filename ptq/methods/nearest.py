@@ -1,4 +1,4 @@
-"""Each weight to its nearest level, and what all ways of rounding share."""
+"""Rounding to nearest, and what all ways of rounding share."""
 
 import re
 
@@ -26,15 +26,18 @@ def weight_scale(layer: QuantizedLayer) -> Tensor:
 
 
 def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Each weight to its nearest level."""
+    """Give each weight the code of its nearest level."""
     for layer in layers_to_round(model).values():
         scale = weight_scale(layer)
         layer.set_weight(layer.format.encode(layer.layer.weight, scale), scale)
 
 
 def units(model: nn.Module, pattern: str | None) -> list[str]:
-    """Names of modules that `pattern` matches, the outermost of each, and of the layers to round
-    outside of them, from input to output. ValueError if a pattern matches nothing."""
+    """Names of the modules whose weights are rounded together, from input to output.
+
+    These are the outermost modules that `pattern` matches, and each layer to round outside of
+    them. ValueError if the pattern matches nothing.
+    """
     to_round = layers_to_round(model)
     chosen = []
     for name, _ in model.named_modules():

@@ -1,22 +1,56 @@
-"""What repairs a quantized network at little cost: batch-norm statistics and biases."""
+"""Batch norms that follow a quantized network: their signs and their statistics."""
 
 import copy
 
 import torch
 from torch import Tensor, nn
 
+from ptq.graph import norms_after
+from ptq.recipe import Recipe
+
 
 @torch.no_grad()
-def shift_norms(model: nn.Module, batches, reference: nn.Module, reference_batches) -> None:
-    """Give every batch norm the running statistics of its twin in `reference`, means moved by the
-    difference and variances by the ratio between what `model` makes of `batches` and `reference` of
-    `reference_batches`.
+def make_norms_positive(model: nn.Module, batches) -> None:
+    """Turn each negative factor of a batch norm positive, with the sign of the channel before it.
 
-    Where both make the same, they stay the same. To replace the statistics from training by those
-    of calibration images costs accuracy even in float: there are few of them, and they are not
-    augmented as those were that the network learnt on. The shift is free of both.
+    Folding the norm into quantized weights then keeps their codes. The network computes as before.
     """
-    before, after = statistics(reference, reference_batches), statistics(model, batches)
+    for norm_name, conv_name in norms_after(model, batches).items():
+        norm, conv = model.get_submodule(norm_name), model.get_submodule(conv_name)
+        sign = torch.where(norm.weight < 0, -1.0, 1.0)
+        conv.weight *= sign[:, None, None, None]
+        if conv.bias is not None:
+            conv.bias *= sign
+        norm.running_mean *= sign
+        norm.weight *= sign
+
+
+@torch.no_grad()
+def shift_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
+    """Shift the running statistics of every batch norm by what quantization changes in its input.
+
+    Means move by the difference and variances by the ratio between what `model` and `reference`
+    make of `batches`, starting from those of `reference`. Where both make the same, they stay the
+    same. To replace the statistics from training by those of calibration images costs accuracy
+    even in float: there are few such images, and they are not augmented as those that the network
+    learnt on. The shift is free of both faults.
+    """
+    _shift(model, reference, statistics(model, batches), statistics(reference, batches))
+
+
+def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
+    """A copy of a float network with batch norms for images of another size.
+
+    `batches` holds the images at that size, `trained_batches` the same images at the size that the
+    network was trained at.
+    """
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        _shift(copied, model, statistics(model, batches), statistics(model, trained_batches))
+    return copied
+
+
+def _shift(model: nn.Module, reference: nn.Module, after: dict, before: dict) -> None:
     for name, (mean, variance) in after.items():
         norm, trained = model.get_submodule(name), reference.get_submodule(name)
         ratio = (variance + norm.eps) / (before[name][1] + norm.eps)
@@ -25,7 +59,7 @@ def shift_norms(model: nn.Module, batches, reference: nn.Module, reference_batch
 
 
 @torch.no_grad()
-def replace_norms(model: nn.Module, batches, reference: nn.Module, reference_batches) -> None:
+def replace_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Replace the running statistics of every batch norm by those of `batches`; the usual way."""
     for name, (mean, variance) in statistics(model, batches).items():
         norm = model.get_submodule(name)
@@ -33,12 +67,11 @@ def replace_norms(model: nn.Module, batches, reference: nn.Module, reference_bat
         norm.running_var.copy_(variance)
 
 
-NORMS = {"shift": shift_norms, "replace": replace_norms}
-
-
 def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name of a batch norm: mean and variance [C] of its inputs, as training takes them in each of
-    `batches`, averaged over images}. The network stays as it is."""
+    """{name of a batch norm: mean and variance [C] of its inputs}, averaged over images.
+
+    Each batch counts as training would take it in. The network stays as it is.
+    """
     model = copy.deepcopy(model).eval()
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     for norm in norms.values():
@@ -50,11 +83,3 @@ def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
             norm.momentum = len(x) / seen  # 1 at first, which forgets what was there
         model(x)
     return {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
-
-
-def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
-    """A copy of a float network with batch norms for `batches`: the images of `trained_batches`, at
-    another size than that which it was trained at."""
-    copied = copy.deepcopy(model)
-    shift_norms(copied, batches, model, trained_batches)
-    return copied

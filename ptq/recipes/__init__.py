@@ -1,7 +1,22 @@
-"""All recipes by name."""
+"""All recipes by name, and the one of a name that suits a network."""
 
+from torch import nn
+
+from ptq.pipeline import chosen
+from ptq.recipe import Recipe
+from ptq.recipes import mobilevit
 from ptq.recipes.ablation import ABLATION
 from ptq.recipes.baselines import PEERS, PROTOCOL
-from ptq.recipes.mobilevit import OURS
+from ptq.recipes.generic import generic
 
-RECIPES = {recipe.name: recipe for recipe in PROTOCOL + OURS + ABLATION + PEERS}
+RECIPES = {recipe.name: recipe for recipe in PROTOCOL + mobilevit.OURS + ABLATION + PEERS}
+
+
+def recipe(name: str, model: nn.Module) -> Recipe:
+    """The recipe of this name for `model`.
+
+    MobileViT gets it as it stands, any other network the same formats by kinds of layers.
+    ValueError if there is no such recipe for it.
+    """
+    found = chosen(RECIPES, name, "recipe")
+    return found if not found.layers or mobilevit.claims(model) else generic(found, model)

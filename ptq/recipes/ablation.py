@@ -1,46 +1,67 @@
-"""w4 and w8a8 with one thing changed."""
+"""w4 and w8a8 with one thing changed, to be measured on held-out images."""
 
 from dataclasses import replace
 
 from ptq.formats import Uniform
 from ptq.recipe import LayerSpec, Recipe
-from ptq.recipes.mobilevit import _CALIBRATED, _GPTQ, _LEARNT, _REPAIRED, _layers
+from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, W8A8_STEPS, layers
+
+
+def _w4(name: str, title: str, *steps: str, units: str | None = None, **changes) -> Recipe:
+    specs = tuple(replace(spec, **changes) for spec in layers(4))
+    return Recipe(f"w4-{name}", title, specs, steps, units, **CALIBRATED)
+
+
+def _w8a8(name: str, title: str, specs=(), steps=W8A8_STEPS, **changes) -> Recipe:
+    specs = tuple(replace(spec, **changes) for spec in specs or layers(8, 8))
+    return Recipe(f"w8a8-{name}", title, specs, steps, **CALIBRATED)
 
 
 def _pointwise(pattern: str) -> LayerSpec:
     return LayerSpec(pattern, input=Uniform(8, symmetric=False), kind="pointwise")
 
 
-def _changed(layers: tuple[LayerSpec, ...], **changes) -> tuple[LayerSpec, ...]:
-    return tuple(replace(spec, **changes) for spec in layers)
-
-
-# Ways to w4, and w8a8 with one thing changed.
-_W4 = {"layers": _layers(4)}
-
-
-_W8A8 = {"layers": _layers(8, 8), **_REPAIRED}
-
-
 ABLATION = (
-    Recipe("w4-minmax", layers=_changed(_layers(4), weight_observer="minmax")),
-    Recipe("w4-replace", **_W4, **_CALIBRATED, norms="replace"),
-    Recipe("w4-shift", **_W4, **_REPAIRED),
-    Recipe("w4-biases", **_W4, **_REPAIRED, correct_biases=True),
-    Recipe("w4-gptq", **_W4, **_GPTQ),
-    Recipe("w4-adaround", **_W4, **_CALIBRATED, rounding="adaround"),
-    Recipe("w4-adaround-shift", **_W4, **_LEARNT | {"norms": "shift"}),
-    Recipe("w8a8-replace", **_W8A8 | {"norms": "replace"}),
-    Recipe("w8a8-equalized", **_W8A8, equalize=True),
-    Recipe("w8a8-minmax", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="minmax")}),
     Recipe(
-        "w8a8-percentile",
-        **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="percentile")},
+        "w4-minmax",
+        "W4: to nearest, ranges up to the extremes",
+        (replace(layers(4)[0], weight_observer="minmax"),),
+        ("nearest",),
     ),
-    Recipe("w8a8-kl", **_W8A8 | {"layers": _changed(_layers(8, 8), input_observer="kl")}),
-    Recipe("w8a8-tensor", **_W8A8 | {"layers": _changed(_layers(8, 8), weight=Uniform(8))}),
-    Recipe("w8a8-early", **_W8A8 | {"layers": _layers(8, 8)[1:]}),
-    Recipe("w8a8-norms", **_W8A8 | {"layers": (*_layers(8, 8), _pointwise(r".*norm\d?"))}),
-    Recipe("w8a8-silu", **_W8A8 | {"layers": (*_layers(8, 8), _pointwise(r".*\.act|.*\.ffn\.1"))}),
-    Recipe("w8a7", layers=_layers(8, 7), **_REPAIRED),
+    _w4("replace", "with statistics of norms replaced", "nearest", "replace_norms"),
+    _w4("shift", "with statistics of norms shifted", "nearest", "shift_norms"),
+    _w4("biases", "with biases corrected, too", "nearest", "shift_norms", "correct_biases"),
+    _w4("gptq", "GPTQ, norms shifted", "gptq", "shift_norms", units=BLOCKS),
+    _w4("adaround", "AdaRound by layer", "adaround"),
+    _w4(
+        "adaround-shift",
+        "AdaRound by block, norms shifted",
+        "adaround",
+        "shift_norms",
+        units=BLOCKS,
+    ),
+    _w8a8(
+        "replace",
+        "with statistics of norms replaced",
+        steps=("nearest", "replace_norms", "calibrate", "replace_norms"),
+    ),
+    _w8a8("equalized", "with layer norms equalized", steps=("equalize", *W8A8_STEPS)),
+    _w8a8("minmax", "with activations from extreme to extreme", input_observer="minmax"),
+    _w8a8(
+        "percentile", "with activations up to the 99.99th percentile", input_observer="percentile"
+    ),
+    _w8a8("kl", "with activations of least KL divergence", input_observer="kl"),
+    _w8a8("tensor", "with one scale per weight tensor", weight=Uniform(8)),
+    _w8a8("early", "with 8-bit inputs of the first five layers, too", layers(8, 8)[1:]),
+    _w8a8(
+        "norms",
+        "with 8-bit inputs of layer norms, too",
+        (*layers(8, 8), _pointwise(r".*norm\d?")),
+    ),
+    _w8a8(
+        "silu",
+        "with 8-bit inputs of SiLU, too",
+        (*layers(8, 8), _pointwise(r".*\.act|.*\.ffn\.1")),
+    ),
+    Recipe("w8a7", "with 7 bits for activations", layers(8, 7), W8A8_STEPS, **CALIBRATED),
 )

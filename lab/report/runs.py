@@ -1,0 +1,88 @@
+"""Training runs, reports per layer and benchmarks, as their files hold them."""
+
+import csv
+from pathlib import Path
+
+from lab.cli import BadInput
+from lab.files import read_json, sha256
+from lab.schema import anything, integer, mapping, number, record, text
+
+METRICS = record(
+    {
+        "model": text,
+        "task": text,
+        "parameters": integer(1),
+        "epoch": integer(1),
+        "val_accuracy_pct": number(0, 100),
+        "test_accuracy_pct": number(0, 100),
+        "train_s": number(0),
+        "hardware": text,
+        "printed": text,
+        "config": mapping(anything),
+    }
+)
+LOG = (
+    *("epoch", "img_size", "window", "train_loss", "train_accuracy_pct"),
+    *("val_loss", "val_accuracy_pct", "images_per_s", "seconds"),
+)
+REPORT = record(
+    {
+        "checkpoint_sha256": text,
+        "recipe": record({"name": text, "calibration_images": integer(0)}),
+        "calibration": record({"n": integer(0)}),
+        "noise": mapping(mapping(number(0))),
+        "noise_of_rest": number(0),
+        "noise_of_all": number(0),
+        "largest": integer(1),
+    }
+)
+
+
+def load_runs(folder) -> list[dict]:
+    """All finished CIFAR-10 runs under `folder`, by name."""
+    runs = [load_run(path.parent) for path in sorted(Path(folder).glob("*/metrics.json"))]
+    return [run for run in runs if run["task"] == "cifar10"]
+
+
+def load_run(folder: Path) -> dict:
+    """The metrics.json of a run with its log, the command that repeats it, and the runs that its weights came from.
+
+    These lie in `folder`/history/run1, run2 and so on, and are its field "before", oldest first.
+    """
+    run = read_json(folder / "metrics.json")
+    METRICS(run, str(folder / "metrics.json"))
+    config = read_json(folder / "config.json")
+    record({"command_now": text})(config, str(folder / "config.json"))
+    before = sorted(folder.glob("history/run*"), key=lambda path: (len(path.name), path.name))
+    return run | {
+        "log": read_log(folder / "log.csv"),
+        "command": config["command_now"],
+        "before": [load_run(path) for path in before],
+    }
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.csv as numbers; BadInput for anything else."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
+    line = record({name: number() for name in LOG})
+    for i, row in enumerate(log):
+        line(row, f"{path}, line {i + 2}")
+    if not log:
+        raise BadInput(f"{path} has no epoch")
+    return log
+
+
+def load_report(results, checkpoints, model: str, recipe: str) -> dict | None:
+    """The report per layer of a recipe on shipped weights, or on weights that they came from."""
+    path = Path(results, model, "per-layer", f"{recipe}.json")
+    if not path.exists():
+        return None
+    report = read_json(path)
+    REPORT(report, str(path))
+    shipped = {sha256(p) for p in Path(checkpoints, model).rglob("best.pth")}
+    usual = report["calibration"]["n"] == report["recipe"]["calibration_images"]
+    return report if usual and report["checkpoint_sha256"] in shipped else None

@@ -1,0 +1,60 @@
+"""Our recipes for networks whose layers have other names: the same formats by kinds of layers."""
+
+import re
+from dataclasses import replace
+
+from torch import nn
+
+from ptq.layers import kinds_of
+from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes.mobilevit import CORES
+
+# Recipes of ptq.recipes.mobilevit that name no layer but by its kind.
+GENERIC = ("w8a8", "w8a8-nearest", "w7a8", "w6a6", "w6a6-nearest", "w4a8", "w4a8-nearest")
+GENERIC += ("w4", "w4-nearest", "w4-gptq", "w4-adaround", "w4-shift", "w4-minmax")
+
+
+def generic(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe with its formats, observers and steps for the layers that `model` has.
+
+    Inputs of depthwise convolutions get a scale per channel, those of attention cores none of a
+    sign's, all others one scale. Inputs of the first layers are quantized, too. Weights are rounded
+    layer by layer. Layers of torch's own multi-head attention stay in float: it reads their
+    weights and never calls them. ValueError for a recipe that names layers of MobileViT.
+    """
+    if recipe.name not in GENERIC:
+        raise ValueError(
+            f"recipe {recipe.name} names layers of MobileViT: for other networks there are "
+            f"{', '.join(GENERIC)}"
+        )
+    names = {"depthwise": [], "attention": [], "others": []}
+    for name, module in model.named_modules():
+        if "product" in kinds_of(module) and not _in_torch_attention(name, model):
+            names[_group(module)].append(name)
+    last = recipe.layers[-1]  # of all layers without a special format
+    formats = {"others": last, "depthwise": last, "attention": None}
+    if last.input:
+        per_channel = replace(last.input, granularity="channel", axis=1)
+        attention = next(spec.input for spec in recipe.layers if spec.pattern == CORES)
+        formats["depthwise"] = replace(last, input=per_channel)
+        formats["attention"] = LayerSpec("", input=attention, input_observer=last.input_observer)
+    specs = tuple(
+        replace(formats[group], pattern="|".join(map(re.escape, of_group)))
+        for group, of_group in names.items()
+        if of_group and formats[group]
+    )
+    if not specs:
+        raise ValueError("the network has no convolution and no linear layer to quantize")
+    return replace(recipe, layers=specs, units=None)
+
+
+def _group(module: nn.Module) -> str:
+    if not isinstance(module, nn.Conv2d | nn.Linear):
+        return "attention"
+    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    return "depthwise" if depthwise else "others"
+
+
+def _in_torch_attention(name: str, model: nn.Module) -> bool:
+    parent = name.rpartition(".")[0]
+    return isinstance(model.get_submodule(parent), nn.MultiheadAttention)
