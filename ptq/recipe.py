@@ -38,7 +38,8 @@ class Recipe:
 
     `title`: what it does, in a few words, for tables. Two recipes may differ in it and be equal.
     `layers`: the formats; the first entry that applies to a layer decides.
-    `steps`: names of ptq.methods.STEPS in the order in which they are taken.
+    `steps`: names of ptq.methods.STEPS in the order in which they are taken. By default weights are
+        rounded to nearest, and inputs calibrated where some are quantized.
     `units`: pattern of names of modules whose weights are rounded together by GPTQ and AdaRound.
         Layers outside of them are rounded one by one.
     `peer`: name of an engine that quantizes the network by its own methods instead.
@@ -56,8 +57,11 @@ class Recipe:
     def __post_init__(self):
         if self.peer and (self.layers or self.steps):
             raise ValueError(f"recipe {self.name} has a peer, which takes no layers and no steps")
-        if bool(self.layers) != bool(self.steps):
-            raise ValueError(f"recipe {self.name} has layers without steps, or the reverse")
+        if self.steps and not self.layers:
+            raise ValueError(f"recipe {self.name} has steps, but no layers")
+        if self.layers and not self.steps:
+            simplest = ("nearest", "calibrate") if self.quantizes_inputs else ("nearest",)
+            object.__setattr__(self, "steps", simplest)
         if self.units and not self.calibrates:
             raise ValueError(f"recipe {self.name} has units, but rounds to nearest")
 
@@ -102,7 +106,10 @@ class Recipe:
 
         ValueError for anything that `asdict` did not write.
         """
-        rebuilt = rebuild(plain)
+        try:
+            rebuilt = rebuild(plain)
+        except ValueError as error:
+            raise ValueError(f"not a recipe: {error}") from error
         if not isinstance(rebuilt, Recipe):
             raise ValueError(f"not a recipe: {type(plain).__name__}")
         return rebuilt
@@ -126,7 +133,7 @@ def rebuild(plain):
         return plain
     kind = _TYPES.get(plain.get("type")) if isinstance(plain.get("type"), str) else None
     if kind is None:
-        raise ValueError(f"not a recipe or a part of one: type {str(plain.get('type'))[:40]!r}")
+        raise ValueError(f"no part of one is a {str(plain.get('type'))[:40]!r}")
     types = {f.name: f.type for f in fields(kind)}
     values = {k: rebuild(v) for k, v in plain.items() if k != "type"}
     for name, value in values.items():
@@ -137,7 +144,7 @@ def rebuild(plain):
     try:
         return kind(**values)
     except TypeError as error:
-        raise ValueError(f"not a {plain['type']}: {error}") from error
+        raise ValueError(f"{plain['type']}: {error}") from error
 
 
 def _fits(value, annotation) -> bool:

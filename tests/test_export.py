@@ -14,7 +14,7 @@ from ptq.export import fold_norms, to_onnx
 from ptq.formats import Uniform
 from ptq.graph import norms_after
 from ptq.layers import QuantizedLayer
-from ptq.methods.equalize import make_norms_positive
+from ptq.methods.norms import make_norms_positive
 from ptq.recipe import LayerSpec, Recipe
 
 
@@ -61,7 +61,7 @@ def test_positive_and_folded_norms_change_nothing(model, x):
     other.load_state_dict(model.state_dict())
     pairs = norms_after(other)
     assert len(pairs) == sum(isinstance(m, nn.BatchNorm2d) for m in other.modules())
-    make_norms_positive(other)
+    make_norms_positive(other, None)
     assert all((other.get_submodule(name).weight >= 0).all() for name in pairs)
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
     fold_norms(other)
@@ -132,7 +132,7 @@ def test_inputs_beyond_a_format_of_fewer_bits_are_clipped(model, x, engine, symm
 
 
 def test_biases_that_were_corrected_fold_with_the_norms(model, x):
-    recipe = Recipe("r", layers=W4.layers, correct_biases=True)
+    recipe = Recipe("r", "", W4.layers, ("nearest", "correct_biases"))
     network = ptq.quantize(model, recipe, [(x, None)])
     assert network.body[1].expand.conv.layer.bias.abs().max() > 0.01
     loaded = onnx_runtime.load(network, recipe, None, x)  # any number of examples will do

@@ -15,7 +15,7 @@ RECIPE = Recipe(
         LayerSpec("classifier", Uniform(8, granularity=16)),
         LayerSpec(".*", Uniform(4, granularity="channel"), Uniform(8, False)),
     ),
-    correct_biases=True,
+    steps=("nearest", "calibrate", "correct_biases"),
 )
 
 

@@ -8,21 +8,21 @@ import torch
 from conftest import ROOT
 from small import Idle, draw
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import ptq
 from mobilevit import AttentionCore, MobileViT
 from ptq.analysis.sensitivity import sensitivities
-from ptq.formats import Float16, Uniform
-from ptq.graph import captured, linears_after_norms
+from ptq.formats import Uniform
+from ptq.graph import captured, linears_after_norms, norms_after, watched
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
 from ptq.methods import adaround
 from ptq.methods import nearest as nearest_module
 from ptq.methods.equalize import equalize
 from ptq.methods.norms import replace_norms, statistics
 from ptq.observers import OBSERVERS
-from ptq.pipeline import attach
-from ptq.recipe import LayerSpec, Recipe, Rule
+from ptq.pipeline import attach, layer_specs
+from ptq.recipe import LayerSpec, Recipe
 from ptq.recipes import RECIPES
 
 W8A8 = Recipe(
@@ -40,7 +40,7 @@ def model(batches):
     """With the statistics of its images, without which all logits of a fresh network are alike."""
     torch.manual_seed(0)
     model = MobileViT("xxs").eval()
-    replace_norms(model, batches, None, None)
+    replace_norms(model, None, batches, None)
     return model
 
 
@@ -137,8 +137,10 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
     with pytest.raises(ValueError, match="idle.*nothing was seen"):
         ptq.quantize(Idle(), W8A8, [(draw(2, 4), None)])
     for recipe in (W8A8, RECIPES["w4-shift"], RECIPES["w4-gptq"]):
-        for nothing in ([], None, iter([(draw(2, 4), None)]), DataLoader([(draw(4), 0)])):
-            with pytest.raises(ValueError, match="needs a sequence of calibration batches"):
+        for nothing in ([], None, iter([(draw(2, 4), None)])):
+            with pytest.raises(
+                ValueError, match="needs .*calibration (batch|image)"
+            ):
                 ptq.quantize(model, recipe, nothing)
         with pytest.raises(ValueError, match="pair of its input and anything"):
             ptq.quantize(model, recipe, [draw(2, 3, 64, 64)])
@@ -173,7 +175,8 @@ def test_norms_follow_the_statistics_of_quantized_layers(inputs, model, batches)
     x = batches[0][0]
     for norms in ("replace", "shift"):
         layers = (LayerSpec(".*", Uniform(4, granularity="channel"), inputs),)
-        quantized = ptq.quantize(trained, Recipe("w4", layers=layers, norms=norms), batches[:1])
+        steps = ("nearest", f"{norms}_norms", "calibrate", f"{norms}_norms")
+        quantized = ptq.quantize(trained, Recipe("w4", "", layers, steps), batches[:1])
         before, after = trained.stem.conv(x), quantized.stem.conv(x)
         mean, variance = after.mean((0, 2, 3)), after.var((0, 2, 3))
         if norms == "shift":
@@ -198,7 +201,7 @@ def test_statistics_are_means_over_images_of_batches_of_any_size(model):
 
 def test_norms_of_a_network_that_does_not_change_stay(model, batches):
     layers = (LayerSpec(".*", Uniform(16, granularity="channel")),)
-    quantized = ptq.quantize(model, Recipe("fine", layers=layers, norms="shift"), batches)
+    quantized = ptq.quantize(model, Recipe("fine", "", layers, ("nearest", "shift_norms")), batches)
     for name, buffer in model.named_buffers():
         if "running" in name:
             got = quantized.get_buffer(name)
@@ -216,10 +219,10 @@ def test_norms_do_not_follow_the_chance_of_dropout():
 
 def test_an_adapted_network_has_the_statistics_of_its_new_size(model, batches):
     trained = copy.deepcopy(model)
-    replace_norms(trained, batches, None, None)
+    replace_norms(trained, None, batches, None)
     smaller = [(nn.functional.avg_pool2d(x, 2), y) for x, y in batches]
     wanted, adapted = copy.deepcopy(trained), ptq.adapted(trained, smaller, batches)
-    replace_norms(wanted, smaller, None, None)
+    replace_norms(wanted, None, smaller, None)
     for name in ("stem.norm", "stages.2.1.fuse.norm", "head.norm"):
         for of in ("running_mean", "running_var"):
             got, now, before = (
@@ -238,9 +241,8 @@ def mean_by_hand(network, name, batches):
 
 
 def test_corrected_biases_restore_mean_outputs(model, batches):
-    recipe = Recipe(
-        "w4", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),), correct_biases=True
-    )
+    layers = (LayerSpec(".*", Uniform(4, granularity="channel")),)
+    recipe = Recipe("w4", "", layers, ("nearest", "correct_biases"))
     quantized = ptq.quantize(model, recipe, batches)
     for name in OUTPUT_AXES:
         wanted, got = (mean_by_hand(network, name, batches) for network in (model, quantized))
@@ -249,29 +251,26 @@ def test_corrected_biases_restore_mean_outputs(model, batches):
 
 def test_recipes_that_contradict_themselves_are_refused():
     layers = W8A8.layers
-    for kinds in (
-        {"layers": layers, "peer": "torch-fx"},
-        {"correct_biases": True},
-        {"rounding": "gptq"},
-    ):
-        with pytest.raises(ValueError, match="does not go together"):
-            Recipe("r", **kinds)
+    with pytest.raises(ValueError, match="has a peer, which takes no layers"):
+        Recipe("r", layers=layers, peer="torch-fx")
+    with pytest.raises(ValueError, match="r has steps, but no layers"):
+        Recipe("r", steps=("nearest",))
     with pytest.raises(ValueError, match="r has units, but rounds to nearest"):
-        Recipe("r", layers=layers, units="stem")
+        Recipe("r", layers=layers, steps=("nearest",), units="stem")
     with pytest.raises(ValueError, match="pointwise layers keep their weights"):
         LayerSpec(".*", weight=Uniform(4), kind="pointwise")
 
 
 def test_names_and_patterns_of_nothing_are_refused(model, batches):
     weights = LayerSpec(".*", Uniform(4))
-    rules = (Rule(".*", Float16()), Rule("later", Float16()))
     for recipe, says in (
-        (Recipe("r", rules=rules), "no tensor of the network is left that matches later"),
-        (Recipe("r", layers=(weights,), rounding="up"), "no rounding is called up: there are near"),
-        (Recipe("r", layers=(weights,), norms="keep"), "no norms is called keep"),
-        (Recipe("r", layers=(weights,), rounding="gptq", norms="keep"), "no norms is called keep"),
+        (Recipe("r", "", (weights,), ("up",)), "no step is called up: there are nearest, gptq"),
+        (Recipe("r", "", (weights,), ("gptq", "keep")), "no step is called keep"),
+        (Recipe("r", "", (weights,), ("shift_norms",)), "no step of recipe r rounds the weight of"),
+        (Recipe("r", "", W8A8.layers, ("nearest",)), "no step of recipe r calibrates the input"),
         (Recipe("r", layers=(replace(weights, weight_observer="l1"),)), "no observer is called l1"),
-        (Recipe("r", layers=(weights,), rounding="gptq", units="block"), "is called block"),
+        (Recipe("r", layers=(replace(weights, kind="odd"),)), "no kind of layers is called odd"),
+        (Recipe("r", "", (weights,), ("gptq",), units="block"), "is called block"),
     ):
         with pytest.raises(ValueError, match=says):
             ptq.quantize(model, recipe, batches)
@@ -296,23 +295,9 @@ def test_a_learnt_recipe_beats_its_baseline_and_takes_every_layer_once(
     ]
     assert len(taken) == len(layers) and set(taken) == set(layers.values())
     x = batches[0][0]
-    base = ptq.quantize(model, recipe.to_nearest(), batches)
+    base = ptq.quantize(model, replace(recipe, steps=("nearest",), units=None), batches)
     errors = [(network(x) - model(x)).square().mean() for network in (learnt, base)]
     assert 0 < errors[0] < errors[1]
-
-
-def test_every_recipe_can_round_to_nearest_instead():
-    for recipe in RECIPES.values():
-        nearest = recipe.to_nearest()
-        assert (nearest.rounding, nearest.units) == ("nearest", None)
-        assert nearest.layers == recipe.layers
-
-
-def test_numbers_too_large_for_their_format_are_refused(model):
-    large = copy.deepcopy(model)
-    large.classifier.weight.data[0, 0] = 1e6
-    with pytest.raises(ValueError, match="classifier.weight of the network is not finite"):
-        ptq.quantize(large, RECIPES["fp16"])
 
 
 def test_a_network_that_is_not_finite_is_refused(model, batches):
@@ -358,7 +343,7 @@ def test_equalized_ranges_meet_and_the_float_network_stays(model, batches):
     x, before = batches[0][0], model(batches[0][0]).detach()
     after = linears_after_norms(model)
     assert len(after) == 18  # two in each of nine transformer layers
-    equalize(model, batches)
+    equalize(copy.deepcopy(model), model, batches, None)
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-3, atol=1e-5)
     for name, (linear,) in after.items():
         outputs = torch.cat(list(captured(model, model.get_submodule(name), batches, "output")))
@@ -385,7 +370,7 @@ def test_sensitivity_is_what_a_recipe_for_that_tensor_alone_does(model, batches)
     largest = max(max(of_kind.values()) for of_kind in noises.values())
     assert found["noise_of_all"] > largest and found["noise_of_rest"] > 0
     qkv = "stages.2.1.layers.0.attn.qkv"
-    alone = Recipe("one", layers=(LayerSpec(qkv, weight),), equalize=True)
+    alone = Recipe("one", "", (LayerSpec(qkv, weight),), ("equalize", "nearest"))
     shared = sensitivities(model, alone, batches, lambda network: network(batches[0][0]))
     noise = shared["noise"]["weights"][qkv]
     assert noise != pytest.approx(noises["weights"][qkv], rel=1e-3)
@@ -394,7 +379,7 @@ def test_sensitivity_is_what_a_recipe_for_that_tensor_alone_does(model, batches)
 
 def test_recipes_for_convolutions_leave_linear_layers_and_products_their_inputs():
     network = MobileViT("xxs")
-    attach(network, RECIPES["w7a8-convs"])
+    attach(network, layer_specs(network, RECIPES["w7a8-convs"]))
     layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLayer)}
     for name, layer in layers.items():
         linear = isinstance(layer.layer, nn.Linear)
@@ -409,7 +394,7 @@ def test_recipes_for_convolutions_leave_linear_layers_and_products_their_inputs(
 @pytest.mark.parametrize("name", ["w7a8", "w7a8-convs"])
 def test_pairs_of_products_of_seven_bits_fit_sixteen(name):
     network = MobileViT("xxs")
-    attach(network, RECIPES[name])
+    attach(network, layer_specs(network, RECIPES[name]))
     for module in network.modules():
         if isinstance(module, QuantizedAttentionCore):
             pairs = [("q", "k"), ("attention", "v")]
@@ -424,10 +409,63 @@ def test_pairs_of_products_of_seven_bits_fit_sixteen(name):
 
 
 def test_biases_leave_to_norms_what_norms_have_taken_in(model, batches):
-    recipe = Recipe("r", layers=(LayerSpec(".*", Uniform(4, granularity="channel")),),
-                    norms="shift", correct_biases=True)  # fmt: skip
+    layers = (LayerSpec(".*", Uniform(4, granularity="channel")),)
+    recipe = Recipe("r", "", layers, ("nearest", "shift_norms", "correct_biases"))
     quantized = ptq.quantize(model, recipe, batches)
     assert quantized.stem.conv.layer.bias is None
     for name in ("stages.2.1.layers.0.attn.qkv", "classifier"):
         got, wanted = (mean_by_hand(network, name, batches) for network in (quantized, model))
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_any_iterable_of_batches_will_do_but_no_other_numbers(model, batches):
+    images = torch.cat([x for x, _ in batches])
+    loader = DataLoader(TensorDataset(images, torch.zeros(len(images))), 4)
+    x = batches[0][0]
+    assert torch.equal(ptq.quantize(model, W8A8, loader)(x), ptq.quantize(model, W8A8, batches)(x))
+    for dtype in (torch.uint8, torch.float64):
+        with pytest.raises(ValueError, match=f"calibration images are {dtype}, the network"):
+            ptq.quantize(model, W8A8, [(images.to(dtype), None)])
+    with pytest.raises(ValueError, match="all 6 calibration images are the same"):
+        ptq.quantize(model, W8A8, [(images[:1].expand(3, -1, -1, -1), None)] * 2)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4-gptq", "w4a8", "w4"])
+def test_what_overflows_within_the_network_is_refused(name, model):
+    large = [(1e30 * draw(4, 3, 32, 32), None)]
+    with pytest.raises(ValueError, match="not finite"):
+        ptq.quantize(model, RECIPES[name], large)
+
+
+def test_a_network_that_runs_shows_the_same_pairs_as_its_graph(model, batches):
+    traced = norms_after(model)
+    modules = dict(model.named_modules())
+    seen = {
+        fed[0]: producer
+        for producer, fed in watched(model, batches).items()
+        if isinstance(modules[producer], nn.Conv2d) and len(fed) == 1 and fed[0] in traced
+    }
+    assert seen == traced and len(traced) == 32
+
+
+class TwoReaders(nn.Module):
+    """Control flow that torch.fx can't trace; the first norm's input is read once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        y = self.convs[0](x)
+        x = self.norms[0](y) + y
+        x = self.norms[1](self.convs[1](x))
+        return self.norms[2](self.convs[2](self.convs[2](x)))
+
+
+def test_pairs_of_an_untraceable_network_are_seen_in_a_call():
+    network = TwoReaders().eval()
+    assert norms_after(network) == {}
+    assert norms_after(network, [(draw(2, 3, 4, 4), None)]) == {"norms.1": "convs.1"}

@@ -93,7 +93,7 @@ def methods(rows):
     recipes = [name for name in tables.TITLES if any(r["recipe"]["name"] == name for r in rows)]
     by_method = {(row["model"], row["recipe"]["name"]): row for row in rows}
     panels = (
-        ("test accuracy, %", lambda r: r["accuracy_pct"], "{:.1f}"),
+        ("test accuracy, %", lambda r: r["score"]["accuracy_pct"], "{:.1f}"),
         ("file size, MB", lambda r: r["size_bytes"] / MB, "{:.2f}"),
         # Against FP32 called in turn: milliseconds of rows measured apart don't compare.
         ("latency, % of FP32's", lambda r: 100 / tables.speed_up(r), "{:.0f}"),
@@ -107,7 +107,7 @@ def methods(rows):
                 if row is None:
                     continue
                 y = i * (len(recipes) + 0.6) + j
-                hatch = "//" if row["simulated"] else None
+                hatch = "//" if (row["kind"] == "simulated") else None
                 axis.barh(y, value(row), color=COLOURS[model], hatch=hatch, edgecolor="white")
                 text = " " + form.format(value(row))
                 axis.annotate(text, (value(row), y), va="center", fontsize=8)
@@ -131,7 +131,9 @@ def pareto(rows):
         ours.sort(key=lambda row: -row["size_bytes"])
         if not ours:
             continue
-        points = [(r["recipe"]["name"], r["size_bytes"] / MB, r["accuracy_pct"]) for r in ours]
+        points = [
+            (r["recipe"]["name"], r["size_bytes"] / MB, r["score"]["accuracy_pct"]) for r in ours
+        ]
         theirs = [(k, v[1], v[0]) for (m, k), v in tables.PUBLISHED.items() if m == model]
         for these, face, style in ((points, COLOURS[model], "-"), (theirs, "none", ":")):
             axis.plot(
@@ -202,7 +204,7 @@ def engines(rows):
     for model, (left, right) in zip(models, axes):
         of_model = [row for row in rows if row["model"] == model]
         left.set_title(model, loc="left")
-        floor = max(row["accuracy_pct"] for row in of_model) - SHOWN_POINTS
+        floor = max(row["score"]["accuracy_pct"] for row in of_model) - SHOWN_POINTS
         cpu = Counter(map(tables.cpu, of_model)).most_common(1)[0][0]
         on_it = [row for row in of_model if tables.cpu(row) == cpu or tables.is_baseline(row)]
         left.set_xlabel(f"times as fast as torch's FP32, {cpu}")
@@ -212,7 +214,7 @@ def engines(rows):
             (left, on_it, tables.speed_up),
             (right, of_model, lambda row: row["size_bytes"] / MB),
         ):
-            points = [(x(row), max(row["accuracy_pct"], floor), row) for row in shown]
+            points = [(x(row), max(row["score"]["accuracy_pct"], floor), row) for row in shown]
             for at, accuracy, row in points:
                 marker = ENGINE_MARKERS[tables.RUNS_ON.get(row["engine"], row["engine"])]
                 colour = FAMILIES[family(row)]
@@ -232,7 +234,7 @@ def engines(rows):
 
 
 def point_name(row, floor) -> str:
-    accuracy, bf16 = row["accuracy_pct"], " BF16" * (row["engine"] == "openvino-bf16")
+    accuracy, bf16 = row["score"]["accuracy_pct"], " BF16" * (row["engine"] == "openvino-bf16")
     return row["recipe"]["name"] + bf16 + (f" ({accuracy:.1f} %)" if accuracy < floor else "")
 
 
@@ -284,7 +286,10 @@ def input_sizes(rows):
             points.sort(key=lambda row: row["img_size"])
             if not points:
                 continue
-            xs, ys = [tables.speed_up(r) for r in points], [r["accuracy_pct"] for r in points]
+            xs, ys = (
+                [tables.speed_up(r) for r in points],
+                [r["score"]["accuracy_pct"] for r in points],
+            )
             style, side_at = "-", {"xytext": (4, 5)}
             if recipe == "fp32":
                 style, side_at = "--", {"xytext": (-4, -5), "ha": "right", "va": "top"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from lab.cli import BadInput
 from lab.files import read_json, write_text
 from lab.report import studies, tables
-from lab.report.rows import load_report, of_input_sizes, of_variants
+from lab.report.runs import load_report
 
 
 def filled_page(text: str, blocks: dict[str, str], path) -> str:
@@ -30,8 +30,12 @@ def fill_pages(args, every_row, rows, runs) -> None:
         Path(args.readme_file): {
             "headline": tables.headline_table(rows),
             "results": tables.results_table([r for r in rows if tables.in_protocol(r)], rows),
-            "engines": tables.results_table([r for r in ours if not r["simulated"]], rows),
-            "simulated": tables.simulated_table([r for r in ours if r["simulated"]], rows),
+            "engines": tables.results_table(
+                [r for r in ours if not (r["kind"] == "simulated")], rows
+            ),
+            "simulated": tables.simulated_table(
+                [r for r in ours if (r["kind"] == "simulated")], rows
+            ),
             "training": training,
             "commands": tables.commands_block(rows, runs),
             "sizes": tables.sizes_table(of_input_sizes(every_row)),

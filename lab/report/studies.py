@@ -3,7 +3,8 @@
 import statistics
 
 from lab.report.tables import MODELS, RUNS_ON, TITLES, changed_predictions, markdown
-from ptq.analysis.sensitivity import LARGEST
+
+LARGEST = 10
 
 ABLATION = {  # what each recipe does, beside the one before or beside w8a8
     "fp32": "float",
@@ -82,14 +83,14 @@ def ablation_table(rows: list[dict]) -> str:
         for recipe, step in ABLATION.items():
             if recipe in by_recipe and "fp32" in by_recipe:
                 (baseline, *_), seeds = by_recipe["fp32"], by_recipe[recipe]
-                accuracy = statistics.mean(row["accuracy_pct"] for row in seeds)
+                accuracy = statistics.mean(row["score"]["accuracy_pct"] for row in seeds)
                 lines.append(
                     {
                         "Model": model,
                         "Step": step,
                         "Recipe": recipe,
-                        "Held-out %": mean_text([row["accuracy_pct"] for row in seeds], 2),
-                        "Δ points": f"{accuracy - baseline['accuracy_pct']:+.2f}",
+                        "Held-out %": mean_text([row["score"]["accuracy_pct"] for row in seeds], 2),
+                        "Δ points": f"{accuracy - baseline['score']['accuracy_pct']:+.2f}",
                         "Changed": mean_text([changed_predictions(r, baseline) for r in seeds], 0),
                         "Seeds": str(len(seeds)),
                     }

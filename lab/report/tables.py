@@ -65,7 +65,7 @@ def in_order(rows: list[dict]) -> list[dict]:
             models.index(model) if model in models else len(models),
             model,
             row["img_size"],
-            row["simulated"],
+            (row["kind"] == "simulated"),
             recipes.index(recipe) if recipe in recipes else len(recipes),
             recipe,
             not is_baseline(row),
@@ -86,7 +86,7 @@ def is_baseline(row: dict) -> bool:
 
 def in_protocol(row: dict) -> bool:
     """Whether it is one of the published re-implementation's four rows."""
-    return row["recipe"]["name"] in TITLES and row["engine"].startswith("torch")
+    return row["recipe"]["name"] in TITLES and row["engine"].startswith(("torch", "published"))
 
 
 def changed_predictions(row: dict, baseline: dict) -> int:
@@ -100,7 +100,11 @@ def twin(row: dict, rows: list[dict]) -> dict | None:
     same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images", "cpu")
     for other in rows:
         alike = other is not row and all(other[name] == row[name] for name in same)
-        if alike and other["recipe"]["name"] == row["recipe"]["name"] and other["simulated"]:
+        if (
+            alike
+            and other["recipe"]["name"] == row["recipe"]["name"]
+            and (other["kind"] == "simulated")
+        ):
             return other
     return None
 
@@ -122,7 +126,7 @@ def cpu(row: dict) -> str:
 
 def arithmetic(row: dict) -> str:
     """In which numbers the row's network computed."""
-    if row["simulated"]:
+    if row["kind"] == "simulated":
         return "FP32, simulated"
     elsewhere = "BF16" if row["engine"] == "openvino-bf16" else "FP32"
     products = row["products"]
@@ -205,7 +209,7 @@ def sizes_table(rows: list[dict]) -> str:
         line = {"Model": MODELS[model], "Side": str(side)}
         for recipe in SIZE_SWEEP:
             row, title = by_recipe.get(recipe), TITLES.get(recipe, recipe)
-            line[f"{title}, %"] = f"{row['accuracy_pct']:.2f}" if row else "-"
+            line[f"{title}, %"] = f"{row['score']['accuracy_pct']:.2f}" if row else "-"
             line[f"{title}, faster"] = f"{speed_up(row):.2f}x" if row else "-"
         lines.append(line)
     return markdown(lines)
@@ -218,7 +222,7 @@ def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
     if baseline is None:
         delta = smaller = "-"
     elif row is not baseline:
-        points = row["accuracy_pct"] - baseline["accuracy_pct"]
+        points = row["score"]["accuracy_pct"] - baseline["score"]["accuracy_pct"]
         delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
         smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
     if not is_baseline(row):
@@ -228,12 +232,12 @@ def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
         "Method": TITLES.get(recipe, recipe),
         "Engine": row["engine"],
         "Computed in": arithmetic(row),
-        "Accuracy %": f"{row['accuracy_pct']:.2f}",
+        "Accuracy %": f"{row['score']['accuracy_pct']:.2f}",
         "Δ points (changed)": delta,
         "MB": f"{row['size_bytes'] / MB:.2f}" + " (est.)" * row["size_is_estimate"],
         "Smaller": smaller,
         "ms": f"{ms:.1f}",
-        "Faster": "-" if row["simulated"] else faster,
+        "Faster": "-" if (row["kind"] == "simulated") else faster,
         "CPU": cpu(row),
     }
 
@@ -305,7 +309,7 @@ def commands_block(rows: list[dict], runs: list[dict]) -> str:
 def printed(row: dict) -> str:
     """The line that quantize.py prints for a row."""
     return (
-        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {row['accuracy_pct']:.2f} % "
+        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {row['score']['accuracy_pct']:.2f} % "
         f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
         f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )
