@@ -102,7 +102,8 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = _renamed(state, _FROM_TRANSFORMERS)
     for name in [name for name in state if ".attn.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in state and state[part].dim() for part in parts):  # or the error names it
+        shapes = {state[part].shape if part in state else None for part in parts}
+        if len(shapes) == 1 and shapes != {torch.Size()}:  # others are refused later, by name
             state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(p) for p in parts])
     return state
 
