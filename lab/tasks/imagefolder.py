@@ -9,7 +9,7 @@ files and folders whose names begin with a dot are ignored.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +28,13 @@ _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
 @dataclass(frozen=True)
 class Photos:
     """Image files, their labels int64 [N], the names of the classes, and the mean and standard
-    deviation that the network's input is normalized with, per RGB channel of pixels in [0, 1]."""
+    deviation per RGB channel, of pixels in [0, 1], that make them the network's input: by default
+    the pixels themselves."""
 
     files: tuple[Path, ...]
     labels: Tensor
     classes: tuple[str, ...]
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    normalize: dict = field(default_factory=lambda: {"mean": [0.0] * 3, "std": [1.0] * 3})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,10 +42,6 @@ class Photos:
     def __getitem__(self, indices) -> "Photos":
         files = tuple(self.files[i] for i in torch.arange(len(self))[indices].tolist())
         return replace(self, files=files, labels=self.labels[indices])
-
-    def normalized(self, mean, std) -> "Photos":
-        """The same photos for a network that takes (pixels - mean) / std."""
-        return replace(self, mean=tuple(mean), std=tuple(std))
 
     def inputs(self, img_size: int, device="cpu") -> Tensor:
         """All photos as the network's input, float32 [N, 3, S, S], channels-last.
@@ -55,7 +51,10 @@ class Photos:
         """
         images = torch.stack([_middle(read_photo(file), img_size) for file in self.files])
         images = images.to(device).contiguous(memory_format=torch.channels_last)
-        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(self.normalize[name], device=device).view(3, 1, 1)
+            for name in ("mean", "std")
+        )
         return (images / 255 - mean) / std
 
 
