@@ -1,0 +1,71 @@
+"""Image files as tensors: one way to decode them for every task and every example.
+
+A picture comes out as a viewer shows it: turned as its EXIF orientation says, with transparent
+parts on white. Of animations and stacks the first frame counts. Colour profiles are not applied.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lab.cli import BadInput
+
+
+def read_photo(path) -> Tensor:
+    """The picture in an image file as RGB, uint8 [3, H, W]; BadInput names a file that has none."""
+    return _to_tensor(_decode(path))
+
+
+def thumbnail(path, side: int = 32) -> Tensor:
+    """The picture in an image file made as small as training images, uint8 [3, side, side].
+
+    PIL's bicubic resize, which averages over all pixels that become one. The whole picture is
+    kept and its sides are not: a wide one becomes narrower.
+    """
+    return _to_tensor(_decode(path).resize((side, side)))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _decode(path) -> Image.Image:
+    if not Path(path).is_file():
+        raise BadInput(f"no image file at {path}")
+    try:
+        with warnings.catch_warnings():
+            # PIL warns of damaged metadata and of more than 89 million pixels; twice as many it
+            # refuses, which is limit enough.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as file:
+                return _to_rgb(ImageOps.exif_transpose(file))
+    except UnidentifiedImageError as error:
+        raise BadInput(f"{path} is not an image of a kind that can be read") from error
+    except Exception as error:  # PIL's decoders raise many kinds, without a common base
+        raise BadInput(f"{path} can't be read as an image: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of an unknown range")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:  # on white, so that colours which nobody sees do not count
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A gray picture of 16 bits as one of 8 bits; PIL's own conversion would clip it at 255."""
+    gray = np.asarray(image).astype(np.int64)
+    if gray.min() < 0 or gray.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits")
+    small = Image.fromarray((gray / 257).round().astype(np.uint8))  # 65535 = 255 * 257
+    if "transparency" in image.info:  # the one value that stands for transparent pixels
+        small.putalpha(Image.fromarray(gray != image.info["transparency"]).convert("L"))
+    return small
