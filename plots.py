@@ -41,7 +41,8 @@ def main():
         raise BadInput(f"{args.results} and {args.checkpoints} hold no CIFAR-10 row and no run yet")
     if args.readme:
         fill_pages(found, args.pages)
-    from lab.report.figures import FIGURES, save  # matplotlib takes a second that --check need not
+    from lab.report.figures import FIGURES  # matplotlib takes a second that --check need not
+    from lab.report.style import save
 
     for name, draw in FIGURES.items():
         if figure := draw(found):

@@ -39,7 +39,7 @@ def blocks_of(found: Results) -> dict[str, str]:
         "profile": studies.profile_table(profiles[0] if profiles else None),
         "sizes": tables.sizes_table(found.input_sizes),
         "benchmarks": studies.benchmarks_table(found.benchmarks),
-        "classes": tables.classes_table(found.rows),
+        "classes": studies.classes_table(found.rows),
     }
 
 
