@@ -1,73 +1,91 @@
 """Pages whose tables stand between markers: filled from result files, or checked."""
 
+import re
 import sys
 from pathlib import Path
 
 from lab.cli import BadInput
-from lab.files import read_json, write_text
+from lab.files import write_text
 from lab.report import studies, tables
-from lab.report.runs import load_report
+from lab.report.results import Results
+
+PAGES = {  # page: the blocks that it holds
+    "README.md": ("headline",),
+    "docs/results.md": ("results", "engines", "simulated"),
+    "docs/training.md": ("training", "commands"),
+    "docs/quantization.md": ("per-layer", "per-layer-fx", "ablation"),
+    "docs/speed.md": ("speeds-vnni", "speeds", "profile", "sizes", "benchmarks"),
+    "checkpoints/README.md": ("classes",),
+}
+MARKER = re.compile(r"<!-- (begin|end):(.*?) -->")
+
+
+def blocks_of(found: Results) -> dict[str, str]:
+    """{name of a block: its Markdown}."""
+    speeds = found.benchmarks["engines"]
+    profiles = [bench for bench in found.benchmarks["profile"] if studies.has_vnni(bench)]
+    return {
+        "headline": tables.headline_table(found.rows),
+        "results": tables.results_table(found.protocol, found.rows),
+        "engines": tables.results_table(found.measured, found.rows),
+        "simulated": tables.simulated_table(found.simulated, found.rows),
+        "training": studies.training_table(found.runs),
+        "commands": studies.commands_block(found.runs),
+        "per-layer": studies.per_layer_table(found.reports["w8a8-early"]),
+        "per-layer-fx": studies.per_layer_table(found.reports["int8-fx"]),
+        "ablation": studies.ablation_table(found.ablation),
+        "speeds-vnni": studies.speed_table([b for b in speeds if studies.has_vnni(b)]),
+        "speeds": studies.speed_table([b for b in speeds if not studies.has_vnni(b)]),
+        "profile": studies.profile_table(profiles[0] if profiles else None),
+        "sizes": tables.sizes_table(found.input_sizes),
+        "benchmarks": studies.benchmarks_table(found.benchmarks),
+        "classes": studies.classes_table(found.rows),
+    }
 
 
 def filled_page(text: str, blocks: dict[str, str], path) -> str:
-    """`text` with what stands between <!-- begin:NAME --> and <!-- end:NAME --> replaced."""
+    """`text` with what stands between <!-- begin:NAME --> and <!-- end:NAME --> replaced.
+
+    BadInput if a page has other markers than those of `blocks`.
+    """
+    expected = [(edge, name) for name in blocks for edge in ("begin", "end")]
+    if sorted(MARKER.findall(text)) != sorted(expected):
+        names = ", ".join(blocks)
+        raise BadInput(f"{path} should have one begin and one end marker for each of {names}")
     for name, block in blocks.items():
         begin, end = f"<!-- begin:{name} -->\n", f"<!-- end:{name} -->"
-        if begin not in text or end not in text.partition(begin)[2]:
-            raise BadInput(f"{path} has no {begin.strip()} ... {end}")
-        before, _, rest = text.partition(begin)
-        text = before + begin + block + "\n" + end + rest.partition(end)[2]
+        before, begins, rest = text.partition(begin)
+        _, ends, after = rest.partition(end)
+        if not begins or not ends:
+            raise BadInput(f"{path} has no {begin.strip()} on a line, followed by {end}")
+        text = before + begin + block + "\n" + end + after
     return text
 
 
-def fill_pages(args, every_row, rows, runs) -> None:
-    """Rewrite the tables of README, model card and docs, or check that they are up to date; `rows`
-    are the published ones of `every_row`."""
-    benchmarks = {p.stem: read_json(p) for p in Path(args.results, "benchmarks").glob("*.json")}
-    training = tables.training_table(runs)
-    ours = [row for row in rows if not tables.in_protocol(row)]
-    pages = {
-        Path(args.readme_file): {
-            "headline": tables.headline_table(rows),
-            "results": tables.results_table([r for r in rows if tables.in_protocol(r)], rows),
-            "engines": tables.results_table(
-                [r for r in ours if not (r["kind"] == "simulated")], rows
-            ),
-            "simulated": tables.simulated_table(
-                [r for r in ours if (r["kind"] == "simulated")], rows
-            ),
-            "training": training,
-            "commands": tables.commands_block(rows, runs),
-            "sizes": tables.sizes_table(of_input_sizes(every_row)),
-            "speeds-vnni": studies.speed_table(of_variants(benchmarks, "engines-{}-vnni")),
-            "speeds": studies.speed_table(of_variants(benchmarks, "engines-{}")),
-            "benchmarks": studies.benchmarks_table(benchmarks),
-        },
-        Path(args.checkpoints, "README.md"): {
-            "training": training,
-            "classes": tables.classes_table(rows),
-        },
-        Path(args.readme_file).parent / "docs" / "quantization.md": {
-            "per-layer": studies.per_layer_table(load_report(args, "w8a8-early")),
-            "profile": studies.profile_table(benchmarks.get("profile-xxs-vnni")),
-            "per-layer-fx": studies.per_layer_table(load_report(args, "int8-fx")),
-            "ablation": studies.ablation_table(
-                [r for r in every_row if (r["split"], r["img_size"]) == ("held-out", 256)]
-            ),
-        },
-    }
-    texts = {}
-    for path in pages:
+def filled_pages(found: Results, folder) -> dict[Path, tuple[str, str]]:
+    """{page: its text, its text with every block filled} for the pages under `folder`."""
+    blocks, pages = blocks_of(found), {}
+    for name, of_page in PAGES.items():
+        path = Path(folder, name)
         try:
-            texts[path] = path.read_text()
-        except OSError as error:
-            raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    new = {path: filled_page(texts[path], blocks, path) for path, blocks in pages.items()}
-    for path, filled in new.items():
-        if not args.check:
-            write_text(path, filled)
-            print(path)
-        elif filled != texts[path]:
-            sys.exit(f"{path} differs from {args.results}/: run plots.py --readme")
-        else:
-            print(f"{path} agrees with {args.results}/")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot read {path}: {error}") from error
+        pages[path] = text, filled_page(text, {block: blocks[block] for block in of_page}, path)
+    return pages
+
+
+def fill_pages(found: Results, folder) -> None:
+    """Rewrite the tables of all pages; prints the path of each."""
+    for path, (_, filled) in filled_pages(found, folder).items():
+        write_text(path, filled)
+        print(path)
+
+
+def check_pages(found: Results, folder) -> None:
+    """Exit with 1 and a line for each page whose tables differ from the results."""
+    pages = filled_pages(found, folder)
+    differing = [str(path) for path, (text, filled) in pages.items() if filled != text]
+    if differing:
+        sys.exit(f"differ from the results: {', '.join(differing)}; plots.py --readme fills them")
+    print(f"{len(pages)} pages agree with the results")

@@ -1,41 +1,34 @@
-"""Tables of what is no single row: reports per layer, the ablation, benchmarks."""
+"""Tables of what is no single row: training runs, reports per layer, the ablation, benchmarks."""
 
 import statistics
 
-from lab.report.tables import MODELS, RUNS_ON, TITLES, changed_predictions, markdown
+from lab.report.tables import (
+    OPTIMIZERS,
+    PUBLISHED,
+    RUNS_ON,
+    accuracy,
+    cell,
+    changed_predictions,
+    code,
+    cpu_kind,
+    in_order,
+    is_baseline,
+    markdown,
+    model_order,
+    models_of,
+    short_name,
+    title_of,
+)
 
-LARGEST = 10
-
-ABLATION = {  # what each recipe does, beside the one before or beside w8a8
-    "fp32": "float",
-    "w4-minmax": "W4: to nearest, ranges up to the extremes",
-    "w4-nearest": "ranges of least squared error",
-    "w4-replace": "with statistics of norms replaced",
-    "w4-shift": "with statistics of norms shifted",
-    "w4-biases": "and biases without a norm after them corrected",
-    "w4-gptq": "GPTQ, norms shifted",
-    "w4-adaround": "AdaRound by layer",
-    "w4": "AdaRound by block",
-    "w4-adaround-shift": "the same, then norms shifted",
-    "w4-mixed-nearest": "W4, stem, depthwise and classifier 8: to nearest",
-    "w4-mixed": "GPTQ, norms shifted",
-    "w4a8-nearest": "W4A8: to nearest, ranges of least squared error",
-    "w4a8": "GPTQ, norms shifted",
-    "w6a6-nearest": "W6A6: to nearest, ranges of least squared error",
-    "w6a6": "GPTQ, norms shifted",
-    "w8a8": "W8A8: to nearest, norms shifted",
-    "w8a8-equalized": "with layer norms equalized",
-    "w8a8-nearest": "without norms shifted",
-    "w8a8-replace": "with statistics of norms replaced",
-    "w8a8-minmax": "with activations from extreme to extreme",
-    "w8a8-percentile": "with activations up to the 99.99th percentile",
-    "w8a8-kl": "with activations of least KL divergence",
-    "w8a8-tensor": "with one scale per weight tensor",
-    "w8a8-norms": "with 8-bit inputs of layer norms, too",
-    "w8a8-silu": "with 8-bit inputs of SiLU, too",
-    "w8a7": "with 7 bits for activations",
-    "w8a8-early": "with the five early inputs in 8 bits, too",
-}
+ABLATION = (  # the order of the recipes on held-out images; others follow by name
+    "fp32",
+    *("w4-minmax", "w4-nearest", "w4-replace", "w4-shift", "w4-biases", "w4-gptq"),
+    *("w4-adaround", "w4", "w4-adaround-shift", "w4-mixed-nearest", "w4-mixed"),
+    *("w4a8-nearest", "w4a8", "w6a6-nearest", "w6a6"),
+    *("w8a8", "w8a8-equalized", "w8a8-nearest", "w8a8-replace", "w8a8-minmax"),
+    *("w8a8-percentile", "w8a8-kl", "w8a8-tensor", "w8a8-norms", "w8a8-silu"),
+    *("w8a7", "w8a8-early"),
+)
 CONTENDERS = {  # of lab.bench train
     "timm": "timm {timm}",
     "published": "our network in the published loop",
@@ -52,50 +45,152 @@ NODES = {  # OpenVINO's types of nodes
     "attention and elementwise": ("Subgraph",),
     "statistics of layer norms": ("MVN",),
 }
+ARITHMETIC = ("INT8", "BF16", "FP32")  # of such nodes
+OTHERS = ("all others", "")
+
+
+# Classes
+
+
+def classes_table(rows: list[dict]) -> str:
+    """Per class and model: recall (accuracy on its images) and precision, of the FP32 rows."""
+    rows = in_order([row for row in rows if is_baseline(row)])
+    classes = rows[0]["classes"] if rows else []
+    rows = [row for row in rows if row["classes"] == classes]
+    lines = []
+    for k, name in enumerate(classes):
+        line = {"Class": cell(name)}
+        for row in rows:
+            right, model = row["confusion"][k][k], cell(row["model"])
+            of_class = sum(row["confusion"][k])
+            given = sum(counts[k] for counts in row["confusion"])
+            line[f"{model}, recall %"] = percent_text(right, of_class)
+            line[f"{model}, precision %"] = percent_text(right, given)
+        lines.append(line)
+    return markdown(lines)
+
+
+def percent_text(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "-"
+
+
+# Training
+
+
+def run_chain(run: dict) -> list[dict]:
+    """The runs that the weights of a run came from, oldest first, then the run."""
+    return [*run["before"], run]
+
+
+def training_table(runs: list[dict]) -> str:
+    """A line a training run, from its metrics.json."""
+    lines = []
+    for i, run in (part for last in runs for part in enumerate(run_chain(last))):
+        config, model = run["config"], run["model"]
+        start = "then " if i else "widened, " if config.get("widen") else ""
+        optimizer = config.get("optimizer", "adamw")
+        how = f"{OPTIMIZERS.get(optimizer, optimizer)}, {str(config.get('precision')).upper()}"
+        published = PUBLISHED.get((model, "fp32"))
+        lines.append(
+            {
+                "Model": cell(model),
+                "Schedule (side:epochs)": start
+                + cell(str(config.get("resolutions")).replace(",", ", ")),
+                "Training": cell(how),
+                "Hardware": cell(run["hardware"]),
+                "Parameters": f"{run['parameters']:,}",
+                "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",
+                "Training time": f"{run['train_s'] / 60:.0f} min",
+                "Epoch chosen": str(run["epoch"]),
+                "Validation %": f"{run['val_accuracy_pct']:.2f}",
+                "Test %": f"{run['test_accuracy_pct']:.2f}",
+                "Published test %": f"{published[0]:.2f}" if published else "-",
+            }
+        )
+    return markdown(lines)
+
+
+def commands_block(runs: list[dict]) -> str:
+    """For every training run: the command, the line it prints, the time it took."""
+    blocks = (
+        f"```bash\n{code(run['command'])}\n"
+        f"# {code(run['printed'])}, after {run['train_s'] / 60:.0f} min\n```"
+        for last in runs
+        for run in run_chain(last)
+    )
+    return "\n\n".join(blocks)
+
+
+# Layers
+
+
+def noises_of(report: dict) -> list[tuple[float, str, str]]:
+    """(noise in the logits, kind, name) of each tensor that a report quantizes alone, most first.
+
+    A kind is "weight", "input" or "activation".
+    """
+    return sorted(
+        (
+            (noise, kind.removesuffix("s"), name.removesuffix(".input"))
+            for kind, of_layers in report["noise"].items()
+            for name, noise in of_layers.items()
+        ),
+        reverse=True,
+    )
 
 
 def per_layer_table(report: dict | None) -> str:
-    """The tensors that change the logits most when they alone are quantized, what all others do
-    together, and what all do."""
+    """The tensors that change the logits most when they alone are quantized.
+
+    Then what all others do together, and what all do.
+    """
     if report is None:
         return markdown([])
-    noises = [
-        (noise, f"{kind.removesuffix('s')} of {name.removesuffix('.input')}")
-        for kind, of_layers in report["noise"].items()
-        for name, noise in of_layers.items()
-    ]
-    noises.sort(reverse=True)
-    shown = noises[:LARGEST]
-    if len(noises) > LARGEST:
-        shown.append((report["noise_of_rest"], f"the other {len(noises) - LARGEST} together"))
+    noises, largest = noises_of(report), report["largest"]
+    shown = [(noise, f"{kind} of {name}") for noise, kind, name in noises[:largest]]
+    if len(noises) > largest:
+        shown.append((report["noise_of_rest"], f"the other {len(noises) - largest} together"))
     shown.append((report["noise_of_all"], "all together"))
-    return markdown([{"Quantized": what, "Noise in the logits": f"{x:.4f}"} for x, what in shown])
+    return markdown(
+        [{"Quantized": cell(what), "Noise in the logits": f"{x:.4f}"} for x, what in shown]
+    )
+
+
+# Steps
+
+
+def by_recipe(rows: list[dict]) -> dict[str, list[dict]]:
+    """{recipe: its rows}, in the order of ABLATION."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["recipe"]["name"], []).append(row)
+
+    def order(name):
+        return (ABLATION.index(name) if name in ABLATION else len(ABLATION), name)
+
+    return {name: found[name] for name in sorted(found, key=order)}
 
 
 def ablation_table(rows: list[dict]) -> str:
     """Accuracy on held-out images, mean and deviation over seeds of calibration: a line a step."""
     lines = []
-    for model in MODELS:
-        by_recipe = {}
-        for row in rows:
-            if row["model"] == model and row["engine"] == "torch-eager":
-                by_recipe.setdefault(row["recipe"]["name"], []).append(row)
-        for recipe, step in ABLATION.items():
-            if recipe in by_recipe and "fp32" in by_recipe:
-                (baseline, *_), seeds = by_recipe["fp32"], by_recipe[recipe]
-                accuracy = statistics.mean(row["score"]["accuracy_pct"] for row in seeds)
-                lines.append(
-                    {
-                        "Model": model,
-                        "Step": step,
-                        "Recipe": recipe,
-                        "Held-out %": mean_text([row["score"]["accuracy_pct"] for row in seeds], 2),
-                        "Δ points": f"{accuracy - baseline['score']['accuracy_pct']:+.2f}",
-                        "Changed": mean_text([changed_predictions(r, baseline) for r in seeds], 0),
-                        "Seeds": str(len(seeds)),
-                    }
-                )
-    return markdown(lines, left=3)
+    for model in models_of(rows):
+        recipes = by_recipe([row for row in rows if row["model"] == model])
+        baseline = recipes.get("fp32", [None])[0]
+        for recipe, seeds in recipes.items() if baseline else ():
+            points = statistics.mean(map(accuracy, seeds)) - accuracy(baseline)
+            lines.append(
+                {
+                    "Model": cell(model),
+                    "Step": cell(seeds[0]["recipe"]["title"]),
+                    "Recipe": cell(recipe),
+                    "Held-out %": mean_text([accuracy(row) for row in seeds], 2),
+                    "Δ points": f"{points:+.2f}",
+                    "Changed": mean_text([changed_predictions(r, baseline) for r in seeds], 0),
+                    "Seeds": str(len(seeds)),
+                }
+            )
+    return markdown(lines)
 
 
 def mean_text(values: list[float], digits: int) -> str:
@@ -104,18 +199,35 @@ def mean_text(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+# Speed
+
+
+def has_vnni(bench: dict) -> bool:
+    return "VNNI" in cpu_kind(bench)
+
+
 def speed_table(benches: list[dict]) -> str:
-    """Latencies from lab.bench engines, in milliseconds and as shares of FP32's, for each model: a
-    line a method and engine, the fastest of the first model first."""
+    """Latencies from lab.bench engines, in milliseconds and as shares of FP32's, for each model.
+
+    A line a method and engine, the fastest of the first model first. A table for each kind of CPU.
+    """
+    kinds = sorted({cpu_kind(bench) for bench in benches})
+    tables = [(k, speeds_on([b for b in benches if cpu_kind(b) == k])) for k in kinds]
+    if len(tables) < 2:
+        return tables[0][1] if tables else markdown([])
+    return "\n\n".join(f"{cell(kind)}:\n\n{table}" for kind, table in tables)
+
+
+def speeds_on(benches: list[dict]) -> str:
     by_model, versions = {}, {}
-    for bench in benches:
+    for bench in sorted(benches, key=lambda b: model_order(b["model"])):
         ms = {name: times["median"] for name, times in bench["latency_ms"].items()}
-        by_model[bench["model"].upper()] = ms
+        by_model[cell(short_name(bench["model"]))] = ms
         versions = bench["engine_versions"] | versions
     lines = []
     for name in dict.fromkeys(n for ms in by_model.values() for n in sorted(ms, key=ms.get)):
-        recipe, engine = name.split("@")
-        line = {"Method": TITLES.get(recipe, recipe), "Engine": f"{engine} {versions[engine]}"}
+        recipe, _, engine = name.partition("@")
+        line = {"Method": cell(title_of(recipe)), "Engine": cell(f"{engine} {versions[engine]}")}
         for model, ms in by_model.items():
             t = ms.get(name)
             line |= {
@@ -124,7 +236,7 @@ def speed_table(benches: list[dict]) -> str:
                 f"{model} of the library's FP32": share(t, ms.get(f"fp32@{library(engine)}")),
             }
         lines.append(line)
-    return markdown(lines, left=2)
+    return markdown(lines)
 
 
 def library(engine: str) -> str:
@@ -137,63 +249,60 @@ def share(part: float | None, whole: float | None) -> str:
     return f"{part / whole:.2f}" if part and whole else "-"
 
 
+def node_times(nodes: dict[str, float]) -> dict[tuple[str, str], float]:
+    """Milliseconds of one call by (kind of NODES, arithmetic), and those of OTHERS."""
+    kinds = {node: kind for kind, types in NODES.items() for node in types}
+    times = {}
+    for key, ms in nodes.items():
+        node, _, arithmetic = key.rpartition(" ")
+        known = node in kinds and arithmetic in ARITHMETIC
+        at = (kinds[node], arithmetic) if known else OTHERS
+        times[at] = times.get(at, 0) + ms
+    return times
+
+
 def profile_table(bench: dict | None) -> str:
-    """Milliseconds that OpenVINO spends in its types of nodes: a line a type and its arithmetic, a
-    column a method."""
-    if bench is None:
+    """Milliseconds that OpenVINO spends in its types of nodes.
+
+    A line a type and its arithmetic, a column a method.
+    """
+    if bench is None or not bench["ms"]:
         return markdown([])
-    lines, shown = [], set()
-    for kind, types in NODES.items():
-        for arithmetic in ("INT8", "BF16", "FP32"):
-            keys = [f"{node} {arithmetic}" for node in types]
-            shown.update(keys)
-            line = {name: sum(ms.get(key, 0) for key in keys) for name, ms in bench["ms"].items()}
-            if any(line.values()):
-                lines.append({"Operations": f"{kind}, {arithmetic}"} | line)
-    rest = {
-        name: sum(ms for key, ms in nodes.items() if key not in shown)
-        for name, nodes in bench["ms"].items()
-    }
-    total = {name: sum(nodes.values()) for name, nodes in bench["ms"].items()}
-    lines += [{"Operations": "all others"} | rest, {"Operations": "together"} | total]
+    columns = {cell(name): node_times(nodes) for name, nodes in bench["ms"].items()}
+    parts = [(kind, arithmetic) for kind in NODES for arithmetic in ARITHMETIC] + [OTHERS]
+    lines = []
+    for part in parts:
+        times = {name: of_parts.get(part, 0) for name, of_parts in columns.items()}
+        if any(times.values()) or part == OTHERS:
+            lines.append({"Operations": ", ".join(filter(None, part))} | times)
+    lines.append({"Operations": "together"} | {n: sum(t.values()) for n, t in columns.items()})
     return markdown(
         [{k: v if k == "Operations" else f"{v:.2f}" for k, v in line.items()} for line in lines]
     )
 
 
-def benchmarks_table(results: dict[str, dict]) -> str:
-    """A line a comparison, from results/benchmarks/."""
+def benchmarks_table(benchmarks: dict[str, list[dict]]) -> str:
+    """A line a comparison of lab.bench train and loader."""
     lines = []
 
     def add(benchmark, ours, against, ratio):
         lines.append({"Benchmark": benchmark, "Ours": ours, "Against": against, "Ratio": ratio})
 
-    if train := results.get("train"):
+    for train in benchmarks["train"]:
         speeds, side = train["images_per_s"], train["img_size"]
         benchmark = (
-            f"Training mobilevit_{train['variant']} with four heads at {side}x{side}, "
+            f"Training {train['model']} with four heads at {side}x{side}, "
             f"{train['precision'].upper()}, {train['hardware']}"
         )
         for name, ratio in train["ratio"].items():
-            against = CONTENDERS[name].format(**train)
-            ours = f"{speeds['ours']:.1f} images/s"
-            add(benchmark, ours, f"{against}: {speeds[name]:.1f} images/s", f"{ratio:.2f}")
+            against = CONTENDERS.get(name, name).replace("{timm}", train["timm"])
+            against = cell(f"{against}: {speeds[name]:.1f} images/s")
+            add(cell(benchmark), f"{speeds['ours']:.1f} images/s", against, f"{ratio:.2f}")
             benchmark = "The same"
-    if sweep := results.get("sweep"):
-        add(
-            f"Quantization sweep of {sweep['test_images']} test and "
-            f"{sweep['calibration_images']} calibration images, {sweep['threads']} cores",
-            f"{sweep['ours_s']:.0f} s",
-            f"the published way, one thread: {sweep['published_way_s']:.0f} s",
-            f"{sweep['ratio']:.2f}",
-        )
-    if loader := results.get("loader"):
+    for loader in benchmarks["loader"]:
         taken, side = loader["training_images_per_s"], loader["img_size"]
+        against = f"training at {side}x{side} on {loader['device']}: {taken:.1f} images/s"
         for augment, made in loader["loader_images_per_s"].items():
-            add(
-                f"Loader, one core, augmentation {augment}",
-                f"{made:.0f} images/s",
-                f"training at {side}x{side} on {loader['device']}: {taken:.1f} images/s",
-                f"{made / taken:.0f}",
-            )
-    return markdown(lines, left=1)
+            benchmark = cell(f"Loader, one core, augmentation {augment}")
+            add(benchmark, f"{made:.0f} images/s", cell(against), f"{made / taken:.0f}")
+    return markdown(lines)

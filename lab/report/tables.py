@@ -1,9 +1,11 @@
-"""Result files as Markdown tables: the same ones that quantize.py prints and the README holds."""
+"""Rows and training runs as Markdown tables: the ones that quantize.py prints and pages hold."""
 
 import re
+from collections import Counter
+from pathlib import Path
 
 from lab.files import MB
-from lab.tasks.cifar10 import CLASSES
+from lab.report.rows import row_path
 
 # What github.com/chanjoongx/mobilevit-quantization, whose protocol we follow, published in its
 # README (commit 1317ecf; 100 epochs, checkpoint chosen on test images, another CPU): accuracy in %,
@@ -22,8 +24,9 @@ PUBLISHED = {
     ("mobilevit_s", "int8-fx"): (91.02, 5.29, 64.2),
     ("mobilevit_s", "int4-percentile"): (11.22, 2.60, None),
 }
-MODELS = ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
-TITLES = {
+MODELS = ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s")  # first and in this order; then others
+KINDS = ("measured", "integer", "simulated")
+TITLES = {  # the published protocol
     "fp32": "FP32",
     "fp16": "FP16 weights",
     "int8-fx": "INT8, torch FX",
@@ -31,6 +34,7 @@ TITLES = {
 }
 RUNS_ON = {  # the package behind an engine
     "openvino-bf16": "openvino",
+    "published": "torch",
     "torch-eager": "torch",
     "torch-fx": "torch",
     "torch-pt2e": "torch",
@@ -39,33 +43,72 @@ RUNS_ON = {  # the package behind an engine
 }
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
-HEADLINE = {(recipe, "openvino") for recipe in ("fp32", "w8a8", "w4")}
-SIMULATED_COLUMNS = ("Model", "Method", "Accuracy %", "Δ points (changed)", "MB", "Smaller")
+BASELINE = ("fp32", "torch-eager")
+HEADLINE = (BASELINE, ("fp32", "openvino"), ("w8a8", "openvino"), ("w4", "openvino"))
 HEADLINE_COLUMNS = ("Model", "Method", "Engine", "Accuracy %", "Δ points (changed)", "MB", "Faster")
+SIMULATED_COLUMNS = (
+    *("Model", "Method", "Accuracy %", "Δ points (changed)", "MB", "Smaller"),
+    "File",
+)
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
+WORDS = {  # columns that hold no numbers
+    *("Model", "Method", "Engine", "Computed in", "CPU", "File", "Schedule (side:epochs)"),
+    *("Training", "Hardware", "Class", "Quantized", "Step", "Recipe", "Operations", "Benchmark"),
+}
 
 
-def markdown(lines: list[dict], left: int = 1) -> str:
-    """A Markdown table of lines {column: text}; the first `left` columns are words, not numbers."""
+# Text
+
+
+def cell(value) -> str:
+    """Text from a file for a Markdown table: on one line, and nothing in it is markup."""
+    text = " ".join(str(value).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`|*\[\]])", r"\\\1", text)
+
+
+def code(value) -> str:
+    """Text from a file for a line of code, within backticks or a code fence."""
+    return " ".join(str(value).split()).replace("`", "'").replace("<!--", "< !--")
+
+
+def markdown(lines: list[dict]) -> str:
+    """A Markdown table of lines {column: text that `cell` or this module made}."""
     if not lines:
         return "No results yet."
     columns = list(lines[0])
-    rule = ["---"] * left + ["---:"] * (len(columns) - left)
+    rule = ["---" if name in WORDS else "---:" for name in columns]
     table = (columns, rule, *(line.values() for line in lines))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
+# Rows
+
+
+def model_order(model: str) -> tuple:
+    """Sorts models as in MODELS, then by name."""
+    return (MODELS.index(model) if model in MODELS else len(MODELS), model)
+
+
+def short_name(model: str) -> str:
+    """A model as figures and columns call it: XXS for mobilevit_xxs."""
+    return model.removeprefix("mobilevit_").upper() if model in MODELS else model
+
+
+def title_of(recipe: str) -> str:
+    return TITLES.get(recipe, recipe)
+
+
 def in_order(rows: list[dict]) -> list[dict]:
     """By model from small to large, then measured before simulated, then as in TITLES."""
-    models, recipes = list(MODELS), list(TITLES)
+    recipes = list(TITLES)
 
     def key(row):
-        model, recipe = row["model"], row["recipe"]["name"]
+        recipe = row["recipe"]["name"]
         return (
-            models.index(model) if model in models else len(models),
-            model,
+            model_order(row["model"]),
             row["img_size"],
-            (row["kind"] == "simulated"),
+            KINDS.index(row["kind"]),
             recipes.index(recipe) if recipe in recipes else len(recipes),
             recipe,
             not is_baseline(row),
@@ -74,37 +117,51 @@ def in_order(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=key)
 
 
+def models_of(rows: list[dict]) -> list[str]:
+    return sorted({row["model"] for row in rows}, key=model_order)
+
+
+def accuracy(row: dict) -> float:
+    """In percent."""
+    return row["score"]["accuracy_pct"]
+
+
 def baseline_of(row: dict, rows: list[dict]) -> dict | None:
     """The FP32 row of the same checkpoint in torch."""
     same = (r for r in rows if r["checkpoint_sha256"] == row["checkpoint_sha256"])
     return next((r for r in same if is_baseline(r)), None)
 
 
+def method(row: dict) -> tuple[str, str]:
+    """What was done, and by which engine."""
+    return row["recipe"]["name"], row["engine"]
+
+
 def is_baseline(row: dict) -> bool:
-    return (row["recipe"]["name"], row["engine"]) == ("fp32", "torch-eager")
+    return method(row) == BASELINE
 
 
 def in_protocol(row: dict) -> bool:
     """Whether it is one of the published re-implementation's four rows."""
-    return row["recipe"]["name"] in TITLES and row["engine"].startswith(("torch", "published"))
+    recipe, engine = method(row)
+    return recipe in TITLES and (engine.startswith("torch") or engine == "published")
 
 
 def changed_predictions(row: dict, baseline: dict) -> int:
-    """Images whose predicted class differs between two rows of the same test set."""
+    """Images whose predicted class differs between two rows of the same images."""
     return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
 
 
-def twin(row: dict, rows: list[dict]) -> dict | None:
-    """The row of the same recipe on the same images, simulated in torch on such a CPU: from what
-    another computes, GPTQ chooses other codes."""
+def simulated_row(row: dict, rows: list[dict]) -> dict | None:
+    """The row of the same recipe on the same images, simulated in torch on the same kind of CPU.
+
+    GPTQ's codes depend on the CPU, so rows are compared within one kind of CPU.
+    """
     same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images", "cpu")
     for other in rows:
         alike = other is not row and all(other[name] == row[name] for name in same)
-        if (
-            alike
-            and other["recipe"]["name"] == row["recipe"]["name"]
-            and (other["kind"] == "simulated")
-        ):
+        simulated = other["kind"] == "simulated"
+        if alike and simulated and other["recipe"]["name"] == row["recipe"]["name"]:
             return other
     return None
 
@@ -119,15 +176,20 @@ def speed_up(row: dict) -> float:
     return row["fp32_latency_ms"]["median"] / row["latency_ms"]["median"]
 
 
-def cpu(row: dict) -> str:
+def cpu_kind(row: dict) -> str:
     """What the row's CPU has to compute with; only between such rows speed-ups compare."""
     return row["cpu"].rpartition(", ")[2]
 
 
+def usual_cpu(rows: list[dict]) -> str:
+    """The kind of CPU that most rows are from."""
+    return Counter(map(cpu_kind, rows)).most_common(1)[0][0]
+
+
 def arithmetic(row: dict) -> str:
     """In which numbers the row's network computed."""
-    if row["kind"] == "simulated":
-        return "FP32, simulated"
+    if row["kind"] != "measured":
+        return "FP32, simulated" if row["kind"] == "simulated" else "integers alone"
     elsewhere = "BF16" if row["engine"] == "openvino-bf16" else "FP32"
     products = row["products"]
     if products and any(products["int8"].values()):
@@ -167,149 +229,102 @@ def published_text(model: str, recipe: str) -> str:
     return f"{accuracy_pct:.2f} / {size_mb:.2f} / {'-' if ms is None else ms}"
 
 
-def results_table(rows: list[dict], all_rows: list[dict]) -> str:
-    """Accuracy, size and latency, each against the FP32 row among `all_rows`: a line a row. Rows of
-    the published protocol also have the published figures; the two kinds don't mix in one table."""
-    lines = []
-    for row in in_order(rows):
-        line = result_line(row, all_rows)
-        if in_protocol(row):
-            line["Published % / MB / ms"] = published_text(row["model"], row["recipe"]["name"])
-        else:
-            simulated = twin(row, all_rows)
-            line["As simulated"] = f"{agreement_pct(row, simulated):.2f} %" if simulated else "-"
-        lines.append(line)
-    return markdown(lines, left=4)
-
-
-def headline_table(rows: list[dict]) -> str:
-    """The few rows and columns that most readers want."""
-    shown = [r for r in rows if is_baseline(r) or (r["recipe"]["name"], r["engine"]) in HEADLINE]
-    return short_table(shown, rows, HEADLINE_COLUMNS, left=3)
-
-
-def simulated_table(rows: list[dict], all_rows: list[dict]) -> str:
-    """Simulated rows, without what only an engine's can say."""
-    return short_table(rows, all_rows, SIMULATED_COLUMNS, left=2)
-
-
-def short_table(rows: list[dict], all_rows: list[dict], columns: tuple[str, ...], left: int) -> str:
-    lines = [result_line(row, all_rows) for row in in_order(rows)]
-    return markdown([{name: line[name] for name in columns} for line in lines], left)
-
-
-def sizes_table(rows: list[dict]) -> str:
-    """Accuracy and speed of a sweep over input sides: a line a side."""
-    by_side = {}
-    for row in rows:
-        by_recipe = by_side.setdefault((MODELS.index(row["model"]), row["img_size"]), {})
-        by_recipe[row["recipe"]["name"]] = row
-    lines = []
-    for (model, side), by_recipe in sorted(by_side.items()):
-        line = {"Model": MODELS[model], "Side": str(side)}
-        for recipe in SIZE_SWEEP:
-            row, title = by_recipe.get(recipe), TITLES.get(recipe, recipe)
-            line[f"{title}, %"] = f"{row['score']['accuracy_pct']:.2f}" if row else "-"
-            line[f"{title}, faster"] = f"{speed_up(row):.2f}x" if row else "-"
-        lines.append(line)
-    return markdown(lines)
-
-
 def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
-    recipe, ms = row["recipe"]["name"], row["latency_ms"]["median"]
+    """One row as {column: text}, compared with the FP32 row among `all_rows`."""
     baseline = baseline_of(row, all_rows)
     delta = smaller = faster = "baseline"
     if baseline is None:
         delta = smaller = "-"
     elif row is not baseline:
-        points = row["score"]["accuracy_pct"] - baseline["score"]["accuracy_pct"]
+        points = accuracy(row) - accuracy(baseline)
         delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
         smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
     if not is_baseline(row):
-        faster = f"{speed_up(row):.2f}x"
+        faster = f"{speed_up(row):.2f}x" if row["kind"] == "measured" else "-"
+    ms, fp32_ms = row["latency_ms"]["median"], row["fp32_latency_ms"]["median"]
     return {
-        "Model": row["model"],
-        "Method": TITLES.get(recipe, recipe),
-        "Engine": row["engine"],
+        "Model": cell(row["model"]),
+        "Method": cell(title_of(row["recipe"]["name"])),
+        "Engine": cell(row["engine"]),
         "Computed in": arithmetic(row),
-        "Accuracy %": f"{row['score']['accuracy_pct']:.2f}",
+        "Accuracy %": f"{accuracy(row):.2f}",
         "Δ points (changed)": delta,
         "MB": f"{row['size_bytes'] / MB:.2f}" + " (est.)" * row["size_is_estimate"],
         "Smaller": smaller,
-        "ms": f"{ms:.1f}",
-        "Faster": "-" if (row["kind"] == "simulated") else faster,
-        "CPU": cpu(row),
+        "ms (FP32 beside it)": f"{ms:.1f} ({fp32_ms:.1f})",
+        "Faster": faster,
+        "CPU": cell(cpu_kind(row)),
+        # Within backticks, as GitHub takes w8a8@openvino.json for an address to write to.
+        "File": f"`{code(row_path(Path(), row)).replace('|', '')}`",
     }
 
 
-def training_table(runs: list[dict]) -> str:
-    """A line a training run, from its metrics.json."""
+def results_table(rows: list[dict], all_rows: list[dict]) -> str:
+    """Accuracy, size and latency, each against the FP32 row among `all_rows`: a line a row.
+
+    Rows of the published protocol also have the published figures; the two kinds don't mix in one
+    table.
+    """
     lines = []
-    for run in in_turn(runs):
-        published = PUBLISHED.get((run["model"], "fp32"))
-        config = run["config"]
-        schedule = config["resolutions"].replace(",", ", ")
-        start = "then " if run["first"] else "widened, " if config.get("widen") else ""
-        how = f"{OPTIMIZERS[config.get('optimizer', 'adamw')]}, {config['precision'].upper()}"
-        lines.append(
-            {
-                "Model": run["model"],
-                "Schedule (side:epochs)": start + schedule,
-                "Training": how,
-                "Hardware": run["hardware"],
-                "Parameters": f"{run['parameters']:,}",
-                "Images/s, last side": f"{run['log'][-1]['images_per_s']:.0f}",
-                "Training time": f"{run['train_s'] / 60:.0f} min",
-                "Epoch chosen": str(run["epoch"]),
-                "Validation %": f"{run['val_accuracy_pct']:.2f}",
-                "Test %": f"{run['test_accuracy_pct']:.2f}",
-                "Published test %": f"{published[0]:.2f}" if published else "-",
-            }
-        )
-    return markdown(lines, left=4)
-
-
-def in_turn(runs: list[dict]):
-    """Each run, after the one that its weights came from."""
-    for run in runs:
-        yield from in_turn([run["first"]] if run["first"] else [])
-        yield run
-
-
-def classes_table(rows: list[dict]) -> str:
-    """Per class and model: recall (accuracy on its images) and precision, of the FP32 rows."""
-    rows = in_order([row for row in rows if is_baseline(row)])
-    lines = [{"Class": name} for name in CLASSES]
-    for row in rows:
-        counts = row["confusion"]
-        for k, line in enumerate(lines):
-            given = sum(counts[true][k] for true in range(len(CLASSES)))
-            line[f"{row['model']}, recall %"] = f"{100 * counts[k][k] / sum(counts[k]):.1f}"
-            line[f"{row['model']}, precision %"] = (
-                f"{100 * counts[k][k] / given:.1f}" if given else "-"
-            )
+    for row in in_order(rows):
+        line = result_line(row, all_rows)
+        file = line.pop("File")
+        if in_protocol(row):
+            line["Published % / MB / ms"] = published_text(row["model"], row["recipe"]["name"])
+        else:
+            simulated = simulated_row(row, all_rows)
+            line["As simulated"] = f"{agreement_pct(row, simulated):.2f} %" if simulated else "-"
+        lines.append(line | {"File": file})
     return markdown(lines)
 
 
-def commands_block(rows: list[dict], runs: list[dict]) -> str:
-    """For every published number: the command, the line it prints, the time it took."""
-    parts = []
-    for run in in_turn(runs):
-        command = re.sub(r" --(data-dir|max-minutes) \S+| --output /\S+", "", run["command"])
-        parts.append((command, f"{run['printed']}, after {run['train_s'] / 60:.0f} min"))
-    for row in in_order(rows):
-        recipe = row["recipe"]["name"]
-        own = row["recipe"]["peer"] or in_protocol(row)  # no choice of an engine
-        engine = "" if own else f" --engines {row['engine']}"
-        command = f"python quantize.py --checkpoint {row['checkpoint']} --recipes {recipe}{engine}"
-        parts.append((f"{command} --force", printed(row)))
-    return "\n\n".join(f"```bash\n{command}\n# {line}\n```" for command, line in parts)
+def headline_rows(rows: list[dict]) -> list[dict]:
+    """Of each model the rows of HEADLINE, in that order."""
+    shown = [row for row in rows if method(row) in HEADLINE]
+    return sorted(shown, key=lambda r: (model_order(r["model"]), HEADLINE.index(method(r))))
+
+
+def headline_table(rows: list[dict]) -> str:
+    """The few rows and columns that most readers want; speed-ups on one kind of CPU."""
+    shown = headline_rows(rows)
+    timed = [row for row in shown if not is_baseline(row)]
+    lines = []
+    for row in shown:
+        line = result_line(row, rows)
+        if row in timed and cpu_kind(row) != usual_cpu(timed):
+            line["Faster"] = "-"
+        lines.append({name: line[name] for name in HEADLINE_COLUMNS})
+    return markdown(lines)
+
+
+def simulated_table(rows: list[dict], all_rows: list[dict]) -> str:
+    """Simulated rows, without what only an engine's can say."""
+    lines = [result_line(row, all_rows) for row in in_order(rows)]
+    return markdown([{name: line[name] for name in SIMULATED_COLUMNS} for line in lines])
+
+
+def sizes_table(rows: list[dict]) -> str:
+    """Accuracy and speed of a sweep over input sides on one kind of CPU: a line a side."""
+    by_side = {}
+    for row in rows:
+        if cpu_kind(row) == usual_cpu(rows):
+            by_recipe = by_side.setdefault((model_order(row["model"]), row["img_size"]), {})
+            by_recipe[row["recipe"]["name"]] = row
+    lines = []
+    for ((_, model), side), by_recipe in sorted(by_side.items()):
+        line = {"Model": cell(model), "Side": str(side)}
+        for recipe in SIZE_SWEEP:
+            row, title = by_recipe.get(recipe), title_of(recipe)
+            line[f"{title}, %"] = f"{accuracy(row):.2f}" if row else "-"
+            line[f"{title}, faster"] = f"{speed_up(row):.2f}x" if row else "-"
+        lines.append(line)
+    return markdown(lines)
 
 
 def printed(row: dict) -> str:
     """The line that quantize.py prints for a row."""
     return (
-        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {row['score']['accuracy_pct']:.2f} % "
+        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {accuracy(row):.2f} % "
         f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
         f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )

@@ -1,0 +1,89 @@
+"""Benchmark files: what each kind holds, and which of their entries are of today's recipes."""
+
+from pathlib import Path
+
+from lab.cli import BadInput
+from lab.files import read_json
+from lab.report.rows import RECIPE, comparable
+from lab.schema import integer, mapping, number, record, text
+
+ABOVE_ZERO = number(1e-9)  # of what something is divided by
+OF_RECIPES = {"model": text, "cpu": text, "recipes": mapping(RECIPE)}
+SCHEMAS = {
+    "engines": record(
+        OF_RECIPES
+        | {
+            "engine_versions": mapping(text),
+            "latency_ms": mapping(record({"median": ABOVE_ZERO})),
+        }
+    ),
+    "profile": record(OF_RECIPES | {"ms": mapping(mapping(number(0)))}),
+    "train": record(
+        {
+            "model": text,
+            "img_size": integer(1),
+            "precision": text,
+            "hardware": text,
+            "timm": text,
+            "images_per_s": mapping(ABOVE_ZERO),
+            "ratio": mapping(ABOVE_ZERO),
+        }
+    ),
+    "loader": record(
+        {
+            "img_size": integer(1),
+            "device": text,
+            "loader_images_per_s": mapping(ABOVE_ZERO),
+            "training_images_per_s": ABOVE_ZERO,
+        }
+    ),
+}
+
+
+def load_benchmarks(results, rows: list[dict]) -> dict[str, list[dict]]:
+    """{kind: benchmarks of that kind} under `results`; the kind is the first word of a file's name.
+
+    Speeds of recipes that no row has as they were timed are left out: these have changed since.
+    """
+    found = {kind: [] for kind in SCHEMAS}
+    for path in sorted(Path(results, "benchmarks").glob("*.json")):
+        kind = path.stem.split("-")[0]
+        if kind in SCHEMAS:
+            bench = read_json(path)
+            SCHEMAS[kind](bench, str(path))
+            check_names(kind, bench, path)
+            found[kind].append(up_to_date(kind, bench, rows))
+    return found
+
+
+def check_names(kind: str, bench: dict, path) -> None:
+    """Raise BadInput where one field of a benchmark names what another does not have."""
+    if kind == "engines":
+        for name in bench["latency_ms"]:
+            if name.partition("@")[2] not in bench["engine_versions"]:
+                raise BadInput(f"{path}: engine_versions has no engine of {name!r}")
+    if kind == "train":
+        missing = {"ours", *bench["ratio"]} - bench["images_per_s"].keys()
+        if missing:
+            raise BadInput(f"{path}: images_per_s lacks {', '.join(sorted(missing))}")
+
+
+def up_to_date(kind: str, bench: dict, rows: list[dict]) -> dict:
+    """The benchmark without the times of recipes that differ from those of all rows."""
+    field = {"engines": "latency_ms", "profile": "ms"}.get(kind)
+    if field is None:
+        return bench
+    current = {
+        name: times
+        for name, times in bench[field].items()
+        if is_current(bench["recipes"].get(name.partition("@")[0]), rows)
+    }
+    return bench | {field: current}
+
+
+def is_current(recipe: dict | None, rows: list[dict]) -> bool:
+    """Whether a row was made with this recipe."""
+    return recipe is not None and any(
+        row["recipe"]["name"] == recipe["name"] and comparable(row["recipe"]) == comparable(recipe)
+        for row in rows
+    )

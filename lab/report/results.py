@@ -1,0 +1,69 @@
+"""All that tables and figures are made of: rows, runs, reports per layer and benchmarks."""
+
+from dataclasses import dataclass
+
+from lab.report.benchmarks import load_benchmarks
+from lab.report.rows import PUBLISHED, is_published, load_rows
+from lab.report.runs import load_report, load_runs
+from lab.report.tables import SIZE_SWEEP, in_order, in_protocol, model_order
+
+REPORTED = {"model": "mobilevit_xxs", "recipes": ("w8a8-early", "int8-fx")}  # layer by layer
+
+
+@dataclass(frozen=True)
+class Results:
+    """What result files and training logs hold.
+
+    `every_row`: the rows of shipped weights, at any image size, seed and split. `rows`: those of
+    them that belong in the main tables. `reports`: {recipe: report per layer}. `benchmarks`: {kind:
+    its files}.
+    """
+
+    every_row: list[dict]
+    rows: list[dict]
+    runs: list[dict]
+    reports: dict[str, dict | None]
+    benchmarks: dict[str, list[dict]]
+
+    @property
+    def protocol(self) -> list[dict]:
+        """The rows of the published protocol."""
+        return [row for row in self.rows if in_protocol(row)]
+
+    @property
+    def measured(self) -> list[dict]:
+        """The other rows that an engine computed in the numbers of the recipe."""
+        return [r for r in self.rows if not in_protocol(r) and r["kind"] != "simulated"]
+
+    @property
+    def simulated(self) -> list[dict]:
+        """The other rows in which floats stood in for numbers of few bits."""
+        return [r for r in self.rows if not in_protocol(r) and r["kind"] == "simulated"]
+
+    @property
+    def ablation(self) -> list[dict]:
+        """The simulated rows on held-out images, and FP32's."""
+        usual = {"split": "held-out", "img_size": PUBLISHED["img_size"], "engine": "torch-eager"}
+        return [row for row in self.every_row if usual.items() <= row.items()]
+
+    @property
+    def input_sizes(self) -> list[dict]:
+        """The rows of a sweep over input sides, for models that have more than one side."""
+        usual = {"split": "test", "engine": "openvino", "seed": PUBLISHED["seed"]}
+        swept = [row for row in self.every_row if usual.items() <= row.items()]
+        swept = [row for row in swept if row["recipe"]["name"] in SIZE_SWEEP]
+        several = {row["model"] for row in swept if not is_published(row)}
+        return in_order([row for row in swept if row["model"] in several])
+
+
+def load_results(results, checkpoints) -> Results:
+    """What the folders of result files and of training runs hold."""
+    every_row = load_rows(results, checkpoints)
+    model = REPORTED["model"]
+    return Results(
+        every_row=every_row,
+        rows=[row for row in every_row if is_published(row)],
+        runs=sorted(load_runs(checkpoints), key=lambda run: model_order(run["model"])),
+        reports={r: load_report(results, checkpoints, model, r) for r in REPORTED["recipes"]},
+        benchmarks=load_benchmarks(results, every_row),
+    )

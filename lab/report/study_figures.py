@@ -1,0 +1,220 @@
+"""Figures of runs, layers, operations and steps; None where there is nothing to draw."""
+
+import statistics
+
+from lab.report import style
+from lab.report.results import Results
+from lab.report.studies import (
+    NODES,
+    OTHERS,
+    by_recipe,
+    has_vnni,
+    node_times,
+    noises_of,
+    run_chain,
+)
+from lab.report.tables import accuracy, models_of, short_name, title_of
+
+BANDS = ("#FBF3DD", "#F6E3B4", "#E4EFF7", "#C5DEEF", "#A3CAE5", "#8CBBDB")  # backgrounds
+STEPS = ("w4-minmax", "w4-nearest", "w4-shift", "w4-gptq", "w4")  # each with the one before, better
+SHOWN_MS = 0.45  # a part of a bar that is wide enough for its number
+
+
+def training_curves(found: Results):
+    """Held-out accuracy over minutes of training, through all runs that led to shipped weights."""
+    if not found.runs:
+        return None
+    chains = [run_chain(run) for run in found.runs]
+    minutes = [sum(row["seconds"] for run in chain for row in run["log"]) / 60 for chain in chains]
+    widths = [max(m, max(minutes) / 3) for m in minutes]
+    how = {"sharey": True, "width_ratios": widths}
+    fig, axes = style.canvas(1, len(chains), 3.9, training_finding(chains, minutes), **how)
+    sizes = sorted({size_of(row) for chain in chains for run in chain for row in run["log"]})
+    shades = {size: BANDS[i % len(BANDS)] for i, size in enumerate(sizes)}
+    for chain, axis in zip(chains, axes[0]):
+        draw_chain(axis, chain, shades)
+        widened = ", widened" * bool(chain[0]["config"].get("widen"))
+        axis.set_title(short_name(chain[-1]["model"]) + widened, loc="left", fontweight="bold")
+        axis.grid(visible=False, axis="x")
+    axes[0][0].set_ylabel("held-out accuracy, %")
+    about = "minutes of training; bands: side in pixels of the image, or of a window in the image"
+    fig.supxlabel(about, fontsize=10)
+    return fig
+
+
+def size_of(row) -> tuple[int, int]:
+    """Sides in pixels of an epoch's images and of the windows that it trained on."""
+    return int(row["img_size"]), int(row["window"])
+
+
+def draw_chain(axis, chain, shades) -> None:
+    """Epochs as marks at their ends, a line for each run, a band for each size of its images."""
+    end, bands = 0.0, []
+    for run in chain:
+        xs, ys = [], []
+        for row in run["log"]:
+            start, end = end, end + row["seconds"] / 60
+            if xs and bands[-1][2] == size_of(row):
+                bands[-1][1] = end
+            else:
+                bands.append([start, end, size_of(row)])
+            xs.append(end)
+            ys.append(row["val_accuracy_pct"])
+        axis.plot(xs, ys, "o-", color=style.DARK, ms=5, clip_on=False)
+    beside = {"textcoords": "offset points", "xytext": (0, 7), "ha": "right"}
+    axis.annotate(f"{ys[-1]:.2f}", (xs[-1], ys[-1]), fontsize=10, **beside)
+    for start, stop, size in bands:
+        axis.axvspan(start, stop, color=shades[size], linewidth=0)
+        side, window = size
+        label = f"{side}" if window == side else f"{window} of {side}"
+        at = ((start + stop) / 2, 0.03)
+        how = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        axis.annotate(label, at, rotation=90, fontsize=style.SMALL, **how)
+    axis.set_xlim(0, end)
+
+
+def training_finding(chains, minutes) -> str:
+    """How far the longest training came, and whether accuracy fell only where sizes changed."""
+    i = max(range(len(chains)), key=minutes.__getitem__)
+    last, log = chains[i][-1], [row for run in chains[i] for row in run["log"]]
+    falls = [(a, b) for a, b in zip(log, log[1:]) if b["val_accuracy_pct"] < a["val_accuracy_pct"]]
+    explained = falls and all(size_of(a) != size_of(b) for a, b in falls)
+    return (
+        f"{short_name(last['model'])} gets {last['val_accuracy_pct']:.2f} % of held-out images "
+        f"right after {minutes[i] / 60:.1f} hours"
+        + "; each fall is a change of image side or window"
+        * bool(explained)
+    )
+
+
+def layers(found: Results):
+    """The tensors whose quantization alone changes the logits most, a panel a recipe."""
+    reports = {name: report for name, report in found.reports.items() if report}
+    if not reports:
+        return None
+    height = 1.2 + sum(0.75 + 0.24 * report["largest"] for report in reports.values())
+    ratios = [report["largest"] for report in reports.values()]
+    finding = layers_finding(reports)
+    fig, axes = style.canvas(len(reports), 1, height, finding, height_ratios=ratios)
+    colours = {"weight": style.ORANGE, "input": style.BLUE, "activation": style.SKY}
+    for (name, report), axis in zip(reports.items(), axes[:, 0]):
+        shown = noises_of(report)[: report["largest"]]
+        for y, (noise, kind, _) in enumerate(shown):
+            axis.barh(y, noise, color=colours.get(kind, style.GREY))
+            axis.annotate(f" {noise:.4f}", (noise, y), va="center", fontsize=style.SMALL)
+        axis.set_yticks(range(len(shown)), [tensor for *_, tensor in shown])
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.margins(x=0.12, y=0.02)
+        axis.set_title(f"{title_of(name)}: all {len(noises_of(report))} together "
+                       f"{report['noise_of_all']:.3f}", loc="left", fontweight="bold")  # fmt: skip
+        for kind in dict.fromkeys(kind for _, kind, _ in shown):
+            axis.barh(0, 0, color=colours.get(kind, style.GREY), label=f"{kind} of")
+        axis.legend(loc="lower right")
+    axes[-1, 0].set_xlabel(
+        "noise in the logits when this alone is in 8 bits, share of their variance"
+    )
+    return fig
+
+
+def layers_finding(reports) -> str:
+    """How large a part of all single noises the largest ones make."""
+    parts = []
+    for name, report in reports.items():
+        noises = [noise for noise, *_ in noises_of(report)]
+        n, total = min(report["largest"], len(noises)), sum(noises)
+        if total:
+            pct = 100 * sum(noises[:n]) / total
+            parts.append(f"{n} of {len(noises)} tensors make {pct:.0f} % ({title_of(name)})")
+    return f"Few tensors make most of the noise of 8 bits: {', '.join(parts)}"
+
+
+def milliseconds(found: Results):
+    """Where OpenVINO spends one call, operation by operation, a bar a method."""
+    benches = [b for b in found.benchmarks["profile"] if has_vnni(b) and b["ms"]]
+    if not benches:
+        return None
+    bench = benches[0]
+    bars = {name: node_times(nodes) for name, nodes in bench["ms"].items()}
+    kinds = [*NODES, OTHERS[0]]
+    colour = style.colours(kinds) | {OTHERS[0]: style.LIGHT}
+    fig, axes = style.canvas(1, 1, 1.8 + 0.5 * len(bars), milliseconds_finding(bench, bars))
+    axis = axes[0][0]
+    for y, times in enumerate(bars.values()):
+        left = 0.0
+        for kind in kinds:
+            for (of, arithmetic), ms in times.items():
+                if of == kind:
+                    hatch = "////" if arithmetic == "INT8" else None
+                    how = {"hatch": hatch, "edgecolor": "white", "linewidth": 0.8}
+                    axis.barh(y, ms, 0.7, left=left, color=colour[kind], **how)
+                    if ms >= SHOWN_MS:
+                        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+                        at = (left + ms / 2, y)
+                        axis.annotate(f"{ms:.1f}", at, ha="center", va="center",
+                                      fontsize=style.SMALL, bbox=box)  # fmt: skip
+                    left += ms
+        axis.annotate(f" {left:.1f}", (left, y), va="center", fontweight="bold")
+    names = [" on ".join(map(title_of, name.split("@"))) for name in bars]
+    axis.set_yticks(range(len(bars)), names)
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel("milliseconds of one call, one thread; hatched: computed in INT8")
+    handles = [axis.barh(0, 0, color=colour[kind], label=kind) for kind in kinds]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return fig
+
+
+def milliseconds_finding(bench, bars) -> str:
+    """What integers save in linear layers and in dense convolutions."""
+
+    def spent(name, kind):
+        return sum(ms for (of, _), ms in bars[name].items() if of == kind)
+
+    before, after = "fp32@openvino", "w8a8@openvino"
+    if not {before, after} <= bars.keys():
+        return f"Where one call of {short_name(bench['model'])} spends its time"
+    parts = (
+        f"{kind} from {spent(before, kind):.1f} to {spent(after, kind):.1f} ms"
+        for kind in ("linear layers", "convolutions")
+    )
+    return f"w8a8 takes {short_name(bench['model'])}'s {', its '.join(parts)}"
+
+
+def waterfall(found: Results):
+    """Held-out accuracy from plain rounding to w4, a bar for what each step adds."""
+    models = models_of(found.ablation)
+    recipes = by_recipe([r for r in found.ablation if r["model"] == models[0]]) if models else {}
+    steps = [name for name in STEPS if name in recipes]
+    if len(steps) < 2:
+        return None
+    means = {name: statistics.mean(map(accuracy, rows)) for name, rows in recipes.items()}
+    gains = {b: means[b] - means[a] for a, b in zip(steps, steps[1:])}
+    titles = {name: recipes[name][0]["recipe"]["title"] for name in steps}
+    most = max(gains, key=gains.get)
+    finding = (
+        f"4-bit weights go from {means[steps[0]]:.2f} to {means[steps[-1]]:.2f} % of held-out "
+        f"images right; largest step: {titles[most]} ({gains[most]:+.2f})"
+    )
+    fig, axes = style.canvas(1, 1, 1.5 + 0.42 * len(steps), finding)
+    axis, low = axes[0][0], 0.0
+    for y, name in enumerate(steps):
+        step = gains.get(name, means[name])
+        colour = style.GREY if not y else style.BLUE if step >= 0 else style.VERMILION
+        axis.barh(y, step, 0.62, left=low, color=colour, edgecolor=colour)  # 0 shows as a line
+        low += step
+        gain = f" ({step:+.2f})" if y else ""
+        start, stop = sorted((low - step, low))
+        to_left = stop > 60  # where FP32's line would cross a text to the right
+        at, align = (start, "right") if to_left else (stop, "left")
+        axis.annotate(f" {low:.2f} %{gain} ", (at, y), va="center", ha=align)
+    if "fp32" in means:
+        axis.axvline(means["fp32"], color=style.DARK, linestyle=(0, (4, 3)), linewidth=1)
+        at = (means["fp32"], len(steps) - 0.3)
+        axis.annotate(f"FP32 {means['fp32']:.2f} % ", at, ha="right", va="center")
+    axis.set_yticks(range(len(steps)), [f"{titles[name]}\n{name}" for name in steps])
+    axis.set_ylim(len(steps), -0.6)
+    axis.set_xlim(0, 100)
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel(f"held-out accuracy of {short_name(models[0])}, %, simulated")
+    return fig
