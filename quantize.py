@@ -7,6 +7,7 @@
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
     python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
     python quantize.py --from results/mobilevit_xxs/w8a8@openvino.json  # a row again, and compare
+    python quantize.py --weights F.pth --model xxs --task imagefolder --data-dir DIR   # your own
 
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL followed
 by the folder of the run for a checkpoint that is not in checkpoints/. A row that is there already,
@@ -16,7 +17,6 @@ checkpoint is evaluated on the data set it was trained for, at that run's image 
 Prints one line a row and a table at the end.
 """
 
-import contextlib
 import functools
 import sys
 import tempfile
@@ -28,36 +28,46 @@ import torch
 import ptq
 from lab import cli, files, machine
 from lab.cli import BadInput
-from lab.engines import EngineMissing, require, torch_eager
-from lab.engines.measure import CPU_BATCH, latency, predict
+from lab.engines import EngineMissing, torch_eager
+from lab.engines.measure import CPU_BATCH, confusion, latency, predict
 from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, OURS, engines_for, row_kind
 from lab.models import registered
-from lab.report.rows import reusable_row, row_path, setting
-from lab.report.studies import per_layer_table
+from lab.models.checkpoint import MAX_IMG_SIZE
+from lab.outputs import export_files, write_reports
+from lab.report.compare import compare_rows, comparison_table
+from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
 from lab.report.tables import in_protocol, printed, products_text, results_table
-from lab.subject import ADAPT_IMAGES, Subject, load_subject
+from lab.subject import Subject, load_subject, named
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES, packing
-from ptq.analysis.sensitivity import sensitivities
 from ptq.recipe import Recipe
 from ptq.recipes.baselines import PROTOCOL
-
-REPORT_IMAGES, REPORT_BATCH = 64, 16  # calibration images that a report per layer looks at
 
 
 def parse_args():
     p = cli.parser(__doc__)
     what = p.add_argument_group("what to quantize")
     what.add_argument("--checkpoint", nargs="+", metavar="PATH", help="checkpoints to quantize")
-    what.add_argument("--model", type=registered, help="the network that a checkpoint must hold")
+    what.add_argument("--weights", metavar="FILE", help="mere weights of --model, ours or others'")
+    what.add_argument(
+        "--from",
+        dest="rows",
+        nargs="+",
+        metavar="ROW",
+        help="rows to measure again, by their own settings, and to compare",
+    )
+    what.add_argument("--model", type=registered, help="the network that the file must hold")
+    what.add_argument(
+        "--heads", type=cli.at_least(1), help="attention heads of --weights, if not the usual"
+    )
     what.add_argument("--task", choices=TASKS, help="images to judge on, if not those trained on")
     what.add_argument("--data-dir", default="data", help="folder of the task's images")
     what.add_argument(
         "--img-size",
-        type=int,
+        type=cli.at_least(MIN_IMG_SIZE, MAX_IMG_SIZE),
         help="input side in pixels; if the network was trained at another, its batch norms are "
         "adapted",
     )
@@ -76,23 +86,35 @@ def parse_args():
         default=[torch_eager.NAME],
         help="what executes them, but for recipes whose engine quantizes by itself",
     )
-    how.add_argument("--calibration-images", type=int, help="instead of the number in the recipe")
-    how.add_argument("--seed", type=int, default=0, help="of the choice of calibration images")
+    how.add_argument(
+        "--calibration-images", type=cli.at_least(1), help="instead of the number in the recipe"
+    )
+    how.add_argument("--seed", type=cli.seed, default=0, help="of the choice of calibration images")
     judge = p.add_argument_group("how it is judged")
     judge.add_argument(
-        "--test-images", type=int, help="only the first so many; such a row is not published"
+        "--test-images",
+        type=cli.at_least(1),
+        help="only the first so many; such a row is not published",
     )
     judge.add_argument(
         "--held-out",
         action="store_true",
         help="evaluate on the held-out training images, to choose on",
     )
-    judge.add_argument("--latency-runs", type=int, default=100, help="timed calls per row")
     judge.add_argument(
-        "--workers", type=int, default=torch.get_num_threads(), help="threads that evaluate"
+        "--latency-runs", type=cli.at_least(1, 10**6), default=100, help="timed calls per row"
+    )
+    judge.add_argument(
+        "--workers",
+        type=cli.at_least(1, 1024),
+        default=torch.get_num_threads(),
+        help="threads that evaluate",
     )
     out = p.add_argument_group("what comes of it")
-    out.add_argument("--output", default="results", help="folder of the result files")
+    out.add_argument(
+        "--output",
+        help="folder of the result files (default: results; with --from: runs/results)",
+    )
     out.add_argument("--force", action="store_true", help="measure and replace rows that are there")
     out.add_argument(
         "--per-layer",
@@ -105,13 +127,21 @@ def parse_args():
         metavar="FOLDER",
         help="in place of rows: write the quantized networks there, as packed safetensors and ONNX",
     )
+    cli.refused(p, "--calibration-batches", why="counts batches: give --calibration-images")
     args = p.parse_args()
-    if args.img_size is not None and args.img_size < MIN_IMG_SIZE:
-        p.error(f"--img-size must be at least {MIN_IMG_SIZE}")
-    for name in ("calibration_images", "test_images", "latency_runs", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    cli.check_seed(p, args.seed)
+    if [args.checkpoint, args.weights, args.rows].count(None) != 2:
+        p.error("give one of --checkpoint, --weights and --from")
+    if args.weights and not args.model:
+        p.error("--weights needs --model: the name of the network that they are for")
+    if args.heads and not args.weights:
+        p.error("--heads goes with --weights: a checkpoint holds its own")
+    if args.rows:
+        settings = ("recipes", "engines", "task", "img_size", "model", "calibration_images", "seed")
+        for name in (*settings, "held_out", "per_layer", "export", "force"):
+            if getattr(args, name) != p.get_default(name):
+                p.error(f"--from takes all from the row, --{name.replace('_', '-')} excluded")
+        args.force = True  # what is there is what the last call measured
+    args.output = args.output or ("runs/results" if args.rows else "results")
     if args.per_layer and args.export:
         p.error("--per-layer and --export exclude each other")
     if args.per_layer or args.export:
@@ -183,38 +213,6 @@ def measure(subject: Subject, recipe: Recipe, engine, made: dict, workers: int, 
     }
 
 
-def confusion(labels, predictions, n: int) -> list[list[int]]:
-    """Images of each of `n` true classes (outer) that were given each class (inner)."""
-    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
-
-
-def identity(subject: Subject, recipe: Recipe, engine, n_calibration: int, runs: int) -> dict:
-    """What makes a row the same row: asked for again, it need not be measured again."""
-    return {
-        "model": subject.name,
-        "task": subject.task,
-        "split": subject.split,
-        "img_size": subject.img_size,
-        "checkpoint_sha256": subject.sha256,
-        "recipe": recipe.asdict(),
-        "engine": engine.NAME,
-        "seed": subject.seed,
-        "calibration_images": n_calibration,
-        "adapt_images": ADAPT_IMAGES if subject.adapts else None,
-        "n_images": len(subject.images),
-        "latency_runs": runs,
-    }
-
-
-@contextlib.contextmanager
-def named(recipe: Recipe):
-    """Name the recipe that weights or calibration images are no good for."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(f"recipe {recipe.name}: {error}") from error
-
-
 def write_rows(pairs, args) -> int:
     """The row of each (subject, recipe) on each engine; 1 or 2 if one failed, and the others went
     on."""
@@ -251,8 +249,10 @@ def row_of(subject: Subject, recipe: Recipe, engine, make, n: int, args) -> tupl
     """A row that is there already, or one that is measured and written; whether it was there."""
     if not (recipe.peer or engine is torch_eager or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
-    same = identity(subject, recipe, engine, n, args.latency_runs)
+    same = subject.identity(recipe, engine.NAME, n, args.latency_runs)
     path = row_path(Path(args.output, subject.folder), same)
+    if args.rows and any(path.resolve() == Path(shipped).resolve() for shipped in args.rows):
+        raise BadInput(f"{path} is a row to compare with: choose another --output")
     row = None if args.force else reusable_row(path, same)
     if row is not None:
         return row, True
@@ -263,88 +263,55 @@ def row_of(subject: Subject, recipe: Recipe, engine, make, n: int, args) -> tupl
     return row, False
 
 
-def write_reports(pairs, args) -> int:
-    """A report per layer of each (subject, recipe) as a file; prints its most sensitive tensors."""
-    jobs = []
-    for subject, recipe in pairs:
-        name = f"{recipe.name}{setting(subject.img_size, subject.seed)}.json"
-        path = Path(args.output, subject.folder, "per-layer", name)
-        jobs.append((subject, recipe, report_fn(recipe), path))
-        if path.exists() and not args.force:
-            raise BadInput(f"{path} is there already: --force replaces it")
-    for subject, recipe, noises, path in jobs:
+def repeat_rows(args) -> int:
+    """Measure the rows of --from again and set them beside what was shipped; 1 if one differs."""
+    lines, status = [], 0
+    for path in args.rows:
+        shipped = read_row(path)
+        name, engine = shipped["recipe"]["name"], ENGINES.get(shipped["engine"])
+        recipe = RECIPES.get(name)
+        if recipe is None or comparable(recipe.asdict()) != comparable(shipped["recipe"]):
+            raise BadInput(f"{path}: recipe {name} is not what it was when the row was measured")
+        if engine is None:
+            raise BadInput(f"{path}: no engine is called {shipped['engine']}")
+        what = f"{shipped['model']} {name}@{engine.NAME}"
+        if "VNNI" in shipped["cpu"] and not machine.has_vnni() and recipe.quantizes_inputs:
+            print(f"{what}: not compared, it was measured on a CPU with VNNI")
+            continue
+        held_out = shipped["split"] == "held-out"
+        settings = (args.data_dir, shipped["task"], shipped["img_size"], held_out)
+        subject = load_subject(shipped["checkpoint"], *settings, args.test_images, shipped["seed"])
+        if subject.sha256 != shipped["checkpoint_sha256"]:
+            raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
+        n = shipped["calibration_images"]
         try:
-            report = per_layer_report(subject, recipe, noises, args)
+            row, _ = row_of(subject, recipe, engine, lambda: quantized(subject, recipe, n), n, args)  # noqa: B023
         except EngineMissing as missing:
-            raise BadInput(f"--per-layer, {recipe.name}: {missing}") from missing
-        files.write_json(path, report)
-        print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}", flush=True)
-    return 0
-
-
-def report_fn(recipe: Recipe):
-    """The function that says how much each single tensor that a recipe quantizes matters."""
-    found = sensitivities if recipe.layers and recipe.calibration_images else None
-    if recipe.peer:
-        found = getattr(ENGINES[recipe.peer], "sensitivities", None)
-    if found is None:
-        raise BadInput(
-            f"--per-layer is for int8-fx and what calibrates layers, {recipe.name} is neither"
-        )
-    return found
-
-
-def per_layer_report(subject: Subject, recipe: Recipe, noises, args) -> dict:
-    """Noise in the logits from each single tensor that a recipe quantizes."""
-    began = time.monotonic()
-    n = args.calibration_images or recipe.calibration_images
-    batches, described = subject.calibration_batches(recipe, n)
-    shown = EvalBatches(batches.data[:REPORT_IMAGES], subject.img_size, REPORT_BATCH)
-
-    def logits(network):
-        return predict(network, shown, args.workers)[0]
-
-    with named(recipe):
-        found = noises(subject.network, recipe, batches, logits)
-    return {
-        "model": subject.name,
-        "img_size": subject.img_size,
-        "checkpoint_sha256": subject.sha256,
-        "recipe": recipe.asdict(),
-        "seed": subject.seed,
-        **found,
-        "n_images": len(shown.data),
-        "calibration": described,
-        "wall_s": time.monotonic() - began,
-        **machine.provenance(),
-    }
+            print(f"{what}: left out, {missing}")
+            continue
+        line, agree = compare_rows(shipped, row, subject.images.labels.tolist())
+        status = max(status, int(not agree))
+        lines.append(line)
+        print(printed(row), flush=True)
+    if not lines:
+        raise BadInput("nothing was measured: the engines of these rows can't run here")
+    print(f"\nShipped / measured here, on the images measured here:\n{comparison_table(lines)}")
+    return status
 
 
 def write_exports(pairs, args) -> int:
-    """The network of each (subject, recipe), packed and, where ONNX can hold it, as QDQ ONNX."""
+    """The network of each (subject, recipe) as files to use; 1 if an engine predicts otherwise."""
     for _, recipe in pairs:
         if not recipe.layers:
             raise BadInput(f"--export: recipe {recipe.name} has no quantized layers to write")
-    try:
-        require("onnx", "onnxscript")
-        from ptq.export import to_onnx
-    except EngineMissing as missing:
-        to_onnx = None
-        print(f"ONNX files are left out: {missing}")
+    status = 0
     for subject, recipe in pairs:
         n = recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
         network = quantized(subject, recipe, n)["network"]
-        sample = subject.sample(subject.img_size)
-        written = {".safetensors": functools.partial(packing.save, network, recipe)}
-        if to_onnx and recipe.exportable:
-            written[".onnx"] = functools.partial(to_onnx, network, sample)
-        for suffix, write in written.items():
-            name = f"{recipe.name}{setting(subject.img_size, subject.seed)}{suffix}"
-            path = Path(args.export, f"{subject.folder}-{name}")
-            with files.atomic(path) as tmp:
-                write(tmp)
-            print(f"{path}, {path.stat().st_size / files.MB:.2f} MB", flush=True)
-    return 0
+        name = f"{subject.folder}-{recipe.name}{setting(subject.img_size, subject.seed)}"
+        agree = export_files(subject, recipe, network, Path(args.export, name), args.workers)
+        status = max(status, int(not agree))
+    return status
 
 
 @cli.command
@@ -353,8 +320,13 @@ def main():
     machine.keep_freed_memory()
     files.require_writable(args.export or args.output)
     torch.set_num_threads(args.workers)
+    if args.rows:
+        sys.exit(repeat_rows(args))
     settings = (args.data_dir, args.task, args.img_size, args.held_out, args.test_images, args.seed)
-    subjects = [load_subject(path, *settings) for path in args.checkpoint]
+    if args.weights:
+        subjects = [load_subject(args.weights, *settings, args.model, args.heads)]
+    else:
+        subjects = [load_subject(path, *settings) for path in args.checkpoint]
     folders = {}
     for subject in subjects:
         if args.model not in (None, subject.checkpoint["model"]):
@@ -370,8 +342,10 @@ def main():
         for name in args.recipes:
             with named(RECIPES[name]):
                 pairs.append((subject, ptq.recipe(name, subject.network)))
-    write = write_reports if args.per_layer else write_exports if args.export else write_rows
-    sys.exit(write(pairs, args))
+    if args.per_layer:
+        write_reports(pairs, args.output, args.calibration_images, args.workers, args.force)
+        return
+    sys.exit(write_exports(pairs, args) if args.export else write_rows(pairs, args))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A checkpoint with its images: the float network, test images, calibration batches."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from lab.cli import BadInput
 from lab.files import sha256
 from lab.models import run_name
 from lab.models.checkpoint import model_from_checkpoint
+from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from lab.tasks.cifar10 import MEAN, STD
@@ -75,10 +77,14 @@ class Subject:
         return load_images(self.task, self.data_dir, True, self.checkpoint)
 
     def calibration(self, n: int) -> tuple[object, dict]:
-        """`n` training images, drawn with `seed` and by classes alike, and their description."""
+        """`n` training images, drawn with `seed` and by classes alike, and their description.
+
+        All of them if there are fewer.
+        """
         labels = self.train.labels
         val_size = self.checkpoint["config"].get("val_size")
         usable = split(labels, val_size)[0] if val_size else torch.arange(len(labels))
+        n = min(n, len(usable))
         chosen = balanced_subset(labels, usable, n, self.seed)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
         digest = sha256(chosen.numpy().tobytes())
@@ -91,6 +97,32 @@ class Subject:
         images, described = self.calibration(n)
         return EvalBatches(images, self.img_size, recipe.calibration_batch), described
 
+    def identity(self, recipe, engine: str, n_calibration: int, latency_runs: int) -> dict:
+        """What makes a row the same row: asked for again, it need not be measured again."""
+        return {
+            "model": self.name,
+            "task": self.task,
+            "split": self.split,
+            "img_size": self.img_size,
+            "checkpoint_sha256": self.sha256,
+            "recipe": recipe.asdict(),
+            "engine": engine,
+            "seed": self.seed,
+            "calibration_images": n_calibration,
+            "adapt_images": ADAPT_IMAGES if self.adapts else None,
+            "n_images": len(self.images),
+            "latency_runs": latency_runs,
+        }
+
+
+@contextlib.contextmanager
+def named(recipe):
+    """Name the recipe that weights or calibration images are no good for."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"recipe {recipe.name}: {error}") from error
+
 
 def load_subject(
     path,
@@ -100,16 +132,26 @@ def load_subject(
     held_out: bool = False,
     n_images: int | None = None,
     seed: int = 0,
+    weights_of: str | None = None,
+    heads: int | None = None,
 ) -> Subject:
     """The checkpoint at `path` with the images of its task, or of `task`, at its size or another.
 
     `held_out`: judge on the training images that its run held out, not on the test images.
-    `n_images`: only the first so many. `seed`: of the choice of calibration images. BadInput if the
-    checkpoint, the images or the two together are no good.
+    `n_images`: only the first so many. `seed`: of the choice of calibration images. `weights_of`:
+    the file holds mere weights of the network of this name, ours or another project's, with `heads`
+    attention heads if not the usual number. BadInput if the checkpoint, the images or the two
+    together are no good.
     """
     path = Path(path)
-    model, checkpoint = model_from_checkpoint(path)
-    task = task or checkpoint["task"]
+    if weights_of:
+        task = task or "imagefolder"
+        model, layout = read_weights(path, weights_of, heads)
+        classes = TASKS[task].load(data_dir, held_out).classes
+        checkpoint = as_checkpoint(model, weights_of, layout, classes, str(path))
+    else:
+        model, checkpoint = model_from_checkpoint(path)
+        task = task or checkpoint["task"]
     if task not in TASKS:
         raise BadInput(f"{path} was trained on {task}: known are {', '.join(TASKS)}")
     images = load_images(task, data_dir, held_out, checkpoint)

@@ -38,6 +38,11 @@ def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat(column) for column in zip(*shown))
 
 
+def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]]:
+    """Images of each of `n` true classes (outer) that were given each class (inner)."""
+    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
+
+
 def latency(runs: dict[str, Callable], n: int = 100, warmup: int = 10) -> dict:
     """Milliseconds a call of each of `runs` takes, for one image on one thread: median, p10 and p90
     of `n`.

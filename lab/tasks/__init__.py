@@ -3,6 +3,6 @@
 A task is a module with `load(data_dir, train)`, which gives a data set as lab.tasks.batches says.
 """
 
-from lab.tasks import cifar10, synthetic
+from lab.tasks import cifar10, imagefolder, synthetic
 
-TASKS = {"cifar10": cifar10, "synthetic": synthetic}
+TASKS = {"cifar10": cifar10, "synthetic": synthetic, "imagefolder": imagefolder}

@@ -35,12 +35,18 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
 
 def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tensor:
     """`n` of `indices`, sorted, drawn at random with each class the same number of times (+-1)."""
-    if not 0 < n < len(indices):
-        raise BadInput(f"cannot draw {n} of {len(indices)} images: ask for fewer, and at least 1")
+    if not 0 < n <= len(indices):
+        raise BadInput(
+            f"cannot draw {n} of {len(indices)} images: ask for at most as many, and at least 1"
+        )
     shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     # The k-th image of its class in shuffled order has rank k: the n lowest ranks are balanced.
-    one_hot = F.one_hot(labels[shuffled])
-    rank = one_hot.cumsum(0).gather(1, labels[shuffled, None]).flatten()
+    of_class = labels[shuffled]
+    by_class = of_class.argsort(stable=True)
+    counts = of_class.bincount()
+    first = (counts.cumsum(0) - counts)[of_class[by_class]]  # place of a class's first image
+    rank = torch.empty_like(by_class)
+    rank[by_class] = torch.arange(len(by_class)) - first
     return shuffled[rank.argsort(stable=True)[:n]].sort().values
 
 

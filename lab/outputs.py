@@ -1,0 +1,105 @@
+"""What comes of a quantized network besides rows: reports per layer, and files to use."""
+
+import functools
+import time
+from pathlib import Path
+
+from lab import files, machine
+from lab.cli import BadInput
+from lab.engines import EngineMissing, require
+from lab.engines.measure import predict
+from lab.engines.registry import ENGINES
+from lab.report.rows import setting
+from lab.report.studies import per_layer_table
+from lab.subject import Subject, named
+from lab.tasks.batches import EvalBatches
+from ptq import Recipe, packing
+from ptq.analysis.sensitivity import sensitivities
+
+REPORT_IMAGES, REPORT_BATCH = 64, 16  # calibration images that a report per layer looks at
+
+
+def write_reports(pairs, output: str, n_calibration: int | None, workers: int, force: bool) -> None:
+    """Write a report per layer of each (subject, recipe); print its most sensitive tensors.
+
+    Calibrated on `n_calibration` images, or on as many as the recipe says.
+    """
+    jobs = []
+    for subject, recipe in pairs:
+        name = f"{recipe.name}{setting(subject.img_size, subject.seed)}.json"
+        path = Path(output, subject.folder, "per-layer", name)
+        jobs.append((subject, recipe, path, report_fn(recipe)))
+        if path.exists() and not force:
+            raise BadInput(f"{path} is there already: --force replaces it")
+    for subject, recipe, path, noises in jobs:
+        n = n_calibration or recipe.calibration_images
+        try:
+            with named(recipe):
+                report = per_layer_report(subject, recipe, noises, n, workers)
+        except EngineMissing as missing:
+            raise BadInput(f"--per-layer, {recipe.name}: {missing}") from missing
+        files.write_json(path, report)
+        print(f"{path}, in {report['wall_s']:.0f} s\n{per_layer_table(report)}", flush=True)
+
+
+def report_fn(recipe: Recipe):
+    """The function that says how much each single tensor that a recipe quantizes matters."""
+    found = sensitivities if recipe.layers and recipe.calibration_images else None
+    if recipe.peer:
+        found = getattr(ENGINES[recipe.peer], "sensitivities", None)
+    if found is None:
+        raise BadInput(
+            f"--per-layer is for int8-fx and what calibrates layers, {recipe.name} is neither"
+        )
+    return found
+
+
+def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: int) -> dict:
+    """Noise in the logits from each single tensor that a recipe quantizes, as `noises` finds it.
+
+    Calibrated on `n` images.
+    """
+    began = time.monotonic()
+    batches, described = subject.calibration_batches(recipe, n)
+    shown = EvalBatches(batches.data[:REPORT_IMAGES], subject.img_size, REPORT_BATCH)
+
+    def logits(network):
+        return predict(network, shown, workers)[0]
+
+    found = noises(subject.network, recipe, batches, logits)
+    return {
+        "model": subject.name,
+        "img_size": subject.img_size,
+        "checkpoint_sha256": subject.sha256,
+        "recipe": recipe.asdict(),
+        "seed": subject.seed,
+        **found,
+        "n_images": len(shown.data),
+        "calibration": described,
+        "wall_s": time.monotonic() - began,
+        **machine.provenance(),
+    }
+
+
+def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers: int) -> bool:
+    """Write a quantized network as packed safetensors and, where ONNX can hold it, as QDQ ONNX.
+
+    `path`: of both files but for their suffix. Prints a line a file; whether every engine that was
+    tried predicts with the ONNX file what the simulation does.
+    """
+    written = {".safetensors": functools.partial(packing.save, network, recipe)}
+    try:
+        require("onnx", "onnxscript")
+        from ptq.export import to_onnx
+
+        if recipe.exportable:
+            sample = subject.sample(subject.img_size)
+            written[".onnx"] = functools.partial(to_onnx, network, sample)
+    except EngineMissing as missing:
+        print(f"ONNX files are left out: {missing}")
+    for suffix, write in written.items():
+        file = path.with_name(path.name + suffix)
+        with files.atomic(file) as tmp:
+            write(tmp)
+        print(f"{file}, {file.stat().st_size / files.MB:.2f} MB", flush=True)
+    return True

@@ -1,0 +1,41 @@
+"""A row that was measured again beside the shipped one, and whether the two agree."""
+
+from lab.files import MB
+from lab.report.tables import markdown, speed_up
+
+POINTS, CHANGED_PCT, SIZE_PCT = 0.5, 2.0, 1.0  # how far the two may be apart
+
+
+def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict[str, str], bool]:
+    """A line of a table, shipped value before measured one, and whether they agree.
+
+    They are compared on the images that were measured, with these `labels`, which are the first of
+    the shipped row's: accuracy within POINTS, all but CHANGED_PCT of the predictions the same, size
+    within SIZE_PCT. Speed is shown, but not judged.
+    """
+    n = measured["n_images"]
+    theirs, ours = shipped["predictions"][:n], measured["predictions"]
+    shipped_pct = 100 * sum(a == b for a, b in zip(theirs, labels, strict=True)) / n
+    measured_pct = measured["score"]["accuracy_pct"]
+    changed_pct = 100 * sum(a != b for a, b in zip(theirs, ours, strict=True)) / n
+    size_pct = 100 * (measured["size_bytes"] / shipped["size_bytes"] - 1)
+    agree = (
+        abs(shipped_pct - measured_pct) <= POINTS
+        and changed_pct <= CHANGED_PCT
+        and abs(size_pct) <= SIZE_PCT
+    )
+    line = {
+        "Model": shipped["model"],
+        "Row": f"{shipped['recipe']['name']}@{shipped['engine']}",
+        "Accuracy %": f"{shipped_pct:.2f} / {measured_pct:.2f}",
+        "Changed": f"{changed_pct:.2f} %",
+        "MB": f"{shipped['size_bytes'] / MB:.2f} / {measured['size_bytes'] / MB:.2f}",
+        "Faster": f"{speed_up(shipped):.2f}x / {speed_up(measured):.2f}x",
+        "Agree": "yes" if agree else "NO",
+    }
+    return line, agree
+
+
+def comparison_table(lines: list[dict[str, str]]) -> str:
+    """The lines of `compare_rows` as Markdown."""
+    return markdown(lines, left=2)
