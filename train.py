@@ -46,7 +46,7 @@ from lab.training.evaluation import TRAINABLE, test_accuracy
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.run import Run, tensorboard_writer
 from lab.training.schedule import MAX_EPOCHS, Schedule, parse_resolutions
-from lab.training.start import require_memory, starting_model
+from lab.training.start import TIMM_HEADS, fresh_model, load_start, require_memory
 from mobilevit import MIN_IMG_SIZE
 
 BEGAN = time.monotonic()  # what --max-minutes counts from
@@ -198,17 +198,11 @@ def train(args, world: World) -> int:
     per_epoch = batches.steps_per_epoch
     schedule = Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr)
 
-    start = {} if args.resume else {"init": args.init, "widened": args.widen}
-    model = starting_model(
-        args.model,
-        len(images.classes),
-        args.seed,
-        heads=args.heads,
-        pretrained=args.pretrained,
-        task=args.task,
-        val_size=args.val_size,
-        **start,
-    )
+    heads = TIMM_HEADS if args.pretrained else args.heads
+    model = fresh_model(args.model, len(images.classes), heads, args.seed)
+    if not args.resume:
+        source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
+        load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
     if args.device == "cpu":
         largest = max(stage.side for stage in stages)
         value_bytes = 4 if args.precision == "fp32" else 2

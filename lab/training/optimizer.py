@@ -39,7 +39,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
-    """A copy of `model` that follows its weights as an exponential average; None for a decay of 0."""
+    """A copy of `model` whose weights are an exponential average of its own; None without decay."""
     if not decay:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

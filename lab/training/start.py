@@ -14,41 +14,32 @@ from lab.models.widen import widen
 TIMM_HEADS = 4  # attention heads in every block of timm's networks
 
 
-def starting_model(
-    name: str,
-    num_classes: int,
-    seed: int,
-    *,
-    heads: int | None = None,
-    init=None,
-    widened=None,
-    pretrained: bool = False,
-    task: str,
-    val_size: int,
-) -> nn.Module:
-    """The network `name`, with `heads` attention heads in every block (default: the variant's).
-
-    Its weights are random, or from at most one of: `init`, a checkpoint of the same network;
-    `widened`, one of a narrower variant; `pretrained`, timm's from ImageNet, with four heads.
-    BadInput if that checkpoint was trained on images of `task` that `val_size` holds out.
-    """
-    settings = {"heads": TIMM_HEADS if pretrained else heads}
+def fresh_model(name: str, num_classes: int, heads: int | None, seed: int) -> nn.Module:
+    """The network `name` with random weights; `heads` as its variant has them if None."""
     torch.manual_seed(seed)
+    settings = {} if heads is None else {"heads": heads}
     try:
-        settings = {k: v for k, v in settings.items() if v is not None}
-        model = build(name, num_classes=num_classes, **settings)
+        return build(name, num_classes=num_classes, **settings)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    if pretrained:
-        load_timm(model, name)
+
+
+def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
+    """Give `model`, the network `name`, the weights to start from, if any.
+
+    They are from `init`, a checkpoint of the same network; from `widened`, one of a narrower
+    variant; or, if `pretrained`, timm's from ImageNet, which have TIMM_HEADS. BadInput if that
+    checkpoint was trained on images of `task` that a run with `val_size` holds out.
+    """
     if init:
         load_weights(model, name, _checkpoint(init, task, val_size), init)
-    if widened:
+    elif widened:
         try:
             widen(network(_checkpoint(widened, task, val_size), widened), model)
         except ValueError as error:
             raise BadInput(f"{widened}: {error}") from error
-    return model
+    elif pretrained:
+        load_timm(model, name)
 
 
 def _checkpoint(path, task: str, val_size: int) -> dict:
