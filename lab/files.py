@@ -1,32 +1,126 @@
-"""What a run writes and reads: files that are whole or absent, versions, commit and hardware."""
+"""What a run writes and reads: files that are whole or absent, and folders of one process."""
 
 import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 MB = 2**20  # bytes
+PREFIX, SUFFIX = ".writing-", ".tmp"  # of the folders that files are written in
+NEW_S = 2  # seconds in which one that is written in is surely locked
+DAY_S = 24 * 3600
 
 
 @contextlib.contextmanager
-def atomic(path):
-    """Give a temporary path beside `path` to write to; rename it to `path` when all went well."""
+def atomic(path) -> Iterator[Path]:
+    """Give a path to write to; what was written there becomes `path` when all went well.
+
+    It lies in a folder beside `path`, which nobody else can have and no other user can enter. That
+    folder is locked: a free lock tells what a killed process has left, which goes at the next write
+    to the same place. Whatever wrote the file, it has the mode of a new file.
+    """
     path = Path(path)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        os.replace(tmp, path)
+        _remove_abandoned(path.parent)
+        scratch = Path(tempfile.mkdtemp(SUFFIX, PREFIX, path.parent))
+        try:
+            with _flock(scratch):
+                new = scratch / path.name
+                new.touch()
+                mode = new.stat().st_mode
+                yield new
+                new.chmod(mode)
+                os.replace(new, path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
+        raise BadInput(f"cannot write {shortened(path)}: {error.strerror or error}") from error
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for scratch in folder.glob(f"{PREFIX}*{SUFFIX}"):
+        with contextlib.suppress(OSError):  # locked, a stranger's, or gone already
+            age_s = time.time() - scratch.lstat().st_mtime
+            if age_s < NEW_S:
+                continue
+            with _flock(scratch) as could:
+                if could or age_s > DAY_S:
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder) -> Iterator[None]:
+    """Make `folder` and keep other processes out of it; BadInput if one is in it.
+
+    The lock is the kernel's and goes with its process, however that ends. Windows and some network
+    file systems have none: nothing is locked there.
+    """
+    folder = Path(folder)
+    new = not folder.exists()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_flock(folder.resolve()))
+        except BlockingIOError as error:
+            raise BadInput(f"another process is at work in {folder}: wait for it") from error
+        except OSError as error:
+            raise BadInput(f"cannot write to {shortened(folder)}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            if new:
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+
+
+_locks: set[int] = set()  # descriptors
+
+
+@contextlib.contextmanager
+def _flock(folder: Path) -> Iterator[bool]:
+    """Lock a folder; whether that could be done. BlockingIOError if another process has."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            could = True
+        except BlockingIOError:
+            raise
+        except OSError:  # this file system has no locks
+            could = False
+        yield could
     finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+def _close_locks() -> None:
+    """In a forked process, so that it does not keep the locks of a parent that has ended."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+if fcntl:
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def require_writable(folder) -> None:
@@ -35,12 +129,12 @@ def require_writable(folder) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise BadInput(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise BadInput(f"cannot write to {shortened(folder)}: {error.strerror or error}") from error
 
 
 def write_text(path, text: str) -> None:
-    with atomic(path) as tmp:
-        tmp.write_text(text)
+    with atomic(path) as new:
+        new.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path, value) -> None:
@@ -56,9 +150,9 @@ def _one_line(numbers: str) -> str:
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {shortened(path)}: {error}") from error
 
 
 def sha256(data) -> str:

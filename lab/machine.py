@@ -12,7 +12,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import torch
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def provenance() -> dict:
@@ -55,6 +58,8 @@ def _command() -> str:
 
 def cpu_name() -> str:
     """Name and widest vector instructions, for example "AMD EPYC, AVX512 with VNNI"."""
+    import torch  # takes seconds, and this module is imported before it
+
     name = platform.processor() or platform.machine()
     with contextlib.suppress(StopIteration):
         name = next(
@@ -66,6 +71,27 @@ def cpu_name() -> str:
 def has_vnni() -> bool:
     """Whether the CPU multiplies 8-bit integers without an overflow of the sums of two products."""
     return "vnni" in _cpuinfo()
+
+
+def has_bf16() -> bool:
+    """Whether the CPU has instructions that multiply in BF16: those of AVX-512, AMX or ARM."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
+
+
+def memory_bytes() -> float:
+    """The machine's main memory, or infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return float("inf")
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process has had; 0 where the system does not say."""
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _cpuinfo() -> str:

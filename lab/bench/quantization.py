@@ -1,16 +1,10 @@
-"""Speed of the sweep, and of what it makes on every engine."""
+"""Speed of what quantize.py makes, on every engine."""
 
 import functools
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
 import ptq
-from lab import files
-from lab.bench.published import sweep_s
 from lab.cli import BadInput
 from lab.engines import EngineMissing, openvino_bf16, openvino_cpu, openvino_nncf, torch_eager
 from lab.engines.measure import latency
@@ -25,41 +19,6 @@ PROFILED = (
     ("w8a8", openvino_cpu),
     ("w8a8", openvino_bf16),
 )
-
-
-def sweep(args) -> dict:
-    """quantize.py on a part of the test set against the same rows made the published way."""
-    theirs = sweep_s(args)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            Path(__file__).parents[2] / "quantize.py",
-            "--checkpoint",
-            args.checkpoint,
-            "--data-dir",
-            args.data_dir,
-            "--test-images",
-            args.test_images,
-            "--calibration-images",
-            args.calibration_images,
-            "--latency-runs",
-            args.latency_runs,
-            "--output",
-            folder,
-        ]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        if done.returncode:
-            raise BadInput(f"quantize.py failed: {done.stderr}")
-        ours = sum(files.read_json(path)["wall_s"] for path in Path(folder).rglob("*.json"))
-    return {
-        "ours_s": ours,
-        "published_way_s": theirs,
-        "ratio": theirs / ours,
-        "test_images": args.test_images,
-        "calibration_images": args.calibration_images,
-        "latency_runs": args.latency_runs,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def engines(args) -> dict:

@@ -21,36 +21,48 @@ from lab.training.optimizer import arithmetic
 ROUNDS = 5  # of each contender, taking turns
 
 
-def train(args) -> dict:
-    """Training throughput, data included, of our network, of timm's of the same architecture in the
-    same loop, of our network in the published script's loop (its loader, contiguous tensors, an
-    optimizer that is not fused, on a CPU in FP32), and of ours with one thing changed."""
+def train(model: str, img_size: int, batch_size: int, precision: str, device: str, seconds: float):
+    """Training throughput, data included, each contender for `seconds` in every round.
+
+    Of our network; of timm's of the same architecture in the same loop; of our network in the
+    published script's loop (its loader, contiguous tensors, an optimizer that is not fused, on a
+    CPU in FP32); and of ours with one thing changed.
+    """
     try:
         import timm
     except ImportError as error:
         raise BadInput("the comparison needs timm: pip install timm") from error
-    theirs = timm.create_model(args.model, num_classes=len(cifar10.CLASSES))
+    n_classes = len(cifar10.CLASSES)
+    theirs = timm.create_model(model, num_classes=n_classes)
 
-    def contender(model=None, batches=our_batches, **changes):
-        model = model or build(args.model, num_classes=len(cifar10.CLASSES), heads=4)
-        return trainer(model, batches(args), args, **changes)
+    ours = partial(arithmetic, device, precision)
 
-    on_cuda, plain = args.device == "cuda", torch.contiguous_format
-    published = {"memory_format": plain, "fused": False}
-    published["context"] = partial(torch.autocast, args.device, torch.bfloat16, enabled=on_cuda)
+    def contender(network=None, batches=our_batches, context=ours, **changes):
+        network = network or build(model, num_classes=n_classes, heads=4)
+        return trainer(network, batches(img_size, batch_size, device), device, context, **changes)
+
+    autocast = partial(torch.autocast, device, torch.bfloat16)
+    published = {
+        "memory_format": torch.contiguous_format,
+        "fused": False,
+        "context": partial(autocast, enabled=device == "cuda"),
+    }
     steps = {
         "ours": contender(),
         "timm": contender(theirs),
         "published": contender(batches=training_batches, **published),
         "published batches": contender(batches=training_batches),
-        "contiguous": contender(memory_format=plain),
+        "contiguous": contender(memory_format=torch.contiguous_format),
         "unfused": contender(fused=False),
     }
-    if args.precision != "fp32":
-        steps["fp32"] = contender(context=partial(arithmetic, args.device, "fp32"))
-    if args.precision == "bf16" and not on_cuda:
-        steps["fused attention"] = contender(context=partial(torch.autocast, "cpu"))
-    rounds = [{k: images_per_s(step, args) for k, step in steps.items()} for _ in range(ROUNDS)]
+    if precision != "fp32":
+        steps["fp32"] = contender(context=partial(arithmetic, device, "fp32"))
+    if (device, precision) == ("cpu", "bf16"):
+        steps["fused attention"] = contender(context=autocast)
+    rounds = [
+        {name: images_per_s(step, batch_size, device, seconds) for name, step in steps.items()}
+        for _ in range(ROUNDS)
+    ]
     return {
         "images_per_s": {name: statistics.median(r[name] for r in rounds) for name in steps},
         "ratio": {
@@ -58,51 +70,61 @@ def train(args) -> dict:
             for name in steps
             if name != "ours"
         },
-        "model": args.model,
-        "img_size": args.img_size,
-        "batch_size": args.batch_size,
-        "precision": args.precision,
+        "model": model,
+        "img_size": img_size,
+        "batch_size": batch_size,
+        "precision": precision,
         "timm": timm.__version__,
     }
 
 
-def loader(args) -> dict:
+def loader(
+    model: str,
+    img_size: int,
+    batch_size: int,
+    precision: str,
+    device: str,
+    seconds: float,
+    data_dir: str,
+) -> dict:
     """Images/s that one loader process makes, and that the network takes."""
-    images = TASKS["cifar10"].load(args.data_dir, train=True)
+    images = TASKS["cifar10"].load(data_dir, train=True)
     made = {}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for policy in POLICIES:
-        batches = TrainBatches(images, args.batch_size, 0, Augmentation(policy))
+        batches = TrainBatches(images, batch_size, 0, Augmentation(policy))
         began, n = time.perf_counter(), 0
-        while time.perf_counter() - began < args.seconds:
+        while time.perf_counter() - began < seconds:
             batches[n]
             n += 1
-        made[policy] = n * args.batch_size / (time.perf_counter() - began)
+        made[policy] = n * batch_size / (time.perf_counter() - began)
     torch.set_num_threads(torch_threads)
-    x = cifar10.to_input(images.images[: args.batch_size].to(args.device), args.img_size)
-    labels = images.labels[: args.batch_size].to(args.device)
-    model = build(args.model, num_classes=len(cifar10.CLASSES))
-    step = trainer(model, itertools.repeat((x, labels)), args)
+    x = cifar10.to_input(images.images[:batch_size].to(device), img_size)
+    labels = images.labels[:batch_size].to(device)
+    network = build(model, num_classes=len(cifar10.CLASSES))
+    same = itertools.repeat((x, labels))
+    step = trainer(network, same, device, partial(arithmetic, device, precision))
     return {
         "loader_images_per_s": made,
-        "training_images_per_s": images_per_s(step, args),
-        "model": args.model,
-        "img_size": args.img_size,
-        "batch_size": args.batch_size,
-        "precision": args.precision,
-        "device": args.device,
+        "training_images_per_s": images_per_s(step, batch_size, device, seconds),
+        "model": model,
+        "img_size": img_size,
+        "batch_size": batch_size,
+        "precision": precision,
+        "device": device,
     }
 
 
 def trainer(
-    model, batches, args, context=None, memory_format=torch.channels_last, fused=True
+    model, batches, device: str, context, memory_format=torch.channels_last, fused=True
 ) -> Callable[[], None]:
-    """A training step: the loop that all contenders share. `batches` yields (input, labels) on the
-    device; `context()` is that of the forward pass."""
-    model = model.train().to(args.device, memory_format=memory_format)
+    """A training step: the loop that all contenders share.
+
+    `batches` yields (input, labels) on the device; `context()` is that of the forward pass.
+    """
+    model = model.train().to(device, memory_format=memory_format)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    context = context or partial(arithmetic, args.device, args.precision)
 
     def step():
         x, labels = next(batches)
@@ -115,27 +137,27 @@ def trainer(
     return step
 
 
-def images_per_s(step, args) -> float:
+def images_per_s(step, batch_size: int, device: str, seconds: float) -> float:
     step()  # warm-up
     n, began = 0, time.perf_counter()
-    while time.perf_counter() - began < args.seconds:
+    while time.perf_counter() - began < seconds:
         step()
-        if args.device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
-        n += args.batch_size
+        n += batch_size
     return n / (time.perf_counter() - began)
 
 
-def our_batches(args):
+def our_batches(img_size: int, batch_size: int, device: str):
     """Batches as train.py makes them, augmented at 32x32 and resized on the device; without end."""
     images = TASKS["synthetic"].load(None, train=True)  # as fast as any others
     loader = torch.utils.data.DataLoader(
-        TrainBatches(images, args.batch_size, 0, Augmentation("autoaugment")),
+        TrainBatches(images, batch_size, 0, Augmentation("autoaugment")),
         batch_size=None,
         sampler=range(sys.maxsize),
-        num_workers=loader_workers(args.device),
-        pin_memory=args.device == "cuda",
+        num_workers=loader_workers(device),
+        pin_memory=device == "cuda",
     )
     for images, labels in loader:
-        x = cifar10.to_input(images.to(args.device, non_blocking=True), args.img_size)
-        yield x, labels.to(args.device, non_blocking=True)
+        x = cifar10.to_input(images.to(device, non_blocking=True), img_size)
+        yield x, labels.to(device, non_blocking=True)

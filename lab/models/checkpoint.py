@@ -7,20 +7,23 @@ A file of tensors and plain values, always read with `weights_only=True`, so tha
 Format 1, which knew MobileViT on CIFAR-10 alone, is read as format 2.
 """
 
+import io
+import math
 import zipfile
 
 import torch
 from torch import Tensor, nn
 
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
 from lab.files import atomic
 from lab.models import MODELS, build, full_name, settings_of
-from lab.schema import anything, integer, mapping, maybe, number, one_of, record, sequence, text
+from lab.schema import Schema, integer, mapping, maybe, number, one_of, record, sequence, text
 from lab.tasks.cifar10 import CLASSES
 from mobilevit import MIN_IMG_SIZE, from_timm
 
 FORMAT = 2
 MAX_IMG_SIZE = 4096  # pixels a side
+MAX_CLASSES = 10**6
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
@@ -28,32 +31,87 @@ def tensor(value, where: str) -> None:
     """A tensor without NaN and infinity."""
     if not isinstance(value, Tensor):
         raise BadInput(f"{where} is a {type(value).__name__}, but should be a tensor")
-    if value.is_complex() or value.is_quantized or value.layout != torch.strided:
-        raise BadInput(f"{where} is {value.dtype}, {value.layout}, but should be a plain tensor")
-    if not value.isfinite().all():
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.is_complex():
+        raise BadInput(
+            f"{where} is {value.dtype}, {value.layout} on {value.device}, "
+            "but should be a plain tensor of real numbers"
+        )
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise BadInput(f"{where} has the shape {list(value.shape)}, but holds fewer values")
+    if value.is_floating_point() and not value.float().isfinite().all():
         raise BadInput(f"{where} has values that are not finite")
+
+
+def plain(value, where: str) -> None:
+    """An option as files keep it: None, a flag, text, a finite number, or a list of these."""
+    for part in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(part, bool | int | float | str | None):
+            raise BadInput(f"{where} holds a {type(part).__name__}, but should be a plain value")
+        if isinstance(part, float) and not math.isfinite(part):
+            raise BadInput(f"{where} is {part}, but should be finite")
+
+
+def whole(value, where: str) -> None:
+    """A setting of a network: like `plain`, but its numbers are whole."""
+    plain(value, where)
+    if any(isinstance(part, float) for part in (value if isinstance(value, list) else [value])):
+        raise BadInput(f"{where} is {value}, but should hold whole numbers")
+
+
+def like(example) -> Schema:
+    """The schema of a state dict with the keys, shapes and types of `example`, all finite."""
+
+    def check(value, where):
+        if isinstance(example, dict):
+            if not isinstance(value, dict):
+                raise BadInput(f"{where} is a {type(value).__name__}, but should be a mapping")
+            for key in example.keys() ^ value.keys():
+                has = "lacks" if key in example else "has an unknown"
+                raise BadInput(f"{where} {has} {shortened(key)}")
+            for key, part in example.items():
+                like(part)(value[key], f"{where}: {key}")
+        elif isinstance(example, Tensor):
+            tensor(value, where)
+            theirs, ours = ((x.dtype, list(x.shape)) for x in (value, example))
+            if theirs != ours:
+                raise BadInput(f"{where} is {theirs}, but should be {ours}")
+        else:
+            plain(value, where)
+            if type(value) is not type(example):
+                raise BadInput(f"{where} is {value}, but should be like {example}")
+
+    return check
+
+
+def settings(value, where: str) -> None:
+    """What builds a network: a number of classes, and what else it takes."""
+    record({"num_classes": integer(1, MAX_CLASSES)})(value, where)
+    mapping(whole)(value, where)
 
 
 percent = number(0, 100)
 CHECKPOINT = record(
     {
         "model": one_of(*MODELS),
-        "settings": record({"num_classes": integer(1, 10**6)}),
+        "settings": settings,
         "task": text,
         "classes": sequence(text),
         "img_size": integer(MIN_IMG_SIZE, MAX_IMG_SIZE),
         "state_dict": mapping(tensor),
         "test_accuracy_pct": maybe(percent),
         "val_accuracy_pct": maybe(percent),
-        "config": mapping(anything),
+        "config": mapping(plain),
     }
 )
 
 
 def save_checkpoint(path, checkpoint: dict) -> None:
     """Write `checkpoint` to `path`, whole or not at all."""
-    with atomic(path) as tmp, open(tmp, "wb") as file:  # a full disk is then an OSError
-        torch.save(checkpoint, file)
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # not to the file, as a full disk would be a RuntimeError
+    with atomic(path) as new:
+        new.write_bytes(content.getbuffer())
 
 
 def read_tensors(path) -> dict:
@@ -81,8 +139,10 @@ def load_checkpoint(path) -> dict:
     """Read and check a checkpoint; what it lacks or has wrong is a BadInput that names it."""
     checkpoint = read_tensors(path)
     version = checkpoint.get("format", 1)
-    if version not in (1, FORMAT):
-        raise BadInput(f"{path} has checkpoint format {version}, this code reads format {FORMAT}")
+    if not isinstance(version, int) or version not in (1, FORMAT):
+        raise BadInput(
+            f"{path} has checkpoint format {shortened(version)}, this code reads format {FORMAT}"
+        )
     if "state_dict" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of this project: it lacks state_dict")
     if version == 1:
@@ -98,7 +158,7 @@ def _from_format_1(old: dict, path) -> dict:
     record(
         {
             "model": text,
-            "num_classes": integer(1),
+            "num_classes": integer(1, MAX_CLASSES),
             "heads": sequence(integer(1), 3),
             "config": record({"dataset": text, "val_size": integer(1)}),
         }
@@ -134,6 +194,11 @@ def load_state(model: nn.Module, state_dict: dict, path) -> None:
         f"has {name} as {list(t.shape)} instead of {list(ours[name].shape)}"
         for name, t in state_dict.items()
         if name in ours and t.shape != ours[name].shape
+    ]
+    wrong += [
+        f"has {name} as {t.dtype} instead of {ours[name].dtype}"
+        for name, t in state_dict.items()
+        if name in ours and t.is_floating_point() != ours[name].is_floating_point()
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more such things)" if len(wrong) > 1 else ""

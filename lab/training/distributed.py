@@ -6,26 +6,29 @@ the whole global batch, so that the curve is that of one process with the same b
 
 import contextlib
 import os
+from argparse import ArgumentTypeError
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lab.cli import BadInput
+from lab.cli import BadInput, at_least
 
 
 class World:
     """This process's place among those that train together: `rank` of `size`, and its device."""
 
     def __init__(self, device: str):
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.size = _from_environment("WORLD_SIZE", 1, low=1)
+        self.rank = _from_environment("RANK", 0, low=0)
         self.device = torch.device(device)
+        if self.rank >= self.size:
+            raise BadInput(f"RANK is {self.rank}, but WORLD_SIZE says {self.size}: use torchrun")
         missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
         if self.size > 1 and missing:
             raise BadInput(f"WORLD_SIZE is set, {min(missing)} is not: start processes by torchrun")
         if self.size > 1 and device == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            self.device = torch.device("cuda", _from_environment("LOCAL_RANK", 0, low=0))
             if self.device.index >= torch.cuda.device_count():
                 raise BadInput(f"{torch.cuda.device_count()} GPUs are fewer than the processes")
             torch.cuda.set_device(self.device)
@@ -37,9 +40,12 @@ class World:
             yield self
             return
         on_gpu = self.device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None
+            )
+        except (RuntimeError, ValueError) as error:  # no such address, or nobody answers there
+            raise BadInput(f"the {self.size} processes do not find each other: {error}") from error
         yield self
         # Not after an error: with NCCL it would wait for processes that wait for this one.
         dist.destroy_process_group()
@@ -81,11 +87,36 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def max(self, n: int) -> int:
+        """The largest `n` of any process."""
+        if self.size == 1:
+            return n
+        largest = torch.tensor(n, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
-        if self.size == 1:
-            return flag
-        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+        return bool(self.max(int(flag)))
+
+
+def _from_environment(name: str, default: int, low: int) -> int:
+    """A whole number that torchrun sets for each of its processes."""
+    text = os.environ.get(name, str(default))
+    try:
+        return at_least(low)(text)
+    except ArgumentTypeError as error:
+        raise BadInput(f"{name} in the environment: {error}; torchrun sets it") from error
+
+
+def leave_process_group(worker_id: int) -> None:
+    """Take a loader's process out of the trainer's group of processes.
+
+    A signal to that group, such as that of Ctrl-C or `timeout`, would end it before the trainer
+    has stopped. Windows has no such groups.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class _AllReduceMean(torch.autograd.Function):

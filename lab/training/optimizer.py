@@ -1,10 +1,11 @@
-"""Optimizers, what decays, and the arithmetic of a forward pass to train on."""
+"""Optimizers, what decays, averaged weights, and the arithmetic of a forward pass to train on."""
 
 import contextlib
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lab.cli import BadInput
 
@@ -18,26 +19,39 @@ def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """AdamW, or timm's Muon (Jordan et al., 2024) for matrices and kernels, those of depthwise
-    convolutions excepted, and NAdamW for the rest. Muon's updates are as large as AdamW's at the
-    same rate (Liu et al., arXiv:2502.16982, section 2.2)."""
-    groups = weight_groups(model, args.weight_decay)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float):
+    """The optimizer `name` of a model's parameters: adamw or muon.
+
+    Muon is timm's (Jordan et al., 2024): its rule for matrices and kernels, but not those of
+    depthwise convolutions, and NAdamW for the rest. Its updates are as large as AdamW's at the same
+    rate (Liu et al., arXiv:2502.16982, section 2.2).
+    """
+    groups = weight_groups(model, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     try:
         from timm.optim import Muon
 
         # Older versions lack the last argument: there, the rest keeps its first rate for good.
-        return Muon(groups, lr=args.lr, nesterov=True, fallback_lr_scale=1.0)
+        return Muon(groups, lr=lr, nesterov=True, fallback_lr_scale=1.0)
     except (ImportError, TypeError) as error:
         raise BadInput("--optimizer muon needs timm: pip install 'timm>=1.0.27'") from error
 
 
+def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
+    """A copy of `model` whose weights are an exponential average of its own; None without decay."""
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
 @contextlib.contextmanager
 def arithmetic(device_type: str, precision: str):
-    """The context of a forward pass to train on: autocast to `precision` and, in BF16 on a CPU,
-    attention in separate steps, as the backward pass of torch's fused one took 40 % of the time."""
+    """The context of a forward pass to train on: autocast to `precision`.
+
+    In BF16 on a CPU attention runs in separate steps, because the backward pass of torch's fused
+    one took 40 % of the time.
+    """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     slow = (device_type, precision) == ("cpu", "bf16")
     attention = sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()

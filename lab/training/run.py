@@ -3,149 +3,107 @@
 import csv
 import io
 import math
-import resource
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines.measure import CPU_BATCH, predict
-from lab.models import build, settings_of
+from lab.models import run_name
 from lab.models.checkpoint import (
     FORMAT,
+    like,
     load_checkpoint,
-    load_timm,
-    load_weights,
-    network,
+    load_state,
+    plain,
     read_tensors,
     save_checkpoint,
+    tensor,
 )
-from lab.models.widen import widen
-from lab.tasks import cifar10
-from lab.tasks.batches import EvalBatches
+from lab.schema import Schema, integer, mapping, number, record, sequence, text
+from lab.tasks.cifar10 import Images
 from lab.training.distributed import World
-from lab.training.optimizer import arithmetic, build_optimizer
+from lab.training.evaluation import evaluated, test_accuracy
 from lab.training.schedule import Schedule
 
-EVAL_BATCH = {"cpu": CPU_BATCH, "cuda": 200}  # images
-# Options that a resumed run may be given anew, and those that are not about the run.
-MAY_CHANGE = ("max_minutes", "workers", "resume", "data_dir", "output", "tensorboard")
-DERIVED = ("eval", "checkpoint", "stages")
-OPTIONS = {"world_size": "processes:"}  # what is none of train.py's own
+
+def numeral(value, where: str) -> None:
+    """A number as text, as the log shows it."""
+    text(value, where)
+    try:
+        float(value)
+    except ValueError as error:
+        raise BadInput(f"{where} is {value!r}, but should be a number") from error
+
+
+LOG_LINE = {
+    "epoch": integer(1),
+    "img_size": integer(1),
+    "window": integer(1),
+    "lr": numeral,
+    "train_loss": numeral,
+    "train_accuracy_pct": numeral,
+    "val_loss": numeral,
+    "val_accuracy_pct": numeral,
+    "images_per_s": numeral,
+    "peak_memory_mb": numeral,
+    "seconds": numeral,
+}
 SAVED = ("step", "seconds", "history", "best_accuracy", "config")  # besides the weights and sums
 
 
-def build_model(args) -> nn.Module:
-    torch.manual_seed(args.seed)
-    try:
-        heads = {"heads": 4 if args.pretrained else args.heads}
-        settings = {k: v for k, v in heads.items() if v is not None}
-        model = build(args.model, num_classes=len(cifar10.CLASSES), **settings)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    if args.resume:
-        return model
-    source = args.init or args.widen
-    if source:
-        checkpoint = load_checkpoint(source)
-        before = checkpoint["config"]
-        if checkpoint["task"] == args.task and before["val_size"] < args.val_size:
-            raise BadInput(
-                f"{source} was trained on images that this run holds out: "
-                f"use its --val-size {before['val_size']}"
-            )
-    if args.init:
-        load_weights(model, args.model, checkpoint, args.init)
-    elif args.widen:
-        try:
-            widen(network(checkpoint, args.widen), model)
-        except ValueError as error:
-            raise BadInput(f"{args.widen}: {error}") from error
-    elif args.pretrained:
-        load_timm(model, args.model)
-    return model
-
-
+@dataclass
 class Run:
-    """A training run: everything that changes from step to step, and its files."""
+    """A training run: everything that changes from step to step, and its files.
 
-    def __init__(self, args, world: World, steps_per_epoch: int):
-        self.args, self.world = args, world
-        self.steps_per_epoch = steps_per_epoch
-        self.schedule = Schedule(args.stages, self.steps_per_epoch, args.lr, args.warmup_epochs)
-        self.model = build_model(args).to(world.device, memory_format=torch.channels_last)
-        self.trained = world.parallel(world.synchronised(self.model))
-        if args.compile:
-            self.trained = torch.compile(self.trained)
-        self.ema = None
-        if args.ema_decay:
-            average = get_ema_multi_avg_fn(args.ema_decay)
-            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.optimizer = build_optimizer(self.model, args)
-        self.scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
-        self.tensorboard = None
-        if args.tensorboard and world.rank == 0:
-            self.tensorboard = tensorboard_writer(args.output / "tensorboard")
-        self.step = 0
-        # Of the epoch so far:
-        self.sums = torch.zeros(3, device=world.device)  # loss, correct, gradient norm
-        self.seconds = 0.0  # training only
-        self.history = []  # a dict an epoch
-        self.best_accuracy = -1.0
-        options = {k: v for k, v in vars(args).items() if k not in (*MAY_CHANGE, *DERIVED)}
-        self.config = options | {"world_size": world.size}
+    `about` is what best.pth says of the network (see lab.models.checkpoint), `config` the options
+    that a resumed run must be given again. Process 0 writes the files; all processes call.
+    """
 
-    def train_step(self, images, labels) -> None:
-        args, device = self.args, self.world.device
-        lr = self.schedule.lr(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        x = cifar10.to_input(
-            images.to(device, non_blocking=True), self.schedule.stages[self.step].side
-        )
-        labels = labels.to(device, non_blocking=True)
-        with arithmetic(device.type, args.precision):
-            logits = self.trained(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_norm)
-        if self.scaler.is_enabled():  # skips steps whose gradients overflow: nothing to report
-            norm = torch.zeros_like(norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema:
-            self.ema.update_parameters(self.model)
-        likeliest = labels if labels.dim() == 1 else labels.argmax(1)  # of mixed images
-        correct = (logits.detach().argmax(1) == likeliest).sum()
-        self.sums += torch.stack((loss.detach() * len(labels), correct, norm))
-        self.step += 1
+    output: Path
+    world: World
+    model: nn.Module
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    steps_per_epoch: int
+    batch_size: int  # over all processes
+    about: dict
+    config: dict
+    tensorboard: object = None  # a SummaryWriter
+    step: int = 0
+    history: list = field(default_factory=list)  # a LOG_LINE an epoch
+    best_accuracy: float = -1.0
+    # Of the epoch so far, and of this process:
+    seconds: float = 0.0  # training only
+    sums: Tensor = field(init=False)  # loss, correct, gradient norm
 
-    def check_finite(self) -> None:
-        """Raise BadInput, before anything is saved, if a loss or gradient of the epoch was not."""
-        if not math.isfinite(self.world.sum(self.sums).sum().item()):
-            raise BadInput(
-                f"the loss or its gradient is not finite near step {self.step}: lower --lr or use "
-                f"--precision fp32; {self.args.output / 'last.pth'} keeps the last good state"
-            )
+    def __post_init__(self):
+        self.sums = torch.zeros(3, device=self.world.device)
 
     @property
     def epoch_due(self) -> bool:
-        """Whether an epoch has had its last step, but not yet its validation and line."""
-        ended = self.step % self.steps_per_epoch == 0 or self.step == len(self.schedule)
-        return ended and math.ceil(self.step / self.steps_per_epoch) > len(self.history)
+        """True when the steps of an epoch are done, but it is not yet validated and logged."""
+        return self.epochs_ended(self.step) > len(self.history)
+
+    def epochs_ended(self, step: int) -> int:
+        """Epochs whose steps are done; the last one can be a part of an epoch."""
+        if step == len(self.schedule):
+            return math.ceil(step / self.steps_per_epoch)
+        return step // self.steps_per_epoch
 
     def network(self) -> nn.Module:
         """The weights to evaluate and ship."""
         return self.ema.module if self.ema else self.model
 
-    def evaluate(self, images: cifar10.Images, img_size: int) -> tuple[float, float]:
+    def evaluate(self, images: Images, img_size: int) -> tuple[float, float]:
         """Loss and accuracy in percent, each process taking its share of the images."""
         world, model = self.world, self.network().eval()
         share = images[world.rank :: world.size]
@@ -156,12 +114,12 @@ class Run:
         loss, correct = world.sum(sums.to(world.device)).tolist()
         return loss / len(images), 100 * correct / len(images)
 
-    def end_epoch(self, val: cifar10.Images) -> None:
-        """Log the epoch, keep the weights if they are the best yet, save."""
-        world, stage = self.world, self.schedule.stages[self.step - 1]
+    def end_epoch(self, val: Images) -> None:
+        """Validate and log the epoch, keep the weights if they are the best yet, save."""
+        world, stage = self.world, self.schedule.stage(self.step - 1)
         loss, correct, _ = world.sum(self.sums).tolist()
         steps = self.step % self.steps_per_epoch or self.steps_per_epoch  # the last can be short
-        n = steps * self.args.batch_size
+        n = steps * self.batch_size
         val_loss, val_accuracy_pct = self.evaluate(val, stage.img_size)
         row = {
             "epoch": len(self.history) + 1,
@@ -172,7 +130,7 @@ class Run:
             "train_accuracy_pct": f"{100 * correct / n:.2f}",
             "val_loss": f"{val_loss:.4f}",
             "val_accuracy_pct": f"{val_accuracy_pct:.2f}",
-            "images_per_s": f"{n / self.seconds:.1f}",
+            "images_per_s": f"{n / max(self.seconds, 1e-3):.1f}",
             "peak_memory_mb": f"{peak_memory_bytes(world.device) / files.MB:.0f}",
             "seconds": f"{self.seconds:.1f}",
         }
@@ -180,10 +138,10 @@ class Run:
         self.sums.zero_()
         self.seconds = 0.0
         # An epoch at another resolution than the last one can't be chosen.
-        if stage.img_size == self.args.img_size and val_accuracy_pct > self.best_accuracy:
+        if stage.img_size == self.about["img_size"] and val_accuracy_pct > self.best_accuracy:
             self.best_accuracy = val_accuracy_pct
             if world.rank == 0:
-                save_checkpoint(self.args.output / "best.pth", self.shippable())
+                save_checkpoint(self.output / "best.pth", self.shippable())
         self.save()
         if world.rank == 0:
             tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
@@ -194,69 +152,150 @@ class Run:
                 self.tensorboard.flush()
 
     def shippable(self) -> dict:
+        """The content of best.pth."""
         return {
             "format": FORMAT,
-            "model": self.args.model,
-            "settings": settings_of(self.model),
-            "task": self.args.task,
-            "classes": list(cifar10.CLASSES),
-            "img_size": self.args.img_size,
+            **self.about,
             "state_dict": {k: v.contiguous().cpu() for k, v in self.network().state_dict().items()},
             "test_accuracy_pct": None,
             "val_accuracy_pct": self.best_accuracy,
             "epoch": len(self.history),
             "config": self.config,
-            "commit": machine.provenance()["commit"],
+            "commit": machine.code()[0],
         }
 
     def save(self) -> None:
-        """Write last.pth and the log. The data and its augmentation are functions of the step, so
-        no random state is alive between steps and none needs saving."""
+        """Write last.pth and the log.
+
+        The data and its augmentation are functions of the step, so no random state is alive
+        between steps and none needs saving.
+        """
         sums = self.world.sum(self.sums)
         if self.world.rank:
             return
-        state = {name: getattr(self, name).state_dict() for name in self.parts()}
+        state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {name: getattr(self, name) for name in SAVED}
-        save_checkpoint(self.args.output / "last.pth", state | {"sums": sums.cpu()})
+        save_checkpoint(self.output / "last.pth", state | {"sums": sums.cpu()})
+        self.write_log()
+
+    def write_log(self) -> None:
         if self.history:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self.history[0], lineterminator="\n")
+            content = io.StringIO()
+            writer = csv.DictWriter(content, LOG_LINE, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
-            files.write_text(self.args.output / "log.csv", text.getvalue())
+            files.write_text(self.output / "log.csv", content.getvalue())
 
-    def parts(self) -> list[str]:
-        return ["model", "optimizer", "scaler"] + (["ema"] if self.ema else [])
+    def parts(self) -> dict:
+        """What has a state dict."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"ema": self.ema} if self.ema else {})
 
     def resume(self) -> None:
-        path = self.args.output / "last.pth"
+        """Go back to what last.pth holds, and write the log that belongs to it."""
+        path = self.output / "last.pth"
         state = read_tensors(path)
+        record({"config": mapping(plain)})(state, str(path))
         changed = [k for k, v in self.config.items() if state["config"].get(k) != v]
         if changed:
-            told = ", ".join(
-                f"{OPTIONS.get(k) or '--' + k.replace('_', '-')} {state['config'].get(k)} "
-                f"(now {self.config[k]})"
-                for k in changed
+            options = ", ".join(
+                f"{option(k)} {state['config'].get(k)} (now {self.config[k]})" for k in changed
             )
-            raise BadInput(f"{path} began with {told}: resume with the same options")
-        for name in self.parts():
-            getattr(self, name).load_state_dict(state[name])
+            raise BadInput(f"{path} began with {options}: resume with the same options")
+        self.schema()(state, str(path))
+        if not 0 <= self.epochs_ended(state["step"]) - len(state["history"]) <= 1:
+            raise BadInput(f"{path} logs {len(state['history'])} epochs at step {state['step']}")
+        load_state(self.model, state["model"], path)
+        # Groups and their settings follow from the options, as when the run began.
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
         for name in SAVED:
             setattr(self, name, state[name])
         if self.world.rank == 0:  # the saved sums are those of all processes
             self.sums.copy_(state["sums"])
+            self.write_log()
+
+    def finish(self, data_dir) -> None:
+        """Read the test set, once, with the chosen weights."""
+        path, metrics_path = self.output / "best.pth", self.output / "metrics.json"
+        best = load_checkpoint(path)
+        if best["test_accuracy_pct"] is None:
+            n_correct, n = test_accuracy(path, data_dir, self.world.device)
+            test_accuracy_pct = 100 * n_correct / n
+            printed = (
+                f"{run_name(best['model'], best['task'])}: epoch {best['epoch']} chosen, "
+                f"validation {best['val_accuracy_pct']:.2f} %, "
+                f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
+            )
+            metrics = {
+                "epoch": best["epoch"],
+                "val_accuracy_pct": best["val_accuracy_pct"],
+                "test_accuracy_pct": test_accuracy_pct,
+                "n_correct": n_correct,
+                "n_images": n,
+                "train_s": sum(float(row["seconds"]) for row in self.history),
+                "hardware": hardware(self.world),
+                "printed": printed,
+                "config": self.config,
+            }
+            files.write_json(metrics_path, metrics | machine.provenance())
+            save_checkpoint(path, best | {"test_accuracy_pct": test_accuracy_pct})
+        metrics = files.read_json(metrics_path)
+        record({"printed": text})(metrics, str(metrics_path))
+        print(metrics["printed"])
+
+    def schema(self) -> Schema:
+        """What last.pth must hold for this run."""
+        ema = {"ema": like(self.ema.state_dict())} if self.ema else {}
+        return record(
+            {
+                "model": mapping(tensor),
+                "optimizer": record({"state": self.moments()}),
+                "scaler": like(self.scaler.state_dict()),
+                "step": integer(0, len(self.schedule)),
+                "seconds": number(0),
+                "history": sequence(record(LOG_LINE)),
+                "best_accuracy": number(-1, 100),
+                "sums": like(torch.zeros(3)),
+                **ema,
+            }
+        )
+
+    def moments(self) -> Schema:
+        """The schema of an optimizer's state: none before its first step, then for all weights."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # gives the optimizer a state; the weights are overwritten anyway
+        self.optimizer.zero_grad()
+        as_after_a_step = like(self.optimizer.state_dict()["state"])
+
+        def check(value, where):
+            if value != {}:
+                as_after_a_step(value, where)
+
+        return check
 
 
-def evaluated(model, images: cifar10.Images, img_size: int, device: torch.device):
-    """Logits and labels of `images`; on a CPU, each core takes batches of its own."""
-    batches = EvalBatches(images, img_size, EVAL_BATCH[device.type], device)
-    return predict(model, batches, torch.get_num_threads() if device.type == "cpu" else 1)
+def option(name: str) -> str:
+    return "processes:" if name == "world_size" else "--" + name.replace("_", "-")
+
+
+def hardware(world: World) -> str:
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    else:
+        name = f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
+    return name if world.size == 1 else f"{world.size} x {name}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return machine.peak_memory_bytes()
 
 
 def tensorboard_writer(folder):

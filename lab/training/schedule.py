@@ -1,17 +1,23 @@
 """What changes in the course of a training run: image side and learning rate."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
+from lab.models.checkpoint import MAX_IMG_SIZE
 from lab.tasks import cifar10
 from mobilevit import MIN_IMG_SIZE
+
+MAX_EPOCHS = 10**6
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`epochs` at images of `img_size` pixels a side, of which the network sees `side` at a time.
-    The last stage of a run may end within an epoch.
+    """A part of a run: `epochs` on images of `img_size` pixels a side.
+
+    The network sees windows of `side` pixels of them. The last stage may end within an epoch.
 
     A window of half the side costs a quarter, and shows the features of the full size: what a
     network learnt at 128x128 does not carry over to 256x256, where everything is twice as large.
@@ -31,8 +37,10 @@ class Stage:
 
 
 def parse_resolutions(text: str) -> list[Stage]:
-    """Read `64:8,128/256:4,256:0.5`: 8 epochs at 64x64, 4 on 128x128 windows of 256x256, half a one
-    at it."""
+    """Read `64:8,128/256:4,256:0.5`.
+
+    That is 8 epochs at 64x64, 4 on 128x128 windows of 256x256, and half a one at 256x256.
+    """
     try:
         stages = []
         for part in text.split(","):
@@ -44,41 +52,53 @@ def parse_resolutions(text: str) -> list[Stage]:
     except ValueError:
         stages = []
     whole = all(stage.epochs % 1 == 0 for stage in stages[:-1])
-    if not stages or not whole or not all(map(_valid, stages)):
+    short = 0 < sum(stage.epochs for stage in stages) <= MAX_EPOCHS
+    if not whole or not short or not all(map(_valid, stages)):
         raise BadInput(
-            f"--resolutions {text}: give SIDE:EPOCHS or WINDOW/SIDE:EPOCHS, separated by commas: "
-            f"whole epochs but for the last, at least {MIN_IMG_SIZE} pixels, windows of whole "
-            f"pixels of the {cifar10.SIDE}x{cifar10.SIDE} image"
+            f"--resolutions {shortened(text)}: give SIDE:EPOCHS or WINDOW/SIDE:EPOCHS, separated "
+            f"by commas: whole epochs but for the last, at most {MAX_EPOCHS}, sides from "
+            f"{MIN_IMG_SIZE} to {MAX_IMG_SIZE} pixels, windows of whole pixels of the "
+            f"{cifar10.SIDE}x{cifar10.SIDE} image"
         )
     return stages
 
 
 def _valid(stage: Stage) -> bool:
-    fits = MIN_IMG_SIZE <= stage.side <= stage.img_size
-    return fits and 0 < stage.epochs < math.inf and cifar10.SIDE * stage.side % stage.img_size == 0
+    fits = MIN_IMG_SIZE <= stage.side <= stage.img_size <= MAX_IMG_SIZE
+    return fits and stage.epochs > 0 and cifar10.SIDE * stage.side % stage.img_size == 0
 
 
 class Schedule:
     """Stage and learning rate of every step.
 
-    The rate rises linearly for `warmup_epochs`, then falls as a cosine over the pixels still to be
-    seen. With one resolution that is the usual cosine over steps; with several, the last and most
-    expensive one still gets a rate at which the network can adapt to it.
+    The rate rises linearly for `warmup_epochs`, then falls to `min_lr` as a cosine over the pixels
+    still to be seen. With one resolution that is the usual cosine over steps; with several, the
+    last and most expensive one still gets a rate at which the network can adapt to it.
     """
 
-    def __init__(self, stages, steps_per_epoch: int, peak_lr: float, warmup_epochs: float):
-        self.peak_lr, self.warmup_steps = peak_lr, round(warmup_epochs * steps_per_epoch)
-        self.stages = [s for s in stages for _ in range(s.steps(steps_per_epoch))]  # by step
-        self.pixels = [0]  # seen per image slot of the batch, before each step
-        for stage in self.stages:
-            self.pixels.append(self.pixels[-1] + stage.side**2)
+    def __init__(self, stages, steps_per_epoch, peak_lr, warmup_epochs, min_lr=0.0):
+        self.peak_lr, self.min_lr = peak_lr, min_lr
+        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
+        self.stages = stages
+        steps = [stage.steps(steps_per_epoch) for stage in stages]
+        self.ends = list(accumulate(steps))  # the step after each stage
+        pixels = [n * stage.side**2 for n, stage in zip(steps, stages)]
+        self.pixels_by_end = list(accumulate(pixels))  # seen per image slot of the batch
 
     def __len__(self) -> int:
-        return len(self.stages)
+        return self.ends[-1]
+
+    def stage(self, step: int) -> Stage:
+        return self.stages[bisect_right(self.ends, step)]
 
     def lr(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
-        start, end = self.pixels[self.warmup_steps], self.pixels[-1]
-        progress = (self.pixels[step] - start) / (end - start)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        start, end = self._pixels_before(self.warmup_steps), self.pixels_by_end[-1]
+        progress = (self._pixels_before(step) - start) / (end - start)
+        fall = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr + (self.peak_lr - self.min_lr) * fall
+
+    def _pixels_before(self, step: int) -> int:
+        i = bisect_right(self.ends, step)
+        return self.pixels_by_end[i] - (self.ends[i] - step) * self.stages[i].side ** 2

@@ -1,0 +1,88 @@
+"""What a training run starts from: a network with fresh weights, or with those of another."""
+
+import copy
+
+import torch
+from torch import nn
+
+from lab import machine
+from lab.cli import BadInput
+from lab.models import build
+from lab.models.checkpoint import load_checkpoint, load_timm, load_weights, network
+from lab.models.widen import widen
+
+TIMM_HEADS = 4  # attention heads in every block of timm's networks
+
+
+def fresh_model(name: str, num_classes: int, heads: int | None, seed: int) -> nn.Module:
+    """The network `name` with random weights; `heads` as its variant has them if None."""
+    torch.manual_seed(seed)
+    settings = {} if heads is None else {"heads": heads}
+    try:
+        return build(name, num_classes=num_classes, **settings)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
+    """Give `model`, the network `name`, the weights to start from, if any.
+
+    They are from `init`, a checkpoint of the same network; from `widened`, one of a narrower
+    variant; or, if `pretrained`, timm's from ImageNet, which have TIMM_HEADS. BadInput if that
+    checkpoint was trained on images of `task` that a run with `val_size` holds out.
+    """
+    if init:
+        load_weights(model, name, _checkpoint(init, task, val_size), init)
+    elif widened:
+        try:
+            widen(network(_checkpoint(widened, task, val_size), widened), model)
+        except ValueError as error:
+            raise BadInput(f"{widened}: {error}") from error
+    elif pretrained:
+        load_timm(model, name)
+
+
+def _checkpoint(path, task: str, val_size: int) -> dict:
+    """A checkpoint that was trained on no image that a run with `val_size` holds out."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["task"] == task:
+        held_out = checkpoint["config"].get("val_size")
+        if not isinstance(held_out, int):
+            raise BadInput(f"{path} does not say how many training images it held out: val_size")
+        if held_out < val_size:
+            raise BadInput(
+                f"{path} was trained on images that this run holds out: "
+                f"use its --val-size {held_out}"
+            )
+    return checkpoint
+
+
+def require_memory(model: nn.Module, batch_size: int, side: int, value_bytes: int) -> None:
+    """Raise BadInput if a training step on images of `side` pixels is sure not to fit in memory."""
+    limit = machine.memory_bytes()
+    # A quarter of a second, so only asked where images are large for this machine.
+    if 50 * batch_size * 3 * side**2 * 4 < limit:
+        return
+    kept = value_bytes * values_kept(model, batch_size, side)
+    if kept > limit:
+        raise BadInput(
+            f"a step on {batch_size} images of {side}x{side} takes {kept / 2**30:.0f} GiB or more, "
+            f"this machine has {limit / 2**30:.0f}: take smaller images or batches"
+        )
+
+
+def values_kept(model: nn.Module, batch_size: int, side: int) -> int:
+    """How many values a step keeps for its backward pass, at least: the inputs of all layers."""
+    inputs = {}
+
+    def keep(module, args):
+        inputs[id(args[0])] = args[0]
+
+    layers = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm)
+    model = copy.deepcopy(model).to("meta")  # shapes without values: nothing is computed
+    for module in model.modules():
+        if isinstance(module, layers):
+            module.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(torch.empty(batch_size, 3, side, side, device="meta"))
+    return sum(x.numel() for x in inputs.values())
