@@ -327,16 +327,13 @@ def main():
         subjects = [load_subject(args.weights, *settings, args.model, args.heads)]
     else:
         subjects = [load_subject(path, *settings) for path in args.checkpoint]
-    folders = {}
+    by_folder = {}
     for subject in subjects:
         if args.model not in (None, subject.checkpoint["model"]):
             raise BadInput(f"{subject.path} holds {subject.checkpoint['model']}, not {args.model}")
-        other = folders.setdefault(subject.folder, subject)
+        other = by_folder.setdefault(subject.folder, subject)
         if other is not subject:
-            raise BadInput(
-                f"rows of {other.path} and {subject.path} would share {subject.folder}: keep the "
-                "checkpoints in folders of different names"
-            )
+            raise BadInput(f"{other.path} and {subject.path} would share the rows' folder")
     pairs = []
     for subject in subjects:
         for name in args.recipes:

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import draw
+
+from mobilevit import MobileViT
+from ptq.methods.norms import replace_norms
 
 ROOT = Path(__file__).parent.parent
 SYNTHETIC = (
@@ -64,3 +68,18 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "mobilevit_xxs-synthetic"
     run("train.py", *SYNTHETIC, "--output", folder)
     return folder / "best.pth"
+
+
+@pytest.fixture(scope="session")
+def batches():
+    """Calibration images for `model`."""
+    return [(draw(4, 3, 64, 64, seed=i), None) for i in range(2)]
+
+
+@pytest.fixture(scope="session")
+def model(batches):
+    """MobileViT XXS with the statistics of its images: otherwise all its logits are alike."""
+    torch.manual_seed(0)
+    model = MobileViT("xxs").eval()
+    replace_norms(model, None, batches, None)
+    return model

@@ -5,18 +5,19 @@ import re
 import shutil
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, fails_with_one_line, run
+from torchvision.transforms.v2.functional import to_pil_image
 
 import ptq
 from lab import files
-from lab.engines import EngineMissing, onnx_runtime, torch_eager, torch_fx
-from lab.engines.measure import latency, predict
+from lab.engines import onnx_runtime
+from lab.engines.measure import predict
 from lab.models.checkpoint import model_from_checkpoint
 from lab.report.tables import products_text, results_table
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches, balanced_subset, split
-from mobilevit import MobileViT
 from ptq import RECIPES, packing
 
 FLAGS = ("--calibration-images", "60", "--latency-runs", "3")
@@ -33,24 +34,24 @@ def swept(checkpoint, tmp_path_factory):
 def test_every_recipe_gets_its_row(swept, checkpoint):
     _, out, results = swept
     assert sorted(results) == [
-        "fp16-32@torch-eager",
+        "fp16-32@published",
         "fp32-32@torch-eager",
-        "int4-percentile-32@torch-eager",
+        "int4-percentile-32@published",
         "int8-fx-32@torch-fx",
     ]
     trained = torch.load(checkpoint, weights_only=True)
     fp32 = results["fp32-32@torch-eager"]
-    assert fp32["accuracy_pct"] == pytest.approx(trained["test_accuracy_pct"])
+    assert fp32["score"]["accuracy_pct"] == pytest.approx(trained["test_accuracy_pct"])
     assert fp32["checkpoint_sha256"] == files.sha256(checkpoint)
-    assert fp32["dataset"] == "synthetic" and "synthetic" in fp32["model"]
+    assert fp32["task"] == "synthetic" and "synthetic" in fp32["model"]
     for row in results.values():
         assert len(row["predictions"]) == row["n_images"] == 500
-        assert row["accuracy_pct"] == 100 * row["n_correct"] / 500
+        assert row["score"]["accuracy_pct"] == 100 * row["n_correct"] / 500
         assert row["latency_ms"]["threads"] == 1
         assert not row["size_is_estimate"] or row["recipe"]["name"] == "int4-percentile"
     sizes = [
         results[name]["size_bytes"]
-        for name in ("fp32-32@torch-eager", "fp16-32@torch-eager", "int4-percentile-32@torch-eager")
+        for name in ("fp32-32@torch-eager", "fp16-32@published", "int4-percentile-32@published")
     ]
     assert sizes[1] < 0.6 * sizes[0] and sizes[2] < 0.2 * sizes[0]
     assert out.count("| mobilevit_xxs-synthetic |") == 4
@@ -74,11 +75,11 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
 def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
     run("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "--latency-runs", "3",
         "--held-out", "--output", tmp_path)  # fmt: skip
-    (path,) = tmp_path.rglob("fp32-32-held-out@torch-eager.json")
+    (path,) = tmp_path.rglob("ablation/fp32-32@torch-eager.json")
     row = files.read_json(path)
     trained = torch.load(checkpoint, weights_only=True)
     assert (row["split"], row["n_images"]) == ("held-out", 200)
-    assert row["accuracy_pct"] == pytest.approx(trained["val_accuracy_pct"])
+    assert row["score"]["accuracy_pct"] == pytest.approx(trained["val_accuracy_pct"])
 
 
 def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
@@ -99,7 +100,7 @@ def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
 
     def predictions(network):
         logits, _ = predict(network, EvalBatches(images, 64, 25))
-        return "".join(map(str, logits.argmax(1).tolist()))
+        return logits.argmax(1).tolist()
 
     train = TASKS["synthetic"].load(None, train=True)
     usable, _ = split(train.labels, 200)
@@ -112,18 +113,18 @@ def test_another_image_size_or_seed_gets_a_row_of_its_own(checkpoint, tmp_path):
 def test_the_table_pairs_rows_with_their_baseline(swept):
     results = list(swept[2].values())
     table = results_table(results, results)
-    int4 = swept[2]["int4-percentile-32@torch-eager"]
+    int4 = swept[2]["int4-percentile-32@published"]
     fp32 = swept[2]["fp32-32@torch-eager"]
     changed = sum(a != b for a, b in zip(int4["predictions"], fp32["predictions"]))
-    delta = int4["accuracy_pct"] - fp32["accuracy_pct"]
+    delta = int4["score"]["accuracy_pct"] - fp32["score"]["accuracy_pct"]
     assert f"{delta:+.2f} ({changed})" in table
     assert table.index("FP32 |") < table.index("INT8, torch FX") < table.index("FP16 weights")
 
 
 def test_an_engine_without_the_formats_is_left_out(checkpoint, tmp_path):
-    out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--recipes", "fp16", "fp32",
+    out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--recipes", "w6a6", "fp32",
                  "--engines", "onnxruntime", "--output", tmp_path)  # fmt: skip
-    assert "fp16@onnxruntime: left out, ONNX has no such formats" in out
+    assert "w6a6@onnxruntime: left out, ONNX has no such formats" in out
     assert [path.stem for path in tmp_path.rglob("*.json")] == ["fp32-32@onnxruntime"]
 
 
@@ -131,12 +132,10 @@ def test_weights_that_are_not_finite_are_one_line(checkpoint, tmp_path):
     state, path = torch.load(checkpoint, weights_only=True), tmp_path / "nan.pth"
     state["state_dict"]["stem.conv.weight"][0] = torch.nan
     torch.save(state, path)
-    ways = (("w8a8", "--per-layer"), ("int8-fx", "--per-layer"),
-            ("w8a8", "--export", tmp_path / "exported"), ("w8a8",))  # fmt: skip
-    for recipe, *way in ways:
+    for way in (("--per-layer",), ("--export", tmp_path / "exported"), ()):
         fails_with_one_line(
-            "quantize.py", "--checkpoint", path, "--recipes", recipe, *way, "--output", tmp_path,
-            "--calibration-images", "32", says=f"recipe {recipe}: stem.conv.weight of the network",
+            "quantize.py", "--checkpoint", path, "--recipes", "w8a8", *way, "--output", tmp_path,
+            says="stem.conv.weight has values that are not finite",
         )  # fmt: skip
 
 
@@ -149,9 +148,9 @@ def test_checkpoints_of_one_folder_would_share_rows(checkpoint, tmp_path):
 
 
 def test_agreement_with_the_simulation_is_told_where_both_were_measured(swept):
-    simulated = swept[2]["fp16-32@torch-eager"]
-    flipped = ("1" if simulated["predictions"][0] == "0" else "0") + simulated["predictions"][1:]
-    executed = simulated | {"simulated": False, "engine": "openvino", "predictions": flipped}
+    simulated = swept[2]["fp16-32@published"]
+    flipped = [1 - min(simulated["predictions"][0], 1), *simulated["predictions"][1:]]
+    executed = simulated | {"kind": "measured", "engine": "openvino", "predictions": flipped}
     assert "99.80 %" in results_table([executed], [simulated, executed])
     for other in ({"seed": 1}, {"cpu": "another"}):
         assert "99.80 %" not in results_table([executed], [simulated | other, executed])
@@ -186,7 +185,7 @@ def test_a_failing_row_does_not_stop_the_others(checkpoint, tmp_path):
         code=2,
     )
     assert "fp32@torch-eager: failed" in err and "Traceback" not in err
-    assert (folder / "fp16-32@torch-eager.json").exists()
+    assert (folder / "fp16-32@published.json").exists()
 
 
 def test_bad_input_is_one_line(checkpoint, tmp_path):
@@ -197,7 +196,12 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "int3", says="invalid choice"
     )
     fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--latency-runs", "0", says="at least 1"
+        "quantize.py",
+        "--checkpoint",
+        checkpoint,
+        "--latency-runs",
+        "0",
+        says="not a whole number from 1",
     )
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--per-layer",
@@ -225,7 +229,9 @@ def test_export_writes_files_that_load(checkpoint, tmp_path):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for logits in (packing.load(packed, model)[0](x), onnx_runtime.loaded(onnx).run(x)):
         torch.testing.assert_close(logits, expected(x), rtol=1e-3, atol=1e-3)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippets = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "speed.md").read_text(), re.DOTALL
+    )
     (snippet,) = (text for text in snippets if "packing.load" in text)
     files = snippet.replace("exported/mobilevit_xxs-w8a8", str(packed.with_suffix("")))
     scope = {}
@@ -243,82 +249,76 @@ def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint
     )  # fmt: skip
 
 
-def test_fx_computes_in_int8():
-    torch.manual_seed(0)
-    model = MobileViT("xxs").eval()
-    batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2))]
-    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
-    x = batches[0][0]
-    assert not torch.equal(loaded.run(x), model(x))
-    kinds = {type(module).__module__ for module in loaded.run.modules()}
-    assert any("quantized" in kind for kind in kinds)
-    stem = loaded.run.get_submodule("stem.conv").weight()
-    assert stem.dtype == torch.qint8
-
-
-def test_fx_feels_as_a_whole_what_its_int8_network_does():
-    torch.manual_seed(0)
-    model = MobileViT("xxs").eval()
-    batches = [(torch.randn(16, 3, 64, 64), None)]
-    ptq.correction.replace_norms(model, batches, None, None)
-    found = torch_fx.sensitivities(
-        model, RECIPES["int8-fx"], batches, lambda network: network(batches[0][0])
-    )
-    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
-    with torch.inference_mode():
-        expected, logits = model(batches[0][0]), loaded.run(batches[0][0])
-    noise = (logits - expected).double().square().mean() / expected.double().var()
-    assert found["noise_of_all"] == pytest.approx(noise.item(), rel=0.2)
-    assert len(found["noise"]["weights"]) == 35 + 1 + 4 * 9
-    activations = found["noise"]["activations"]
-    assert {"check_images", "stem.conv", "stem.act", "classifier"} <= set(activations)
-    assert 0 < activations["check_images"] < found["noise_of_all"]
-    assert 0 < found["noise_of_rest"] < found["noise_of_all"]
-
-
-@pytest.mark.parametrize("shape", [(2, 40, 64, 64), (1000,)])  # more and less than one chunk
-def test_fast_histograms_are_torchs(shape):
-    x = torch.nn.functional.silu(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    edges = ((x.min(), x.max()), (-1.0, 7.5), (-0.1, 0.2), (0, 0))  # exact, wide, too narrow, none
-    for layout in (x, x.to(memory_format=torch.channels_last) if x.dim() == 4 else x):
-        with torch_fx.FastHistograms():
-            assert torch.aminmax(layout) == torch.aminmax(x)
-        for low, high in edges:
-            low, high = float(low), float(high)
-            expected = torch.histc(layout, 2048, min=low, max=high)
-            with torch_fx.FastHistograms():
-                assert torch.equal(torch.histc(layout, 2048, min=low, max=high), expected)
-
-
-def test_without_torch_ao_the_engine_says_so(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.ao.quantization", None)
-    with pytest.raises(EngineMissing, match="no torch.ao.quantization"):
-        torch_fx.load(MobileViT("xxs"), RECIPES["int8-fx"], [], None)
-
-
-def test_predictions_keep_their_order_with_any_number_of_workers():
-    model = MobileViT("xxs").eval()
-    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([2 * i, 2 * i + 1])) for i in range(5)]
-    loaded = torch_eager.load(model, RECIPES["fp32"], None, None)
-    alone, labels = predict(loaded.run, batches)
-    shared, shared_labels = predict(loaded.run, batches, workers=2)
-    assert torch.equal(labels, torch.arange(10)) and torch.equal(shared_labels, labels)
-    torch.testing.assert_close(alone, shared)
-    torch.testing.assert_close(alone[4:6], model(batches[2][0]).detach())
-
-
-def test_latency_is_single_threaded_and_restores_the_threads():
-    torch.set_num_threads(2)
-    try:
-        seen = []
-        stats = latency({"a": lambda: seen.append(torch.get_num_threads())}, 5, 1)
-        assert seen == [1] * 6 and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert stats["a"]["p10"] <= stats["a"]["median"] <= stats["a"]["p90"]
-
-
 def test_rows_are_valid_json_with_their_provenance(swept):
     row = json.loads(next(swept[0].rglob("int8-fx-32@torch-fx.json")).read_text())
     assert row["calibration"]["n"] == 60 and len(row["calibration"]["indices_sha256"]) == 64
     assert {"commit", "dirty", "versions", "cpu", "command", "created"} <= set(row)
+
+
+@pytest.fixture(scope="module")
+def folder_of_photos(tmp_path_factory):
+    """Stripes of the first three classes of the synthetic task, as a user keeps pictures."""
+    folder, images = tmp_path_factory.mktemp("photos"), TASKS["synthetic"].load(None, train=False)
+    for i in range(60):
+        if (label := int(images.labels[i])) < 3:
+            place = folder / f"class {label}"
+            place.mkdir(exist_ok=True)
+            to_pil_image(images.images[i]).resize((72, 64)).save(place / f"{i}.png")
+    return folder
+
+
+def test_other_peoples_weights_are_quantized_on_a_folder_of_pictures(folder_of_photos, tmp_path):
+    torch.manual_seed(0)
+    weights = tmp_path / "theirs.pth"
+    theirs = timm.create_model("mobilevit_xxs", num_classes=3)
+    torch.save({"module." + name: t for name, t in theirs.state_dict().items()}, weights)
+    data = ("--task", "imagefolder", "--data-dir", folder_of_photos, "--img-size", "64")
+    command = ("quantize.py", "--weights", weights, "--model", "xxs", *data)
+    run(*command, "--recipes", "fp32", "w8a8", *FLAGS, "--output", tmp_path / "results")
+    fp32, w8a8 = (
+        files.read_json(next((tmp_path / "results").rglob(f"{name}-64@torch-eager.json")))
+        for name in ("fp32", "w8a8")
+    )
+    assert fp32["task"] == "imagefolder" and fp32["classes"] == ["class 0", "class 1", "class 2"]
+    assert 0 < fp32["n_images"] < 18 and w8a8["size_bytes"] < 0.4 * fp32["size_bytes"]
+    run(*command, "--recipes", "w4-nearest", "--export", tmp_path / "exported")
+    assert len(list((tmp_path / "exported").iterdir())) == 2
+    torch.save({"a": torch.zeros(3)}, weights)
+    fails_with_one_line(*command, says="theirs.pth")
+    fails_with_one_line("quantize.py", "--weights", weights, *data, says="--weights needs --model")
+
+
+def test_a_checkpoint_must_hold_the_network_and_the_classes_that_are_asked_for(
+    checkpoint, folder_of_photos
+):
+    command = ("quantize.py", "--checkpoint", checkpoint)
+    fails_with_one_line(*command, "--model", "xs", says="holds mobilevit_xxs, not mobilevit_xs")
+    fails_with_one_line(
+        *command, "--task", "imagefolder", "--data-dir", folder_of_photos,
+        says="imagefolder has 3 classes, the network tells 10 apart",
+    )  # fmt: skip
+    fails_with_one_line(*command, "--calibration-batches", "32", says="--calibration-images")
+
+
+def test_a_row_is_measured_again_and_compared(swept, tmp_path):
+    folder, _, _ = swept
+    rows = [
+        next(folder.rglob(f"{name}.json")) for name in ("fp32-32@torch-eager", "fp16-32@published")
+    ]
+    again = ("quantize.py", "--from", *rows, "--test-images", "100", "--latency-runs", "3")
+    out, _ = run(*again, "--output", tmp_path / "again")
+    assert out.count("| yes |") == 2 and len(list((tmp_path / "again").rglob("*.json"))) == 2
+    row = files.read_json(rows[0])
+    row["predictions"] = [(k + 1) % 10 for k in row["predictions"]]
+    wrong = tmp_path / "wrong.json"
+    files.write_json(wrong, row)
+    out, _ = run("quantize.py", "--from", wrong, *again[4:], "--output", tmp_path / "again", code=1)
+    assert "| NO |" in out
+    fails_with_one_line(*again, "--output", folder, says="holds a row with another n_images")
+    fails_with_one_line(
+        *again, "--seed", "1", says="--from takes all from the row, --seed excluded"
+    )
+    files.write_json(wrong, row | {"recipe": row["recipe"] | {"calibration_images": 7}})
+    fails_with_one_line("quantize.py", "--from", wrong, says="fp32 is not what it was")
+    files.write_json(wrong, {k: v for k, v in row.items() if k != "cpu"})
+    fails_with_one_line("quantize.py", "--from", wrong, says="wrong.json lacks cpu")

@@ -38,4 +38,4 @@ def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict
 
 def comparison_table(lines: list[dict[str, str]]) -> str:
     """The lines of `compare_rows` as Markdown."""
-    return markdown(lines, left=2)
+    return markdown(lines)

@@ -47,7 +47,8 @@ def load_runs(folder) -> list[dict]:
 def load_run(folder: Path) -> dict:
     """The metrics.json of a run with its log, the command that repeats it, and the runs before.
 
-    Those are the runs that its weights came from. They lie in `folder`/history/run1, run2 and so on, and are its field "before", oldest first.
+    Those are the runs that its weights came from. They lie in `folder`/history/run1, run2 and so
+    on, and are the field "before", oldest first.
     """
     run = read_json(folder / "metrics.json")
     METRICS(run, str(folder / "metrics.json"))

@@ -1,0 +1,85 @@
+"""Engines of torch, and how every engine is judged and timed."""
+
+import pytest
+import torch
+
+from lab.engines import EngineMissing, torch_eager, torch_fx
+from lab.engines.measure import latency, predict
+from mobilevit import MobileViT
+from ptq import RECIPES
+from ptq.methods.norms import replace_norms
+
+
+def test_fx_computes_in_int8():
+    torch.manual_seed(0)
+    model = MobileViT("xxs").eval()
+    batches = [(torch.randn(2, 3, 64, 64), torch.zeros(2))]
+    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
+    x = batches[0][0]
+    assert not torch.equal(loaded.run(x), model(x))
+    kinds = {type(module).__module__ for module in loaded.run.modules()}
+    assert any("quantized" in kind for kind in kinds)
+    stem = loaded.run.get_submodule("stem.conv").weight()
+    assert stem.dtype == torch.qint8
+
+
+def test_fx_feels_as_a_whole_what_its_int8_network_does():
+    torch.manual_seed(0)
+    model = MobileViT("xxs").eval()
+    batches = [(torch.randn(16, 3, 64, 64), None)]
+    replace_norms(model, None, batches, None)
+    found = torch_fx.sensitivities(
+        model, RECIPES["int8-fx"], batches, lambda network: network(batches[0][0])
+    )
+    loaded = torch_fx.load(model, RECIPES["int8-fx"], batches, batches[0][0][:1])
+    with torch.inference_mode():
+        expected, logits = model(batches[0][0]), loaded.run(batches[0][0])
+    noise = (logits - expected).double().square().mean() / expected.double().var()
+    assert found["noise_of_all"] == pytest.approx(noise.item(), rel=0.2)
+    assert len(found["noise"]["weights"]) == 35 + 1 + 4 * 9
+    activations = found["noise"]["activations"]
+    assert {"check_images", "stem.conv", "stem.act", "classifier"} <= set(activations)
+    assert 0 < activations["check_images"] < found["noise_of_all"]
+    assert 0 < found["noise_of_rest"] < found["noise_of_all"]
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 64, 64), (1000,)])  # more and less than one chunk
+def test_fast_histograms_are_torchs(shape):
+    x = torch.nn.functional.silu(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    edges = ((x.min(), x.max()), (-1.0, 7.5), (-0.1, 0.2), (0, 0))  # exact, wide, too narrow, none
+    for layout in (x, x.to(memory_format=torch.channels_last) if x.dim() == 4 else x):
+        with torch_fx.FastHistograms():
+            assert torch.aminmax(layout) == torch.aminmax(x)
+        for low, high in edges:
+            low, high = float(low), float(high)
+            expected = torch.histc(layout, 2048, min=low, max=high)
+            with torch_fx.FastHistograms():
+                assert torch.equal(torch.histc(layout, 2048, min=low, max=high), expected)
+
+
+def test_without_torch_ao_the_engine_says_so(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.ao.quantization", None)
+    with pytest.raises(EngineMissing, match="no torch.ao.quantization"):
+        torch_fx.load(MobileViT("xxs"), RECIPES["int8-fx"], [], None)
+
+
+def test_predictions_keep_their_order_with_any_number_of_workers():
+    model = MobileViT("xxs").eval()
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([2 * i, 2 * i + 1])) for i in range(5)]
+    loaded = torch_eager.load(model, RECIPES["fp32"], None, None)
+    alone, labels = predict(loaded.run, batches)
+    shared, shared_labels = predict(loaded.run, batches, workers=2)
+    assert torch.equal(labels, torch.arange(10)) and torch.equal(shared_labels, labels)
+    torch.testing.assert_close(alone, shared)
+    torch.testing.assert_close(alone[4:6], model(batches[2][0]).detach())
+
+
+def test_latency_is_single_threaded_and_restores_the_threads():
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        stats = latency({"a": lambda: seen.append(torch.get_num_threads())}, 5, 1)
+        assert seen == [1] * 6 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert stats["a"]["p10"] <= stats["a"]["median"] <= stats["a"]["p90"]

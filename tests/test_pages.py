@@ -1,0 +1,61 @@
+"""Every Python snippet of README and docs runs as it stands."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from torchvision.transforms.v2.functional import to_pil_image
+
+from lab.tasks import TASKS
+from lab.tasks.cifar10 import CLASSES
+from ptq.methods import STEPS
+from ptq.observers import OBSERVERS
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run_all(page, **names):
+    """Run the snippets of a page one after the other; what they have defined at the end."""
+    for text in snippets(page):
+        exec(text, names)
+    return names
+
+
+def test_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    photo, mine, *others = snippets("README.md")
+    image = TASKS["synthetic"].load(None, train=False).images[0]
+    to_pil_image(image).save(tmp_path / "photo.jpg")
+    exec(photo.replace("photo.jpg", str(tmp_path / "photo.jpg")), {})
+    assert capsys.readouterr().out.strip() in CLASSES
+    names = {}
+    exec(mine.replace("mine-w8a8.onnx", str(tmp_path / "mine-w8a8.onnx")), names)
+    assert (tmp_path / "mine-w8a8.onnx").stat().st_size > 10_000 and not others
+    moved = (names["quantized"](names["images"]) - names["model"](names["images"])).abs().max()
+    assert 0 < moved < 0.05
+
+
+def test_the_primers_example_is_what_it_prints(capsys):
+    run_all("docs/quantization.md")
+    out = capsys.readouterr().out
+    assert "[0, 6, 9, 15]" in out
+
+
+@pytest.fixture
+def registries():
+    """STEPS and OBSERVERS are afterwards what they were before."""
+    before = dict(STEPS), dict(OBSERVERS)
+    yield
+    for registry, entries in zip((STEPS, OBSERVERS), before):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_extending(model, batches, registries):
+    labelled = [(x, torch.zeros(len(x), dtype=torch.int64)) for x, _ in batches]
+    names = run_all("docs/extending.md", model=model, batches=labelled)
+    names["test_three_sigma_of_normal_numbers"]()
+    assert torch.isfinite(names["quantized"](batches[0][0])).all()

@@ -1,0 +1,89 @@
+"""Recipes as data: what they say of layers, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+import ptq
+from mobilevit import MobileViT
+from ptq.formats import Uniform
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.pipeline import attach, layer_specs
+from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes import RECIPES
+
+W8A8 = Recipe(
+    "test", layers=(LayerSpec(".*", Uniform(8, granularity="channel"), Uniform(8, False)),)
+)
+
+
+def test_recipes_that_contradict_themselves_are_refused():
+    layers = W8A8.layers
+    with pytest.raises(ValueError, match="has a peer, which takes no layers"):
+        Recipe("r", layers=layers, peer="torch-fx")
+    with pytest.raises(ValueError, match="r has steps, but no layers"):
+        Recipe("r", steps=("nearest",))
+    with pytest.raises(ValueError, match="r has units, but rounds to nearest"):
+        Recipe("r", layers=layers, steps=("nearest",), units="stem")
+    with pytest.raises(ValueError, match="pointwise layers keep their weights"):
+        LayerSpec(".*", weight=Uniform(4), kind="pointwise")
+
+
+def test_names_and_patterns_of_nothing_are_refused(model, batches):
+    weights = LayerSpec(".*", Uniform(4))
+    for recipe, says in (
+        (Recipe("r", "", (weights,), ("up",)), "no step is called up: there are nearest, gptq"),
+        (Recipe("r", "", (weights,), ("gptq", "keep")), "no step is called keep"),
+        (Recipe("r", "", (weights,), ("shift_norms",)), "no step of recipe r rounds the weight of"),
+        (Recipe("r", "", W8A8.layers, ("nearest",)), "no step of recipe r calibrates the input"),
+        (Recipe("r", layers=(replace(weights, weight_observer="l1"),)), "no observer is called l1"),
+        (Recipe("r", layers=(replace(weights, kind="odd"),)), "no kind of layers is called odd"),
+        (Recipe("r", "", (weights,), ("gptq",), units="block"), "is called block"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ptq.quantize(model, recipe, batches)
+
+
+@pytest.mark.parametrize("plain", [None, "w8a8", {"type": "Uniform", "bits": 4}], ids=str)
+def test_what_is_no_recipe_is_refused(plain):
+    with pytest.raises(ValueError, match="not a recipe"):
+        Recipe.fromdict(plain)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_recipes_are_data(recipe):
+    assert Recipe.fromdict(recipe.asdict()) == recipe
+    with pytest.raises(ValueError, match="not a recipe"):
+        Recipe.fromdict(recipe.asdict() | {"surprise": 1})
+
+
+def test_recipes_for_convolutions_leave_linear_layers_and_products_their_inputs():
+    network = MobileViT("xxs")
+    attach(network, layer_specs(network, RECIPES["w7a8-convs"]))
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLayer)}
+    for name, layer in layers.items():
+        linear = isinstance(layer.layer, nn.Linear)
+        early = name.startswith(
+            ("stem", "stages.0.0.e", "stages.0.0.d", "stages.1.0.e", "stages.1.0.d")
+        )
+        assert isinstance(layer.input, Quantizer) == (not linear and not early), name
+        assert layer.format.bits == (8 if linear else 7), name
+    assert not any(isinstance(m, QuantizedAttentionCore) for m in network.modules())
+
+
+@pytest.mark.parametrize("name", ["w7a8", "w7a8-convs"])
+def test_pairs_of_products_of_seven_bits_fit_sixteen(name):
+    network = MobileViT("xxs")
+    attach(network, layer_specs(network, RECIPES[name]))
+    for module in network.modules():
+        if isinstance(module, QuantizedAttentionCore):
+            pairs = [("q", "k"), ("attention", "v")]
+            factors = [tuple(module.inputs[n].format for n in pair) for pair in pairs]
+        elif isinstance(module, QuantizedLayer) and isinstance(module.input, Quantizer):
+            factors = [(module.input.format, module.format)]
+        else:
+            continue
+        for first, second in factors:
+            largest = first.qmax + 128 * first.symmetric  # kernels move signed codes up to unsigned
+            assert 2 * largest * max(-second.qmin, second.qmax) < 2**15
