@@ -103,7 +103,8 @@ def refused(p, *flags: str, why: str) -> None:
 
     >>> refused(p, "--patience", why="is not known: the best epoch is kept anyway")
     """
-    p.add_argument(*flags, action=_Refused, const=why, nargs="*", help=argparse.SUPPRESS)
+    hidden = argparse.SUPPRESS
+    p.add_argument(*flags, action=_Refused, const=why, nargs="*", help=hidden, default=hidden)
 
 
 def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
@@ -247,11 +248,12 @@ def _prepare_output() -> None:
 
 
 def _give_up_output() -> None:
-    """Send what stdout does not take into the void, or Python's exit would fail over it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send what an output does not take into the void, or Python's exit would fail over it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _script() -> str:

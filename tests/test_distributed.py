@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lab.cli import BadInput
 from lab.training.distributed import CpuSyncBatchNorm, World
 from mobilevit import MobileViT
 
@@ -50,10 +51,31 @@ def test_two_halves_are_normalised_as_one_batch(tmp_path, dtype, atol):
             torch.testing.assert_close(value.float(), whole, rtol=0, atol=atol * max(1, scale))
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "1.5", "", "two", str(2**70)])
+def test_a_world_of_no_size_is_one_line(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(BadInput, match="WORLD_SIZE in the environment: .*is not a whole number"):
+        World("cpu")
+
+
+def test_a_rank_without_its_group_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(BadInput, match="RANK is 1, but WORLD_SIZE says 1"):
+        World("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="LOCAL_RANK is not"):
+        World("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "no port")
+    with pytest.raises(BadInput, match="do not find each other"), World("cpu").join():
+        pass
+
+
 def test_alone_nothing_is_communicated():
     world = World("cpu")
     model = MobileViT("xxs")
     assert world.parallel(world.synchronised(model)) is model
-    assert world.any(True) and not world.any(False)
+    assert world.any(True) and not world.any(False) and world.max(143) == 143
     with world.first_then_others():
         pass

@@ -1,5 +1,3 @@
-from argparse import Namespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +6,10 @@ from torch import nn
 
 from lab import files
 from lab.cli import BadInput
+from lab.models import settings_of
 from lab.models.checkpoint import save_checkpoint
 from lab.models.widen import widen
-from lab.training.run import build_model
+from lab.training.start import fresh_model, load_start
 from mobilevit import MobileViT
 from train import parse_args
 
@@ -93,11 +92,10 @@ def test_a_wider_network_and_other_heads_are_refused():
         widen(MobileViT("xs"), MobileViT("s", heads=1))
 
 
-def start_from(path, **options):
+def start_from(path, name="mobilevit_xs", val_size=200):
     """What train.py does with --widen PATH."""
-    given = dict(seed=0, variant="xs", heads=None, pretrained=False, resume=False, init=None)
-    given |= dict(dataset="synthetic", val_size=200)
-    return build_model(Namespace(**given | {"widen": path} | options))
+    model = fresh_model(name, 10, heads=None, seed=0)
+    load_start(model, name, widened=path, task="synthetic", val_size=val_size)
 
 
 def test_training_starts_from_a_narrower_checkpoint(checkpoint, tmp_path):
@@ -106,7 +104,7 @@ def test_training_starts_from_a_narrower_checkpoint(checkpoint, tmp_path):
     assert out.startswith("epoch 1") and "mobilevit_xs-synthetic: epoch 1 chosen" in out
     assert files.read_json(tmp_path / "config.json")["widen"] == str(checkpoint)
     with pytest.raises(BadInput, match=f"{tmp_path}/best.pth: xs is wider than xxs"):
-        start_from(tmp_path / "best.pth", variant="xxs")
+        start_from(tmp_path / "best.pth", "mobilevit_xxs")
 
 
 def test_images_that_a_narrower_checkpoint_was_trained_on_are_not_held_out(checkpoint):
@@ -117,9 +115,11 @@ def test_images_that_a_narrower_checkpoint_was_trained_on_are_not_held_out(check
 
 def test_a_network_of_other_classes_is_refused(tmp_path):
     model = MobileViT("xxs", num_classes=3)
-    config = {"dataset": "cifar10", "val_size": 2000}
-    checkpoint = model.settings | {"model": "xxs", "state_dict": model.state_dict()}
-    save_checkpoint(tmp_path / "three.pth", checkpoint | {"config": config, "img_size": 32})
+    checkpoint = {"format": 2, "model": "mobilevit_xxs", "settings": settings_of(model)}
+    checkpoint |= {"task": "cifar10", "classes": list("abc"), "img_size": 32, "config": {}}
+    checkpoint |= {"state_dict": model.state_dict()}
+    checkpoint |= {"test_accuracy_pct": None, "val_accuracy_pct": None}
+    save_checkpoint(tmp_path / "three.pth", checkpoint)
     with pytest.raises(BadInput, match="3 classes, not 10"):
         start_from(tmp_path / "three.pth")
 
@@ -129,4 +129,4 @@ def test_a_run_has_one_start(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_args()
     assert stopped.value.code == 2
-    assert "only one of --init, --widen and --pretrained" in capsys.readouterr().err
+    assert "--widen: not allowed with argument --init" in capsys.readouterr().err
