@@ -6,7 +6,7 @@
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
 
 Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile,
-NAME-VARIANT.json, and NAME-VARIANT-vnni.json on CPUs with VNNI. Only ratios carry over to other
+NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Only ratios carry over to other
 machines.
 """
 
@@ -44,10 +44,10 @@ def _of_training(args) -> dict:
 BENCHMARKS = {
     "train": run_train,
     "loader": run_loader,
-    "engines": quantization.engines,
-    "profile": quantization.profile,
+    "engines": lambda args: quantization.engines(args.checkpoint, args.latency_runs),
+    "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
 }
-OF_NETWORKS = ("engines", "profile")  # a file for each variant
+OF_NETWORKS = ("engines", "profile")  # a file for each model
 
 
 def parse_args():

@@ -1,18 +1,29 @@
-"""Speed of what quantize.py makes, on every engine."""
+"""Speed of quantized networks on every engine. Their accuracy plays no part here."""
 
+import dataclasses
 import functools
 
 import torch
 
 import ptq
 from lab.cli import BadInput
-from lab.engines import EngineMissing, openvino_bf16, openvino_cpu, openvino_nncf, torch_eager
+from lab.engines import (
+    EngineMissing,
+    openvino_bf16,
+    openvino_cpu,
+    openvino_nncf,
+    published,
+)
 from lab.engines.measure import latency
-from lab.engines.registry import engines_for
+from lab.engines.registry import engines_for, row_kind
 from lab.models.checkpoint import model_from_checkpoint
 from lab.tasks import cifar10
-from ptq import RECIPES
+from ptq import RECIPES, Recipe
 
+TIMED = (
+    *("fp32", "w7a8-convs", "w7a8", "w8a8", "w4"),
+    *(name for name, r in RECIPES.items() if r.peer and r.peer != published.NAME),
+)
 PROFILED = (
     ("fp32", openvino_cpu),
     ("int8-nncf", openvino_cpu),
@@ -21,69 +32,94 @@ PROFILED = (
 )
 
 
-def engines(args) -> dict:
+def engines(checkpoint, n_calls: int) -> dict:
     """Milliseconds an image of every method on every engine, all called in turn on one thread.
 
-    Values do not matter for speed: calibration is on noise, and all weights round to nearest.
+    `checkpoint`: path of the network. `n_calls`: timed calls of each.
     """
-    model, checkpoint, batches, example = on_noise(args)
-    runs, versions = {}, {}
-    peers = [recipe.name for recipe in RECIPES.values() if recipe.peer]
-    for name in ("fp32", "w7a8-convs", "w7a8", "w8a8", "w4", *peers):
-        recipe = RECIPES[name].to_nearest()
-        network = ptq.quantize(model, recipe, batches)
+    model, described, batches, example = on_noise(checkpoint)
+    runs, versions, recipes = {}, {}, {}
+    for recipe in recipes_for(model, TIMED):
+        network = ptq.quantize(model, to_nearest(recipe), batches)
         for engine in engines_for(recipe):
-            if recipe.simulated and engine is torch_eager:
+            if row_kind(recipe, engine) == "simulated":
                 continue
+            what = f"{recipe.name}@{engine.NAME}"
             try:
                 versions[engine.NAME] = engine.version()
                 run = engine.load(network, recipe, batches, example).run
-                runs[f"{name}@{engine.NAME}"] = functools.partial(run, example)
             except EngineMissing as missing:
-                print(f"{name}@{engine.NAME}: left out, {missing}")
+                print(f"{what}: left out, {missing}")
+                continue
             except Exception as error:  # such as no compiler for PT2E; the others go on
                 reason = str(error).split("\n")[0]
-                print(f"{name}@{engine.NAME}: failed, {type(error).__name__}: {reason}")
-    return {
-        "model": checkpoint["model"],
-        "img_size": checkpoint["img_size"],
+                print(f"{what}: failed, {type(error).__name__}: {reason}")
+                continue
+            runs[what] = functools.partial(run, example)
+            recipes[recipe.name] = recipe.asdict()
+    return described | {
+        "recipes": recipes,
         "engine_versions": versions,
-        "latency_ms": latency(runs, args.latency_runs),
+        "latency_ms": latency(runs, n_calls),
     }
 
 
-def profile(args) -> dict:
-    """Where OpenVINO spends a call, type by type of its nodes, for some methods in turn."""
-    model, checkpoint, batches, example = on_noise(args)
-    networks = {}
+def profile(checkpoint, n_calls: int) -> dict:
+    """Where OpenVINO spends a call, type by type of its nodes, for some methods in turn.
+
+    `checkpoint`: path of the network. `n_calls`: calls over which times are averaged.
+    """
+    model, described, batches, example = on_noise(checkpoint)
+    networks, recipes = {}, {}
     for name, engine in PROFILED:
-        recipe = RECIPES[name].to_nearest()
-        what = f"{name}@{engine.NAME}"
-        try:
-            engine.version()
-            network = ptq.quantize(model, recipe, batches)
-            if recipe.peer:
-                network = openvino_nncf.quantized(network, batches, example)
-            else:
-                network, _ = openvino_cpu.exported(network, example)
-        except EngineMissing as missing:
-            print(f"{what}: left out, {missing}")
-            continue
-        networks[what] = network, engine.PRECISION
+        for recipe in recipes_for(model, [name]):
+            what = f"{name}@{engine.NAME}"
+            try:
+                engine.version()
+                network = ptq.quantize(model, to_nearest(recipe), batches)
+                if recipe.peer:
+                    network = openvino_nncf.quantized(network, batches, example)
+                else:
+                    network, _ = openvino_cpu.exported(network, example)
+            except EngineMissing as missing:
+                print(f"{what}: left out, {missing}")
+                continue
+            networks[what] = network, engine.PRECISION
+            recipes[name] = recipe.asdict()
     if not networks:
         raise BadInput("nothing can be profiled here")
-    return {
-        "model": checkpoint["model"],
-        "img_size": checkpoint["img_size"],
+    return described | {
+        "recipes": recipes,
         "engine_version": openvino_cpu.version(),
-        "calls": args.latency_runs,
-        "ms": openvino_cpu.operators_ms(networks, example, args.latency_runs),
+        "calls": n_calls,
+        "ms": openvino_cpu.operators_ms(networks, example, n_calls),
     }
 
 
-def on_noise(args) -> tuple:
-    """A checkpoint's network and fields, eight images of noise to calibrate on, and one of them."""
-    model, checkpoint = model_from_checkpoint(args.checkpoint)
+def recipes_for(model, names):
+    """The recipes of these names for `model`; a line for each that does not suit it."""
+    for name in names:
+        try:
+            yield ptq.recipe(name, model)
+        except ValueError as error:
+            print(f"{name}: left out, {error}")
+
+
+def to_nearest(recipe: Recipe) -> Recipe:
+    """The same formats with every weight at its nearest code: as fast to run, and soon made."""
+    if not recipe.layers:
+        return recipe
+    steps = ("nearest", "calibrate") if recipe.quantizes_inputs else ("nearest",)
+    return dataclasses.replace(recipe, steps=steps, units=None)
+
+
+def on_noise(path) -> tuple:
+    """A checkpoint's network, its name and image size, and what to calibrate and run it on.
+
+    That is one batch of eight images of noise, and one of them.
+    """
+    model, checkpoint = model_from_checkpoint(path)
+    described = {"model": checkpoint["model"], "img_size": checkpoint["img_size"]}
     noise = torch.randint(256, (8, 3, cifar10.SIDE, cifar10.SIDE), dtype=torch.uint8)
     x = cifar10.to_input(noise, checkpoint["img_size"])
-    return model, checkpoint, [(x, torch.zeros(8))], x[:1]
+    return model, described, [(x, torch.zeros(8))], x[:1]
