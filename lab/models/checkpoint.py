@@ -9,6 +9,7 @@ Format 1, which knew MobileViT on CIFAR-10 alone, is read as format 2.
 
 import io
 import math
+import warnings
 import zipfile
 
 import torch
@@ -122,7 +123,8 @@ def read_tensors(path) -> dict:
                 damaged = archive.testzip()
             if damaged:
                 raise BadInput(f"{path} is damaged: the checksum of {damaged} does not fit")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused later
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadInput(f"no checkpoint at {path}") from error
     except BadInput:
