@@ -27,6 +27,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,12 @@ NOT_IN_CONFIG = (
     *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
     *("eval", "checkpoint"),
 )
+
+
+class StepOptions(NamedTuple):
+    precision: str
+    label_smoothing: float
+    clip_norm: float
 
 
 def parse_args():
@@ -242,17 +249,9 @@ def train(args, world: World) -> int:
             run.save()
         if args.tensorboard and world.rank == 0:
             run.tensorboard = tensorboard_writer(run.output / "tensorboard")
-        code = loop(
-            run,
-            network,
-            batches,
-            images[val_indices],
-            precision=args.precision,
-            label_smoothing=args.label_smoothing,
-            clip_norm=args.clip_norm,
-            workers=args.workers,
-            max_minutes=args.max_minutes,
-        )
+        how = StepOptions(args.precision, args.label_smoothing, args.clip_norm)
+        val = images[val_indices]
+        code = loop(run, network, batches, val, how, args.workers, args.max_minutes)
         if code == 0 and world.rank == 0:
             run.finish(args.data_dir)
     return code
@@ -268,10 +267,7 @@ def loop(
     network: nn.Module,
     batches: TrainBatches,
     val: Images,
-    *,
-    precision: str,
-    label_smoothing: float,
-    clip_norm: float,
+    options: StepOptions,
     workers: int,
     max_minutes: float | None,
 ) -> int:
@@ -296,7 +292,7 @@ def loop(
         network.train()
         saved = clock = time.monotonic()
         for images, labels in loader:
-            step(run, network, images, labels, precision, label_smoothing, clip_norm)
+            step(run, network, images, labels, options)
             bar.update()
             epoch_ends = run.epoch_due
             if run.step % check_every and not epoch_ends:
@@ -324,17 +320,11 @@ def loop(
 
 
 def step(
-    run: Run,
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    precision: str,
-    label_smoothing: float,
-    clip_norm: float,
+    run: Run, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
 ) -> None:
-    """Train on one batch: images uint8 [b, 3, w, w], labels int64 [b] or probabilities [b, K].
+    """Train on a batch: images uint8 [b, 3, w, w], labels int64 [b] or probabilities [b, K].
 
-    `network` is the run's model, as it is to be called: compiled, or parallel over processes.
+    `network` is the run's model as it is called: compiled, or parallel over processes.
     """
     device = run.world.device
     x = to_input(images.to(device, non_blocking=True), run.schedule.stage(run.step).side)
@@ -342,13 +332,14 @@ def step(
     for group in run.optimizer.param_groups:
         group["lr"] = run.schedule.lr(run.step)
 
-    with arithmetic(device.type, precision):
+    with arithmetic(device.type, options.precision):
         logits = network(x)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    smoothing = options.label_smoothing
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip_norm)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), options.clip_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.ema:

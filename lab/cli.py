@@ -84,7 +84,7 @@ def _number_type(kind: type, in_range: Callable, described: str) -> Callable:
         except ValueError:
             value = math.nan  # within no range
         if not in_range(value):
-            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {described}")
+            raise argparse.ArgumentTypeError(f"{shortened(text) or 'nothing'} is not {described}")
         return value
 
     return read
