@@ -1,4 +1,4 @@
-"""The checkpoints in this repository on the real test images, where DATA_DIR names them."""
+"""What this repository ships: rows, figures and weights, on the real images where DATA_DIR is."""
 
 import os
 from pathlib import Path
@@ -8,18 +8,20 @@ from conftest import ROOT
 
 from lab import files
 from lab.engines.measure import predict
-from lab.models.checkpoint import model_from_checkpoint
-from lab.report.rows import load_rows
-from lab.report.tables import agreement_pct, twin
+from lab.engines.registry import ENGINES, row_kind
+from lab.models.checkpoint import load_checkpoint, model_from_checkpoint
+from lab.report.figures import FIGURES
+from lab.report.results import load_results
+from lab.report.rows import read_row, row_path
+from lab.report.tables import accuracy, agreement_pct, simulated_row
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
 from ptq.recipe import Recipe
 from ptq.recipes import RECIPES
 from ptq.recipes.baselines import PROTOCOL
 
-SHIPPED = sorted(p for p in Path(ROOT, "checkpoints").glob("mobilevit_*/best.pth")
-                 if "synthetic" not in str(p))  # fmt: skip
-FP32_ROWS = [ROOT / "results" / p.parent.name / "fp32@torch-eager.json" for p in SHIPPED]
+SHIPPED = sorted(Path(ROOT, "checkpoints").glob("*/best.pth"))
+ROWS = sorted(Path(ROOT, "results").rglob("*@*.json"))
 N = 100  # images
 AGREEMENT_PCT, POINTS_APART = 99.5, 0.1  # wanted of an engine and the simulation
 MISSES = {  # what was got where one of them was not
@@ -29,51 +31,86 @@ MISSES = {  # what was got where one of them was not
 }
 
 
+@pytest.fixture(scope="module")
+def found():
+    return load_results(ROOT / "results", ROOT / "checkpoints")
+
+
+def fp32_row(checkpoint):
+    return read_row(ROOT / "results" / checkpoint.parent.name / "fp32@torch-eager.json")
+
+
 def test_something_is_shipped():
-    assert SHIPPED
+    assert SHIPPED and ROWS
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_rows_agree_with_their_place_and_with_todays_recipes(path):
+    row = read_row(path)
+    folder = ROOT / "results" / row["model"]
+    assert path == row_path(folder, row)
+    recipe = Recipe.fromdict(row["recipe"])
+    assert recipe == RECIPES.get(recipe.name, recipe)
+    assert row["kind"] == row_kind(recipe, ENGINES[row["engine"]])
+    assert sum(row["confusion"][k][k] for k in range(len(row["classes"]))) == row["n_correct"]
+    given = [row["predictions"].count(k) for k in range(len(row["classes"]))]
+    assert given == [sum(column) for column in zip(*row["confusion"])]
+    assert accuracy(row) == pytest.approx(100 * row["n_correct"] / row["n_images"])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
 def test_every_row_is_of_the_shipped_weights(path):
-    results = [files.read_json(p) for p in (ROOT / "results" / path.parent.name).glob("*.json")]
-    assert {row["recipe"]["name"] for row in results} >= {r.name for r in PROTOCOL}
-    assert {row["checkpoint_sha256"] for row in results} == {files.sha256(path)}
-    for row in results:
-        assert Recipe.fromdict(row["recipe"]) == RECIPES[row["recipe"]["name"]]
+    rows = [read_row(p) for p in ROWS if path.parent.name in p.parts]
+    assert {row["recipe"]["name"] for row in rows} >= {r.name for r in PROTOCOL}
+    assert {row["checkpoint_sha256"] for row in rows} == {files.sha256(path)}
 
 
 # What computes in BF16 around the integers rounds more than the simulation does, see the docs.
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_engines_predict_as_simulated(engine):
-    every_row = load_rows(ROOT / "results", ROOT / "checkpoints")
-    pairs = [(row, twin(row, every_row)) for row in every_row if row["engine"] == engine]
-    pairs = [(row, simulated) for row, simulated in pairs if simulated]
+def test_engines_predict_as_simulated(found, engine):
+    pairs = [(r, simulated_row(r, found.every_row)) for r in found.every_row]
+    pairs = [(row, other) for row, other in pairs if row["engine"] == engine and other]
     assert pairs
-    for row, simulated in pairs:
+    for row, other in pairs:
         what = row["model"], f"{row['recipe']['name']}@{engine}"
-        apart = abs(row["accuracy_pct"] - simulated["accuracy_pct"])
+        apart = abs(accuracy(row) - accuracy(other))
         least, most = MISSES.get(what, (AGREEMENT_PCT, POINTS_APART))
-        assert round(agreement_pct(row, simulated), 2) >= least and round(apart, 2) <= most, what
+        assert round(agreement_pct(row, other), 2) >= least and round(apart, 2) <= most, what
+
+
+def test_every_figure_can_be_drawn_and_is_on_a_page(found):
+    pages = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *ROOT.glob("docs/*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    shipped = {path.name for path in (ROOT / "results" / "figures").iterdir()}
+    assert shipped == {f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")}
+    for name, draw in FIGURES.items():
+        assert draw(found) is not None and f"figures/{name}.png" in text, name
+
+
+def test_benchmarks_are_of_todays_recipes(found):
+    """Every one that has a recipe: the tables drop the others."""
+    timed = found.benchmarks["engines"] + found.benchmarks["profile"]
+    recipes = [recipe for bench in timed for recipe in bench["recipes"].values()]
+    assert recipes
+    for recipe in recipes:
+        assert Recipe.fromdict(recipe) == RECIPES[recipe["name"]]
 
 
 @pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR names no CIFAR-10")
-@pytest.mark.parametrize("path", FP32_ROWS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
 def test_shipped_weights_predict_what_their_row_says(path):
-    row = files.read_json(path)
-    checkpoint = ROOT / row["checkpoint"]
-    assert files.sha256(checkpoint) == row["checkpoint_sha256"]
-    model, _ = model_from_checkpoint(checkpoint)
+    row = fp32_row(path)
+    model, _ = model_from_checkpoint(path)
     test = TASKS["cifar10"].load(os.environ["DATA_DIR"], train=False)
     logits, labels = predict(model, EvalBatches(test[:N], row["img_size"], 50))
-    expected = sum(int(a) == b for a, b in zip(row["predictions"], test.labels[:N].tolist()))
+    truth = test.labels.tolist()
+    expected = sum(a == b for a, b in zip(row["predictions"][:N], truth))
     n_correct = int((logits.argmax(1) == labels).sum())
     assert abs(n_correct - expected) <= 1  # another CPU may break a tie otherwise
-    truth = test.labels.tolist()
-    assert sum(int(a) == b for a, b in zip(row["predictions"], truth)) == row["n_correct"]
+    assert sum(a == b for a, b in zip(row["predictions"], truth)) == row["n_correct"]
 
 
-@pytest.mark.parametrize("path", FP32_ROWS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
 def test_shipped_checkpoints_state_the_accuracy_of_their_row(path):
-    row = files.read_json(path)
-    _, checkpoint = model_from_checkpoint(ROOT / row["checkpoint"])
-    assert abs(checkpoint["test_accuracy_pct"] - row["accuracy_pct"]) <= 0.02  # 2 images
+    checkpoint = load_checkpoint(path)
+    assert abs(checkpoint["test_accuracy_pct"] - accuracy(fp32_row(path))) <= 0.02  # 2 images
