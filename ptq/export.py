@@ -2,8 +2,10 @@
 
     x -> QuantizeLinear -> DequantizeLinear -> Conv or MatMul <- DequantizeLinear <- integer codes
 
-Engines recognise the pattern and compute the product in integers. Codes of at most four bits are
-stored as ONNX INT4, two to a byte. Batch norms are folded, which changes scales and biases only.
+Engines recognise the pattern and compute the product in integers. Weights of pointwise convolutions
+whose product stays in float are stored as matrices, with an Unsqueeze before the Conv. Codes of at
+most four bits are stored as ONNX INT4, two to a byte. Batch norms are folded, which changes scales
+and biases only.
 """
 
 import copy
@@ -165,6 +167,13 @@ class _Layer(nn.Module):
             if fmt.bits > 8 or (fmt.granularity, fmt.axis) != ("channel", 0):
                 raise ValueError(f"ONNX export of weights in {self.format} is not written")
             codes = quantized.codes.to(torch.int8)
+            # OpenVINO 2026.4 recognises the weights [O, I, 1, 1] of a pointwise convolution that it
+            # can't compute in integers, and turns them into floats anew for each stream: where two
+            # do so at once, the results are garbage. Behind an Unsqueeze it does so once, on load.
+            float_product = not isinstance(self.input, _QDQ) or fmt.bits <= 4
+            self.as_matrix = codes.shape[2:] == (1, 1) and float_product
+            if self.as_matrix:
+                codes = codes[:, :, 0, 0]  # [O, I]
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
             self.register_buffer("scale", quantized.scale)
 
@@ -176,6 +185,8 @@ class _Layer(nn.Module):
         weight = _dequantized(self.codes, (self.scale,), attrs, self.codes.shape)
         if self.linear:
             return x @ weight + layer.bias if layer.bias is not None else x @ weight
+        if self.as_matrix:
+            weight = weight[:, :, None, None]  # [O, I, 1, 1]
         return F.conv2d(
             x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
         )
@@ -198,3 +209,6 @@ def _strip(graph: onnx.GraphProto) -> None:
         graph.ClearField(field)
     for entry in (*graph.node, *graph.initializer, *graph.input, *graph.output):
         entry.ClearField("metadata_props")
+    for node in graph.node:
+        if node.op_type in ("DequantizeLinear", "Unsqueeze"):  # one or two a layer
+            node.ClearField("name")

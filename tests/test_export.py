@@ -175,7 +175,8 @@ def test_codes_are_stored_in_the_bits_of_the_recipe(quantized, x, tmp_path):
     codes = torch.from_numpy(
         onnx.numpy_helper.to_array(stored["body.0.expand.conv.codes"]).astype("int32")
     )
-    assert torch.equal(codes, layers["body.0.expand.conv"].codes)
+    expected = layers["body.0.expand.conv"].codes
+    assert torch.equal(codes, expected[:, :, 0, 0] if recipe is W4 else expected)
     bits = 4 if recipe is W4 else 8
     for name, layer in layers.items():
         assert len(stored[f"{name}.codes"].raw_data) == -(-layer.codes.numel() * bits // 8)
