@@ -22,6 +22,11 @@ from ptq.correction import norms_after
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 OPSET = 21  # the first with INT4
+# For people: neither engine reads its settings from an ONNX file.
+RUN_AS_SIMULATED = (
+    "OpenVINO: INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0. "
+    "ONNX Runtime: session.qdq_matmulnbits_accuracy_level=1."
+)
 
 
 def to_onnx(model: nn.Module, example: Tensor, path) -> None:
@@ -61,6 +66,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     proto = program.model_proto
     _store_int4(proto, int4)
     _strip(proto.graph)
+    onnx.helper.set_model_props(proto, {"run_as_simulated": RUN_AS_SIMULATED})
     onnx.save(proto, path)
 
 
