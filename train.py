@@ -191,6 +191,8 @@ def train(args, world: World) -> int:
 
     with world.first_then_others():  # one of them may have to download it
         images = TASKS[args.task].load(args.data_dir, train=True)
+    if args.val_size >= len(images):
+        raise BadInput(f"--val-size {args.val_size} leaves none of {len(images)} to train on")
     train_indices, val_indices = split(images.labels, args.val_size)
     stages = parse_resolutions(args.resolutions)
     batches = TrainBatches(

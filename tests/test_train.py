@@ -376,7 +376,7 @@ def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
     [
         (("--heads", "3"), "do not divide"),
         (("--batch-size", "5000"), "batch size 5000"),
-        (("--val-size", "2000"), "cannot draw"),
+        (("--val-size", "2000"), "--val-size 2000 leaves none of 2000 to train on"),
     ],
 )
 def test_options_that_do_not_fit_the_data_or_the_network_leave_nothing(flags, says, tmp_path):
