@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from lab import files, machine
 from lab.cli import BadInput, above, at_least, within
-from lab.models import NAMES, registered, run_name, settings_of
+from lab.models import NAMES, default_img_size, registered, run_name, settings_of
 from lab.models.checkpoint import MAX_IMG_SIZE
 from lab.tasks import TASKS
 from lab.tasks.augment import POLICIES, Augmentation
@@ -47,7 +47,7 @@ from lab.training.evaluation import TRAINABLE, test_accuracy
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.run import Run, tensorboard_writer
 from lab.training.schedule import MAX_EPOCHS, Schedule, parse_resolutions
-from lab.training.start import TIMM_HEADS, fresh_model, load_start, require_memory
+from lab.training.start import fresh_model, heads_to_build, load_start, require_memory
 from mobilevit import MIN_IMG_SIZE
 
 BEGAN = time.monotonic()  # what --max-minutes counts from
@@ -94,7 +94,7 @@ def parse_args():
     add = p.add_argument_group("schedule").add_argument
     help = "passes over the training images (100 unless --resolutions)"
     add("--epochs", type=at_least(1, MAX_EPOCHS), help=help)
-    help = "input side in pixels (256 unless --resolutions)"
+    help = "input side in pixels (the network's own unless --resolutions: 256 for MobileViT)"
     add("--img-size", type=at_least(MIN_IMG_SIZE, MAX_IMG_SIZE), help=help)
     help = (
         "in place of the two above: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, then 4 on "
@@ -147,7 +147,7 @@ def parse_args():
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
     if args.resolutions is None:
-        args.resolutions = f"{args.img_size or 256}:{args.epochs or 100}"
+        args.resolutions = f"{args.img_size or default_img_size(args.model)}:{args.epochs or 100}"
     stages = parse_resolutions(args.resolutions)
     args.img_size, args.epochs = stages[-1].img_size, sum(stage.epochs for stage in stages)
     if args.warmup_epochs >= args.epochs:
@@ -182,6 +182,7 @@ def main() -> int:
 
 def train(args, world: World) -> int:
     """Train as the options say and, at the end, read the test set; the command's exit code."""
+    heads = heads_to_build(args.model, args.heads, args.widen, args.pretrained)
     if not args.resume:
         require_no_run(args.output)
     if args.val_size < world.size:
@@ -207,15 +208,14 @@ def train(args, world: World) -> int:
     per_epoch = batches.steps_per_epoch
     schedule = Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr)
 
-    heads = TIMM_HEADS if args.pretrained else args.heads
-    model = fresh_model(args.model, len(images.classes), heads, args.seed)
+    sides = [stage.side for stage in stages]
+    model = fresh_model(args.model, len(images.classes), heads, args.seed, sides)
     if not args.resume:
         source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
         load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
     if args.device == "cpu":
-        largest = max(stage.side for stage in stages)
         value_bytes = 4 if args.precision == "fp32" else 2
-        require_memory(model, args.batch_size // world.size, largest, value_bytes)
+        require_memory(model, args.batch_size // world.size, max(sides), value_bytes)
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:

@@ -18,7 +18,8 @@ from torch import nn
 import train
 from lab import files
 from lab.cli import BadInput
-from lab.models.checkpoint import load_checkpoint, load_timm, load_weights, read_tensors
+from lab.models.checkpoint import load_checkpoint, load_weights, read_tensors
+from lab.models.foreign import load_timm
 from lab.training.distributed import World
 from lab.training.optimizer import arithmetic, build_optimizer, weight_groups
 from lab.training.run import tensorboard_writer

@@ -7,35 +7,53 @@ from torch import nn
 
 from lab import machine
 from lab.cli import BadInput
-from lab.models import build
-from lab.models.checkpoint import load_checkpoint, load_timm, load_weights, network
+from lab.models import build, require_img_size, require_mobilevit
+from lab.models.checkpoint import load_checkpoint, load_weights, network
+from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
 
-TIMM_HEADS = 4  # attention heads in every block of timm's networks
+
+def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> int | None:
+    """Attention heads that the network `name` is asked to have; None: its own. BadInput for a start
+    that it does not know."""
+    if heads is not None:
+        require_mobilevit(name, "--heads")
+    if widened:
+        require_mobilevit(name, "--widen")
+    return timm_layout(name).heads if pretrained else heads
 
 
-def fresh_model(name: str, num_classes: int, heads: int | None, seed: int) -> nn.Module:
-    """The network `name` with random weights; `heads` as its variant has them if None."""
+def fresh_model(
+    name: str, num_classes: int, heads: int | None, seed: int, sides: list[int]
+) -> nn.Module:
+    """The network `name` with random weights, which takes images of all `sides`, in pixels; `heads`
+    as its variant has them if None."""
     torch.manual_seed(seed)
     settings = {} if heads is None else {"heads": heads}
     try:
-        return build(name, num_classes=num_classes, **settings)
+        model = build(name, num_classes=num_classes, **settings)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    for side in sides:
+        require_img_size(model, side, name)
+    return model
 
 
 def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
     """Give `model`, the network `name`, the weights to start from, if any.
 
     They are from `init`, a checkpoint of the same network; from `widened`, one of a narrower
-    variant; or, if `pretrained`, timm's from ImageNet, which have TIMM_HEADS. BadInput if that
-    checkpoint was trained on images of `task` that a run with `val_size` holds out.
+    variant; or, if `pretrained`, timm's from ImageNet, for which it must have the heads that
+    `heads_to_build` says. BadInput if that checkpoint was trained on images of `task` that a run
+    with `val_size` holds out.
     """
     if init:
         load_weights(model, name, _checkpoint(init, task, val_size), init)
     elif widened:
+        narrow = _checkpoint(widened, task, val_size)
+        require_mobilevit(narrow["model"], "--widen")
         try:
-            widen(network(_checkpoint(widened, task, val_size), widened), model)
+            widen(network(narrow, widened), model)
         except ValueError as error:
             raise BadInput(f"{widened}: {error}") from error
     elif pretrained:
