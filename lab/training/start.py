@@ -1,6 +1,7 @@
 """What a training run starts from: a network with fresh weights, or with those of another."""
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -104,3 +105,9 @@ def values_kept(model: nn.Module, batch_size: int, side: int) -> int:
     with torch.no_grad():
         model(torch.empty(batch_size, 3, side, side, device="meta"))
     return sum(x.numel() for x in inputs.values())
+
+
+def require_no_run(output: Path) -> None:
+    """Raise BadInput if the folder of a run holds one already."""
+    if any((output / name).exists() for name in ("best.pth", "last.pth")):
+        raise BadInput(f"{output} already holds a run: --resume it or choose another --output")
