@@ -89,13 +89,12 @@ def training_table(runs: list[dict]) -> str:
         config, model = run["config"], run["model"]
         start = "then " if i else "widened, " if config.get("widen") else ""
         optimizer = config.get("optimizer", "adamw")
-        how = f"{OPTIMIZERS.get(optimizer, optimizer)}, {str(config.get('precision')).upper()}"
+        how = f"{OPTIMIZERS.get(optimizer, optimizer)}, {config['precision'].upper()}"
         published = PUBLISHED.get((model, "fp32"))
         lines.append(
             {
                 "Model": cell(model),
-                "Schedule (side:epochs)": start
-                + cell(str(config.get("resolutions")).replace(",", ", ")),
+                "Schedule (side:epochs)": start + cell(config["resolutions"].replace(",", ", ")),
                 "Training": cell(how),
                 "Hardware": cell(run["hardware"]),
                 "Parameters": f"{run['parameters']:,}",
