@@ -17,6 +17,7 @@ if __name__ == "__main__":
     cli.exit_on_signals()  # while the imports below take their seconds
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def parse_args():
     add("--latency-runs", type=at_least(1, 10**6), default=100, help="timed calls")
 
     add = p.add_argument_group("abuse").add_argument
-    add("--inputs", type=at_least(0, 10**6), default=600, help="malformed inputs to try")
+    add("--inputs", type=at_least(0, 10**6), default=400, help="malformed inputs to try")
     add("--kills", type=at_least(0, 10**6), default=60, help="kills of training and quantize.py")
     add("--seed", type=cli.seed, default=0, help="of the choice of inputs and of the kills' times")
 
@@ -97,6 +98,8 @@ def main():
     path = Path(args.output, f"{name}.json")
     files.write_json(path, result | {"hardware": device} | machine.provenance())
     print(path)
+    if result.get("faults"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

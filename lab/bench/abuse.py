@@ -33,6 +33,7 @@ from lab.models import build
 from lab.models.checkpoint import model_from_checkpoint
 from lab.report.pages import fill_pages
 from lab.report.results import load_results
+from lab.report.studies import abuse_table
 from ptq import packing
 
 KINDS = (
@@ -91,8 +92,10 @@ def abuse(n_inputs: int, n_kills: int, seed: int) -> dict:
                 found += [f"{kind}: {fault}" for fault in faults]
                 print("".join(f"FAULT {kind}: {fault}\n" for fault in faults), end="", flush=True)
     names = dict.fromkeys(kind for kind, _ in counts)
+    kinds = {k: {what: counts[k, what] for what in ("inputs", "faults")} for k in names}
+    print(abuse_table([{"kinds": kinds}]), flush=True)
     return {
-        "kinds": {k: {what: counts[k, what] for what in ("inputs", "faults")} for k in names},
+        "kinds": kinds,
         "faults": found,
         "seed": seed,
         "wall_s": time.monotonic() - began,

@@ -12,8 +12,13 @@ from pathlib import Path
 
 from lab.cli import BadInput
 
+try:
+    import resource
+except ImportError:  # Windows, which can't fork either
+    resource = None
+
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 120
+TIMEOUT_S, CPU_S = 900, 120  # after which a process hangs; seconds of the CPU, if it is at work
 HANGS = "hangs"
 
 
@@ -83,6 +88,7 @@ def _child(function, out: Path, err: Path, env: dict[str, str]):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="replace") for number in (1, 2))
     os.environ |= env
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     code = 1
     try:
         function()

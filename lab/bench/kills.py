@@ -7,6 +7,7 @@ drawn at random, each time goes on, and in the end must have what an undisturbed
 import csv
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -99,8 +100,8 @@ def journeys(kills: int, seed: int) -> list[tuple[str, list]]:
     `n`: which time at the place; for one at random, a share of the usual duration in percent.
     """
     rng, drawn = random.Random(f"{seed}, kills"), []
-    n_training = kills - kills // 5
-    for kind, total, most in (("training", n_training, 7), ("quantize", kills // 5, 2)):
+    n_rows = -(-kills // 5)
+    for kind, total, most in (("training", kills - n_rows, 7), ("quantize", n_rows, 2)):
         at = [PLACES[i % len(PLACES)] for i in range(total)]
         rng.shuffle(at)
         places = [(p, rng.randint(5, 95) if p == PLACES[-1] else rng.randint(1, most)) for p in at]
@@ -136,10 +137,16 @@ def journey(kind: str, places: list, folder: Path, stand: Path, seconds: float) 
     else:
         argv = (*QUANTIZE, "--checkpoint", stand / "undisturbed" / "best.pth", "--output", output)
     for place, n in places:
-        run = small((*argv, *_resume(kind, output)))
-        after_s = seconds * n / 100 if place == PLACES[-1] else None
-        outcome = forked(killed(run, place, n), folder, kill_after_s=after_s)
-        if outcome.code not in (0, -signal.SIGKILL):  # 0: it was done before its time came
+        code = 0
+        while code == 0:
+            run = small((*argv, *_resume(kind, output)))
+            after_s = seconds * n / 100 if place == PLACES[-1] else None
+            outcome = forked(killed(run, place, n), folder, kill_after_s=after_s)
+            code = outcome.code
+            if code == 0:  # it was done before its time came: begin anew, for an earlier one
+                shutil.rmtree(output)
+                n = 1
+        if code != -signal.SIGKILL:
             faults.append(f"goes on, {place}: {described(outcome)}")
         faults += not_whole(kind, output)
     for left in output.rglob(f"{PREFIX}*"):  # what a process that just began has is left alone

@@ -305,3 +305,16 @@ def benchmarks_table(benchmarks: dict[str, list[dict]]) -> str:
             benchmark = cell(f"Loader, one core, augmentation {augment}")
             add(benchmark, f"{made:.0f} images/s", cell(against), f"{made / taken:.0f}")
     return markdown(lines)
+
+
+def abuse_table(benchmarks: list[dict]) -> str:
+    """A line a kind of malformed input or kill of lab.bench abuse, and one for all together."""
+    counts = {name: kind for bench in benchmarks for name, kind in bench["kinds"].items()}
+    if counts:
+        counts["together"] = {w: sum(k[w] for k in counts.values()) for w in ("inputs", "faults")}
+    return markdown(
+        [
+            {"Tried": cell(name), "Inputs": str(kind["inputs"]), "Faults": str(kind["faults"])}
+            for name, kind in counts.items()
+        ]
+    )
