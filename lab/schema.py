@@ -110,15 +110,19 @@ def mapping(schema: Schema) -> Schema:
     return check
 
 
-def record(fields: dict[str, Schema]) -> Schema:
-    """A dict that has each of `fields`, as its schema describes it; others are let pass."""
+def record(fields: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    """A dict that has each of `fields`, and may have those of `optional`, as schemas describe them.
+
+    Others are let pass.
+    """
 
     def check(value, where):
         _require(isinstance(value, dict), value, where, "a mapping")
         missing = [name for name in fields if name not in value]
         if missing:
             raise BadInput(f"{where} lacks {', '.join(missing)}")
-        for name, schema in fields.items():
-            schema(value[name], f"{where}: {name}")
+        for name, schema in (fields | (optional or {})).items():
+            if name in value:
+                schema(value[name], f"{where}: {name}")
 
     return check

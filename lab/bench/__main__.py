@@ -4,10 +4,11 @@
     python -m lab.bench loader    # images/s of the loader, against what the model takes, 1 minute
     python -m lab.bench engines   # latency of methods and engines, all in turn, 5 to 7 minutes
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
+    python -m lab.bench abuse     # malformed inputs and kills through the commands, 10 minutes
 
 Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile,
 NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Only ratios carry over to other
-machines.
+machines. abuse exits with 1 if something ends otherwise than docs/robustness.md says.
 """
 
 from lab import cli
@@ -16,12 +17,13 @@ if __name__ == "__main__":
     cli.exit_on_signals()  # while the imports below take their seconds
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from lab import files, machine
-from lab.bench import quantization, training
+from lab.bench import abuse, quantization, training
 from lab.cli import above, at_least
 from lab.models import registered
 from lab.models.checkpoint import MAX_IMG_SIZE
@@ -46,6 +48,7 @@ BENCHMARKS = {
     "loader": run_loader,
     "engines": lambda args: quantization.engines(args.checkpoint, args.latency_runs),
     "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
+    "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
 }
 OF_NETWORKS = ("engines", "profile")  # a file for each model
 
@@ -69,6 +72,11 @@ def parse_args():
     add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="the network to run")
     add("--latency-runs", type=at_least(1, 10**6), default=100, help="timed calls")
 
+    add = p.add_argument_group("abuse").add_argument
+    add("--inputs", type=at_least(0, 10**6), default=400, help="malformed inputs to try")
+    add("--kills", type=at_least(0, 10**6), default=60, help="kills of training and quantize.py")
+    add("--seed", type=cli.seed, default=0, help="of the choice of inputs and of the kills' times")
+
     args = p.parse_args()
     args.device = cli.device(p, args.device)
     args.precision = cli.precision(p, args.precision, args.device)
@@ -90,6 +98,8 @@ def main():
     path = Path(args.output, f"{name}.json")
     files.write_json(path, result | {"hardware": device} | machine.provenance())
     print(path)
+    if result.get("faults"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ SCHEMAS = {
             "training_images_per_s": ABOVE_ZERO,
         }
     ),
+    "abuse": record({"kinds": mapping(record({"inputs": integer(1), "faults": integer(0)}))}),
 }
 
 

@@ -15,6 +15,7 @@ PAGES = {  # page: the blocks that it holds
     "docs/training.md": ("training", "commands"),
     "docs/quantization.md": ("per-layer", "per-layer-fx", "ablation"),
     "docs/speed.md": ("speeds-vnni", "speeds", "profile", "sizes", "benchmarks"),
+    "docs/robustness.md": ("abuse",),
     "checkpoints/README.md": ("classes",),
 }
 MARKER = re.compile(r"<!-- (begin|end):(.*?) -->")
@@ -39,6 +40,7 @@ def blocks_of(found: Results) -> dict[str, str]:
         "profile": studies.profile_table(profiles[0] if profiles else None),
         "sizes": tables.sizes_table(found.input_sizes),
         "benchmarks": studies.benchmarks_table(found.benchmarks),
+        "abuse": studies.abuse_table(found.benchmarks["abuse"]),
         "classes": studies.classes_table(found.rows),
     }
 

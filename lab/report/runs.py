@@ -5,8 +5,12 @@ from pathlib import Path
 
 from lab.cli import BadInput
 from lab.files import read_json, sha256
-from lab.schema import anything, integer, mapping, number, record, text
+from lab.schema import integer, mapping, maybe, number, record, text
 
+CONFIG = record(
+    {"resolutions": text, "precision": text},
+    optional={"optimizer": text, "widen": maybe(text)},  # of later runs
+)
 METRICS = record(
     {
         "model": text,
@@ -18,7 +22,7 @@ METRICS = record(
         "train_s": number(0),
         "hardware": text,
         "printed": text,
-        "config": mapping(anything),
+        "config": CONFIG,
     }
 )
 LOG = (

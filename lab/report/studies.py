@@ -89,13 +89,12 @@ def training_table(runs: list[dict]) -> str:
         config, model = run["config"], run["model"]
         start = "then " if i else "widened, " if config.get("widen") else ""
         optimizer = config.get("optimizer", "adamw")
-        how = f"{OPTIMIZERS.get(optimizer, optimizer)}, {str(config.get('precision')).upper()}"
+        how = f"{OPTIMIZERS.get(optimizer, optimizer)}, {config['precision'].upper()}"
         published = PUBLISHED.get((model, "fp32"))
         lines.append(
             {
                 "Model": cell(model),
-                "Schedule (side:epochs)": start
-                + cell(str(config.get("resolutions")).replace(",", ", ")),
+                "Schedule (side:epochs)": start + cell(config["resolutions"].replace(",", ", ")),
                 "Training": cell(how),
                 "Hardware": cell(run["hardware"]),
                 "Parameters": f"{run['parameters']:,}",
@@ -306,3 +305,16 @@ def benchmarks_table(benchmarks: dict[str, list[dict]]) -> str:
             benchmark = cell(f"Loader, one core, augmentation {augment}")
             add(benchmark, f"{made:.0f} images/s", cell(against), f"{made / taken:.0f}")
     return markdown(lines)
+
+
+def abuse_table(benchmarks: list[dict]) -> str:
+    """A line a kind of malformed input or kill of lab.bench abuse, and one for all together."""
+    counts = {name: kind for bench in benchmarks for name, kind in bench["kinds"].items()}
+    if counts:
+        counts["together"] = {w: sum(k[w] for k in counts.values()) for w in ("inputs", "faults")}
+    return markdown(
+        [
+            {"Tried": cell(name), "Inputs": str(kind["inputs"]), "Faults": str(kind["faults"])}
+            for name, kind in counts.items()
+        ]
+    )

@@ -59,8 +59,9 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
         unit, wanted = model.get_submodule(name), reference.get_submodule(name)
         inputs = torch.cat([x for (x,) in captured(model, unit, batches, "input")])
         outputs = torch.cat(list(captured(reference, wanted, batches, "output")))
-        if not (inputs.isfinite().all() and outputs.isfinite().all()):
-            raise ValueError(f"what goes into or comes out of {name} is not finite")
+        # Squares, as the loss is one of the outputs, and its gradient a product with the inputs.
+        if not all(x.square().sum().isfinite() for x in (inputs, outputs)):
+            raise ValueError(f"what goes into or comes out of {name} is not finite when squared")
         n_images = sum(len(x) for x, *_ in batches)
         reconstruct(unit, inputs, outputs, STEP_IMAGES * len(inputs) // n_images)
 

@@ -1,0 +1,227 @@
+"""Commands killed at bad moments and started again: what they leave must be whole.
+
+A journey is one training run, or one call for several rows, that is killed a few times at places
+drawn at random, each time goes on, and in the end must have what an undisturbed one has.
+"""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lab.bench.forked import HANGS, Outcome, command, forked, script
+from lab.cli import BadInput
+from lab.files import PREFIX, read_json
+from lab.models.checkpoint import read_tensors
+from lab.report.rows import read_row
+from lab.tasks import TASKS
+
+KILLS_A_JOURNEY = 4
+PLACES = ("before a rename", "after a rename", "inside a write", "inside torch.save", "at random")
+N_IMAGES = 300  # of the synthetic task, to train on and to test on
+TRAIN = (
+    *("train.py", "--task", "synthetic", "--img-size", "32", "--batch-size", "50", "--epochs", "2"),
+    *("--warmup-epochs", "0.5", "--val-size", "100", "--ema-decay", "0.9", "--device", "cpu"),
+)
+RECIPES = ("fp32", "fp16", "w4-nearest")
+QUANTIZE = (
+    *("quantize.py", "--recipes", *RECIPES, "--test-images", "100", "--latency-runs", "2"),
+    *("--workers", "1"),
+)
+TIMES = ("images_per_s", "peak_memory_mb", "seconds")  # columns of a log that differ between runs
+
+
+def small(argv) -> Callable[[], None]:
+    """A command on the first images of the synthetic task; it saves after every training step."""
+
+    def run():
+        task = TASKS["synthetic"]
+        whole = task.load
+        task.load = lambda data_dir, train: whole(data_dir, train)[:N_IMAGES]
+        script("train.py").SAVE_EVERY_S = 0
+        command(argv)()
+
+    return run
+
+
+def killed(run: Callable[[], None], place: str, n: int) -> Callable[[], None]:
+    """`run`, which kills itself at the n-th time that it comes to `place`, one of PLACES."""
+    calls = 0
+
+    def die_at_last(*_):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(owner, name, before=None, after=None):
+        original = getattr(owner, name)
+
+        def replacement(*args, **kwargs):
+            if before:
+                before(*args)
+            result = original(*args, **kwargs)
+            if after:
+                after(*args)
+            return result
+
+        setattr(owner, name, replacement)
+
+    def half(path, content, *_):  # written, as far as a killed process would have come
+        with open(path, "wb") as file:
+            data = content.encode() if isinstance(content, str) else bytes(content)
+            file.write(data[: len(data) // 2])
+        die_at_last()
+
+    def patched():
+        if place == "before a rename":
+            around(os, "replace", before=die_at_last)
+        elif place == "after a rename":
+            around(os, "replace", after=die_at_last)
+        elif place == "inside a write":
+            around(Path, "write_bytes", before=half)
+            around(Path, "write_text", before=half)
+        elif place == "inside torch.save":
+            around(torch, "save", after=die_at_last)
+        run()
+
+    return patched
+
+
+def journeys(kills: int, seed: int) -> list[tuple[str, list]]:
+    """(kind, [(place, n), ...]) for `kills` kills in all: four in five are of training runs.
+
+    `n`: which time at the place; for one at random, a share of the usual duration in percent.
+    """
+    rng, drawn = random.Random(f"{seed}, kills"), []
+    n_rows = -(-kills // 5)
+    for kind, total, most in (("training", kills - n_rows, 7), ("quantize", n_rows, 2)):
+        at = [PLACES[i % len(PLACES)] for i in range(total)]
+        rng.shuffle(at)
+        places = [(p, rng.randint(5, 95) if p == PLACES[-1] else rng.randint(1, most)) for p in at]
+        size = KILLS_A_JOURNEY
+        drawn += [(kind, places[i : i + size]) for i in range(0, total, size)]
+    return drawn
+
+
+def prepare(stand: Path) -> dict[str, float]:
+    """An undisturbed run and its rows; seconds that each takes."""
+    seconds = {}
+    run, rows = stand / "undisturbed", stand / "undisturbed-rows"
+    for kind, argv in (
+        ("training", (*TRAIN, "--output", run)),
+        ("quantize", (*QUANTIZE, "--checkpoint", run / "best.pth", "--output", rows)),
+    ):
+        began = time.monotonic()
+        outcome = forked(small(argv), stand)
+        if outcome.code != 0:
+            raise BadInput(f"{argv[0]} does not run undisturbed: {outcome.err[-500:]}")
+        seconds[kind] = time.monotonic() - began
+    return seconds
+
+
+def journey(kind: str, places: list, folder: Path, stand: Path, seconds: float) -> list[str]:
+    """Kill a command at `places`, let it end, and say what is wrong then.
+
+    `stand` is what `prepare` filled, in `seconds`.
+    """
+    output, faults = folder / "output", []
+    if kind == "training":
+        argv = (*TRAIN, "--output", output)
+    else:
+        argv = (*QUANTIZE, "--checkpoint", stand / "undisturbed" / "best.pth", "--output", output)
+    for place, n in places:
+        code = 0
+        while code == 0:
+            run = small((*argv, *_resume(kind, output)))
+            after_s = seconds * n / 100 if place == PLACES[-1] else None
+            outcome = forked(killed(run, place, n), folder, kill_after_s=after_s)
+            code = outcome.code
+            if code == 0:  # it was done before its time came: begin anew, for an earlier one
+                shutil.rmtree(output)
+                n = 1
+        if code != -signal.SIGKILL:
+            faults.append(f"goes on, {place}: {described(outcome)}")
+        faults += not_whole(kind, output)
+    for left in output.rglob(f"{PREFIX}*"):  # what a process that just began has is left alone
+        os.utime(left, (0, time.time() - 60))
+    outcome = forked(small((*argv, *_resume(kind, output))), folder)
+    if outcome.code != 0:
+        return [*faults, f"to its end: {described(outcome)}"]
+    faults += not_whole(kind, output)
+    faults += [f"{path.name} is left" for path in output.rglob(f"{PREFIX}*")]
+    undisturbed = stand / ("undisturbed" if kind == "training" else "undisturbed-rows")
+    return faults + (differences(undisturbed, output) if kind == "training" else missing(output))
+
+
+def _resume(kind: str, output: Path) -> tuple[str, ...]:
+    begun = kind == "training" and (output / "last.pth").exists()
+    return ("--resume",) if begun else ()
+
+
+def described(outcome: Outcome) -> str:
+    """An end that should have been another, in a line."""
+    last = (outcome.err.strip().splitlines() or ["nothing on stderr"])[-1]
+    if outcome.code == HANGS:
+        return "hangs"
+    return f"exit code {outcome.code}, {last[:200]}"
+
+
+def not_whole(kind: str, output: Path) -> list[str]:
+    """A line for each file under `output` that can't be read to its end."""
+    faults = []
+    readers = {".pth": read_tensors, ".json": read_json if kind == "training" else read_row}
+    for path in output.rglob("*"):
+        if path.suffix in readers and not path.parent.name.startswith(PREFIX):
+            try:
+                readers[path.suffix](path)
+            except BadInput as error:
+                faults.append(f"not whole: {error}")
+    return faults
+
+
+def missing(output: Path) -> list[str]:
+    rows = {path.name.split("-32@")[0] for path in output.rglob("*.json")}
+    return [f"no row of {name}" for name in RECIPES if name not in rows]
+
+
+def differences(undisturbed: Path, output: Path) -> list[str]:
+    """A line for each file of a run that differs from the undisturbed run's in more than times."""
+    faults = []
+    for name in ("best.pth", "last.pth"):
+        ours, theirs = (flat(read_tensors(folder / name)) for folder in (undisturbed, output))
+        apart = [k for k in ours.keys() | theirs.keys() if not same(ours.get(k), theirs.get(k))]
+        apart = [k for k in apart if k[0] not in ("seconds", "commit") and k[-1] not in TIMES]
+        if apart:
+            faults.append(f"{name} differs in {len(apart)} values, first {apart[0]}")
+    logs = []
+    for folder in (undisturbed, output):
+        with open(folder / "log.csv", newline="") as file:
+            lines = list(csv.DictReader(file))
+        logs.append([{k: v for k, v in line.items() if k not in TIMES} for line in lines])
+    if logs[0] != logs[1]:
+        faults.append(f"log.csv has {len(logs[1])} lines instead of {len(logs[0])}, or others")
+    metrics = [read_json(folder / "metrics.json") for folder in (undisturbed, output)]
+    if metrics[0]["printed"] != metrics[1]["printed"]:
+        faults.append("metrics.json has another result")
+    return faults
+
+
+def flat(value, path=()) -> dict[tuple, object]:
+    """{path: value} of everything in nested dicts and lists."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {p: v for key, part in items for p, v in flat(part, (*path, key)).items()}
+    return {path: value}
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
