@@ -173,11 +173,10 @@ class _Layer(nn.Module):
             if fmt.bits > 8 or (fmt.granularity, fmt.axis) != ("channel", 0):
                 raise ValueError(f"ONNX export of weights in {self.format} is not written")
             codes = quantized.codes.to(torch.int8)
-            # OpenVINO 2026.4 recognises the weights [O, I, 1, 1] of a pointwise convolution that it
-            # can't compute in integers, and turns them into floats anew for each stream: where two
-            # do so at once, the results are garbage. Behind an Unsqueeze it does so once, on load.
-            float_product = not isinstance(self.input, _QDQ) or fmt.bits <= 4
-            self.as_matrix = codes.shape[2:] == (1, 1) and float_product
+            # OpenVINO 2026.4 keeps the codes [O, I, 1, 1] of a pointwise convolution that it does
+            # not compute in integers, and each stream turns them into floats: with two or more the
+            # results may be garbage. Behind an Unsqueeze they become floats once, when it loads.
+            self.as_matrix = codes.shape[2:] == (1, 1) and not _in_integers(quantized)
             if self.as_matrix:
                 codes = codes[:, :, 0, 0]  # [O, I]
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
@@ -196,6 +195,14 @@ class _Layer(nn.Module):
         return F.conv2d(
             x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
         )
+
+
+def _in_integers(quantized: QuantizedLayer) -> bool:
+    """Whether OpenVINO computes a pointwise convolution in integers: with more than four bits for
+    weights and one scale for inputs."""
+    if not isinstance(quantized.input, Quantizer) or quantized.format.bits <= 4:
+        return False
+    return quantized.input.format.granularity == "tensor"
 
 
 def _store_int4(proto: onnx.ModelProto, names: list[str]) -> None:

@@ -34,6 +34,9 @@ W7A8 = Recipe(
     ),
 )
 W4 = Recipe("w4", layers=(LayerSpec(".*", per_channel(4)),))
+INPUTS = pytest.mark.parametrize(
+    "inputs", [None, PER_TENSOR, DEPTHWISE], ids=["float", "a scale", "a scale per channel"]
+)
 STREAMS = [{"NUM_STREAMS": 2}, {"NUM_STREAMS": 4}, {"PERFORMANCE_HINT": "THROUGHPUT"}]
 
 
@@ -216,7 +219,7 @@ def exported(quantized, x, tmp_path_factory):
 
 @pytest.mark.parametrize("settings", STREAMS, ids=lambda settings: str(*settings.values()))
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("inputs", [None, PER_TENSOR], ids=["float inputs", "8-bit inputs"])
+@INPUTS
 def test_pointwise_convolutions_are_right_on_several_streams(bits, inputs, settings, tmp_path):
     openvino = pytest.importorskip("openvino")
     torch.manual_seed(0)
@@ -234,10 +237,11 @@ def test_pointwise_convolutions_are_right_on_several_streams(bits, inputs, setti
 
 
 @pytest.mark.parametrize("batch", [None, 1], ids=["open batch", "batch 1"])
-@pytest.mark.parametrize("inputs", [None, PER_TENSOR], ids=["float inputs", "8-bit inputs"])
+@INPUTS
 def test_no_weights_of_convolutions_are_left_to_compute(model, x, inputs, batch, tmp_path):
     openvino = pytest.importorskip("openvino")
-    recipe, path = Recipe("r", layers=(LayerSpec(".*", per_channel(4), inputs),)), tmp_path / "a"
+    layers = tuple(LayerSpec(name, per_channel(4), inputs) for name in (r".*\.conv", ".*to_tokens"))
+    recipe, path = Recipe("r", layers=layers), tmp_path / "a"
     to_onnx(ptq.quantize(model, recipe, [(x, None)]), x[:1], path)
     read = openvino.Core().read_model(path)
     read.reshape([batch or -1, *x.shape[1:]])
