@@ -78,9 +78,9 @@ def parse_args():
     how.add_argument(
         "--recipes",
         nargs="+",
-        choices=RECIPES,
+        type=cli.known(RECIPES, "recipe"),
         default=[recipe.name for recipe in PROTOCOL],
-        help="what to do to them",
+        help=f"what to do to them: {', '.join(RECIPES)}",
     )
     how.add_argument(
         "--engines",

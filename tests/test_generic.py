@@ -55,7 +55,7 @@ def batches():
     return [(draw(8, 3, SIDE, SIDE, seed=i), None) for i in range(2)]
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4-gptq"])
+@pytest.mark.parametrize("name", ["w8a8", "w4-shift"])
 def test_any_network_is_quantized_exported_and_run(name, network, tmp_path):
     recipe = ptq.recipe(name, network)
     assert recipe.name == name and recipe.steps == ptq.RECIPES[name].steps
