@@ -7,9 +7,11 @@ from ptq.recipe import Recipe
 from ptq.recipes import mobilevit
 from ptq.recipes.ablation import ABLATION
 from ptq.recipes.baselines import PEERS, PROTOCOL
+from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.generic import generic
 
-RECIPES = {recipe.name: recipe for recipe in PROTOCOL + mobilevit.OURS + ABLATION + PEERS}
+ALL = PROTOCOL + mobilevit.OURS + ABLATION + PEERS + INTEGER
+RECIPES = {recipe.name: recipe for recipe in ALL}
 
 
 def recipe(name: str, model: nn.Module) -> Recipe:

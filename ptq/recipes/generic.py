@@ -6,19 +6,22 @@ from dataclasses import replace
 from torch import nn
 
 from ptq.layers import kinds_of
-from ptq.recipe import LayerSpec, Recipe
+from ptq.recipe import Recipe
+from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.mobilevit import CORES
 
 # Recipes of ptq.recipes.mobilevit that name no layer but by its kind.
 GENERIC = ("w8a8", "w8a8-nearest", "w7a8", "w6a6", "w6a6-nearest", "w4a8", "w4a8-nearest")
 GENERIC += ("w4", "w4-nearest", "w4-gptq", "w4-adaround", "w4-shift", "w4-minmax")
+GENERIC += tuple(recipe.name for recipe in INTEGER)
 
 
 def generic(recipe: Recipe, model: nn.Module) -> Recipe:
     """The recipe with its formats, observers and steps for the layers that `model` has.
 
-    Inputs of depthwise convolutions get a scale per channel, those of attention cores none of a
-    sign's, all others one scale. Inputs of the first layers are quantized, too. Weights are rounded
+    Inputs of depthwise convolutions get a scale per channel if the recipe has one there, those of
+    attention cores none of a sign's, all others one scale. Inputs of the first layers are
+    quantized, too. What computes in integers takes all layers of its kinds. Weights are rounded
     layer by layer. Layers of torch's own multi-head attention stay in float: it reads their
     weights and never calls them. ValueError for a recipe that names layers of MobileViT.
     """
@@ -27,17 +30,21 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
             f"recipe {recipe.name} names layers of MobileViT: for other networks there are "
             f"{', '.join(GENERIC)}"
         )
-    names = {"depthwise": [], "attention": [], "others": []}
+    integer = {spec.kind: spec for spec in recipe.layers if spec.kind != "product"}
+    names = {kind: [] for kind in (*integer, "depthwise", "attention", "others")}
     for name, module in model.named_modules():
-        if "product" in kinds_of(module) and not _in_torch_attention(name, model):
+        computed = next((kind for kind in integer if kind in kinds_of(module)), None)
+        if computed:
+            names[computed].append(name)
+        elif "product" in kinds_of(module) and not _in_torch_attention(name, model):
             names[_group(module)].append(name)
     last = recipe.layers[-1]  # of all layers without a special format
-    formats = {"others": last, "depthwise": last, "attention": None}
-    if last.input:
-        per_channel = replace(last.input, granularity="channel", axis=1)
-        attention = next(spec.input for spec in recipe.layers if spec.pattern == CORES)
-        formats["depthwise"] = replace(last, input=per_channel)
-        formats["attention"] = LayerSpec("", input=attention, input_observer=last.input_observer)
+    formats = integer | {"others": last, "depthwise": last, "attention": None}
+    for spec in recipe.layers:
+        if spec.kind == "product" and spec.pattern == CORES:
+            formats["attention"] = replace(spec, weight=None, input_observer=last.input_observer)
+        elif spec.kind == "product" and spec.input and spec.input.granularity == "channel":
+            formats["depthwise"] = replace(last, input=spec.input)
     specs = tuple(
         replace(formats[group], pattern="|".join(map(re.escape, of_group)))
         for group, of_group in names.items()
