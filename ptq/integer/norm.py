@@ -15,7 +15,7 @@ UNIT = 12  # bits after the point of a normalised value
 class LayerNormTable:
     """Integer constants of a layer norm: y = (u * gain + offset) / 2**shift in output codes.
 
-    `gain`, `offset`: int64 [C]; `epsilon`: eps in the unit of `C * sum x^2 - (sum x)^2`.
+    `gain`, `offset`: int64 [C]; `epsilon`: eps in units of 2**-16 of `C * sum x^2 - (sum x)^2`.
     """
 
     gain: Tensor
@@ -46,26 +46,26 @@ def layer_norm_table(
         torch.tensor([round(w / out_scale * 2.0 ** (shift - UNIT)) for w in weight], device=device),
         torch.tensor([round(b / out_scale * 2.0**shift) for b in bias], device=device),
         shift,
-        round(eps * len(weight) ** 2 / scale**2),
+        round(eps * len(weight) ** 2 / scale**2 * 2**16),
     )
 
 
 def normalised(codes: Tensor, bits: int = 12, epsilon: int = 0) -> Tensor:
-    """(x - mean) / standard deviation over the last axis, in units of 2**-12; 0 where all are equal.
+    """(x - mean) / standard deviation over the last axis, in units of 2**-12; 0 where all equal.
 
-    `codes` [..., C] are signed integers of `bits` bits. With V = C sum x^2 - (sum x)^2, which is C^2
-    times the variance and exact, the mean is never rounded. Everything fits int64.
+    `codes` [..., C] are signed integers of `bits` bits. V = C sum x^2 - (sum x)^2, which is C^2
+    times the variance, is exact: the mean is never rounded. Everything fits int64.
     Deviation from Kim et al., section 3.6, who round the mean and the standard deviation to codes.
     """
     n = codes.shape[-1]
     codes = fits(codes, bits, "what a layer norm takes in")
     total = codes.sum(-1, keepdim=True)
-    variance = n * (codes * codes).sum(-1, keepdim=True) - total * total + epsilon
+    variance = n * (codes * codes).sum(-1, keepdim=True) - total * total
     variance = fits(variance, 62, "the variance of a layer norm")
     # Bits after the point of the root: 8, or fewer where C and the codes are large.
-    largest = (n << (bits - 1)) ** 2 + epsilon
+    largest = (n << (bits - 1)) ** 2 + (epsilon >> 16)
     extra = min(max(62 - largest.bit_length(), 0) // 2, 8)
-    deviation = isqrt(variance << 2 * extra)
+    deviation = isqrt((variance << 2 * extra) + (epsilon >> (16 - 2 * extra)))
     centred = (n * codes - total) << (UNIT + extra)
     return torch.where(deviation > 0, centred // deviation.clamp(min=1), 0)
 

@@ -13,7 +13,7 @@ from ptq.integer import OutOfRange, published
 from ptq.integer.activations import log2_softmax, softmax
 from ptq.integer.norm import layer_norm, layer_norm_table
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
-from ptq.observers import Histogram, MinMax, squared_error
+from ptq.observers import Histogram, MinMax
 from ptq.recipe import LayerSpec
 
 
