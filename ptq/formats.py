@@ -5,6 +5,7 @@ observer (ptq.observers) or by a method, and passed in.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -108,3 +109,94 @@ class Uniform:
         `scale` and `zero_point` broadcast with `x`."""
         zero = zero_point.to(x.dtype)
         return (x / scale).round_().clamp_(self.qmin - zero, self.qmax - zero).mul_(scale)
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """A uniform format whose scale is doubled 0 to `most` times, channel by channel.
+
+    value = (code - zero_point) * scale * 2**shift[c], with c along the last axis, unsigned codes,
+    and one scale and zero-point for the tensor. Sums over channels, as for a layer norm, then take
+    only shifts: (code - zero_point) << shift[c] are integers of a common scale.
+    Lin et al., "FQ-ViT", IJCAI 2022, section 3.2, equations 9 and 10.
+    """
+
+    bits: int
+    most: int = 3
+    axis: ClassVar[int] = -1
+    group_size: ClassVar[int] = 0
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"a format with power-of-two factors has 2 to 8 bits, not {self.bits}")
+        if not 0 <= self.most <= 7:
+            raise ValueError(f"a scale is doubled at most 0 to 7 times, not {self.most}")
+
+    @property
+    def whole(self) -> Uniform:
+        """The format of the tensor without factors."""
+        return Uniform(self.bits, symmetric=False)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` as [C, n], a row for each channel."""
+        return x.movedim(-1, 0).flatten(1)
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale float32 [1] and zero-point int32 [1] so that the largest shift covers the range,
+        [1] and [1], and 0."""
+        scale, zero_point = self.whole.grid(low, high)
+        return scale / 2**self.most, zero_point
+
+    def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
+        """Codes, int32 of `x`'s shape [..., C], of the nearest levels; `shifts` int64 [C]."""
+        codes = (x / (scale * 2**shifts)).round() + zero_point
+        return codes.clamp(0, self.whole.qmax).int()
+
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
+        return (codes - zero_point) * (scale * 2**shifts)
+
+    def integers(self, codes: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
+        """int64 of the codes' shape in units of `scale`: bits + 1 + most bits with the sign."""
+        return (codes - zero_point).long() << shifts
+
+
+# Code k + 1 rather than k from 2**k times which ratio of 1 to the value?
+THRESHOLDS = {"sqrt2": 2**0.5, "3/2": 3 / 2, "4/3": 4 / 3}
+
+
+@dataclass(frozen=True)
+class Log2:
+    """Powers of two for values in [0, 1], as of a softmax: value = 2**-code, and one code is 0.
+
+    `threshold`: where rounding goes to the next code. "sqrt2" is nearest in the logarithm, as Lin
+    et al., "FQ-ViT", IJCAI 2022, section 3.3, write it; "3/2" is what their code does; "4/3" is
+    nearest in the value.
+    `zero_code`: the last of the 2**bits codes means 0. Without it, as published, every code is a
+    power and 0 is one more, 2**bits, which `bits` bits do not hold.
+    """
+
+    bits: int
+    threshold: str = "sqrt2"
+    zero_code: bool = True
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"a logarithmic format has 2 to 8 bits, not {self.bits}")
+        if self.threshold not in THRESHOLDS:
+            raise ValueError(f"threshold is {', '.join(THRESHOLDS)}, not {self.threshold}")
+
+    @property
+    def zero(self) -> int:
+        """The code of 0; those below it are powers of two."""
+        return 2**self.bits - self.zero_code
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes, int32 of `x`'s shape; `x` lies in [0, 1]."""
+        mantissa, exponent = torch.frexp(x.double())  # mantissa in [1/2, 1), or 0
+        codes = (mantissa * THRESHOLDS[self.threshold] <= 1).int() - exponent
+        return torch.where(x > 0, codes, self.zero).clamp(0, self.zero).int()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values, float32 of the codes' shape."""
+        powers = torch.ldexp(torch.ones_like(codes, dtype=torch.float32), -codes)
+        return torch.where(codes == self.zero, 0.0, powers)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 NEVER_RAN = "a layer of the network never ran during calibration"
 PRODUCERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, QuantizedLayer)
@@ -63,7 +63,8 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module, name):
-        ours = isinstance(module, QuantizedLayer | QuantizedAttentionCore | Quantizer)
+        kinds = QuantizedLayer | QuantizedAttentionCore | Quantizer | IntegerLayer
+        ours = isinstance(module, kinds)
         return ours or super().is_leaf_module(module, name)
 
 

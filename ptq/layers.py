@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import AttentionCore
-from ptq.formats import Uniform
+from ptq.formats import PowerOfTwo, Uniform
 from ptq.observers import OBSERVERS
 from ptq.recipe import LayerSpec
 
@@ -23,7 +23,7 @@ class Quantizer(nn.Module):
     zero-point.
     """
 
-    def __init__(self, format: Uniform, observer: str):
+    def __init__(self, format: Uniform | PowerOfTwo, observer: str):
         super().__init__()
         if format.group_size:
             raise ValueError("activations have scales per tensor or per channel, not per group")
@@ -47,6 +47,11 @@ class Quantizer(nn.Module):
         if self.scale is None:
             return x
         return fake_quantize(x, self.format, self.scale, self.zero_point)
+
+    def integers(self, x: Tensor) -> Tensor:
+        """`x` as int64 in units of the scale: codes less the zero-point."""
+        codes = self.format.encode(x, self.scale, self.zero_point)
+        return (codes - self.zero_point).long()
 
     def extra_repr(self) -> str:
         return f"{self.format}, {self.observer_name}"
@@ -91,6 +96,28 @@ class QuantizedLayer(nn.Module):
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
         self.layer.weight.copy_(self.format.decode(codes, scale))
+
+
+class IntegerLayer(nn.Module):
+    """A layer that computes in integers (ptq.integer) once its quantizers are calibrated.
+
+    `compute` takes in and puts out float values, but of codes alone. As long as a quantizer has no
+    scale, the layer computes in float between those that have one.
+    """
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        quantizers = [m for m in self.modules() if isinstance(m, Quantizer)]
+        if all(quantizer.scale is not None for quantizer in quantizers):
+            return self.compute(*inputs)
+        return self.simulate(*inputs)
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """In integers."""
+        raise NotImplementedError
+
+    def simulate(self, *inputs: Tensor) -> Tensor:
+        """In float, through the quantizers."""
+        raise NotImplementedError
 
 
 class KeyProduct(nn.Module):

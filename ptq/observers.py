@@ -32,10 +32,13 @@ class MinMax:
         low, high = rows.aminmax(dim=1)
         if not (low.isfinite().all() and high.isfinite().all()):
             raise ValueError("the calibration data or what a layer makes of it is not finite")
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        self.widen(low.clamp(max=0), high.clamp(min=0))
+        self.accumulate(rows)
+
+    def widen(self, low: Tensor, high: Tensor) -> None:
+        """Take the ends [G] of one tensor into `low` and `high`."""
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        self.accumulate(rows)
 
     def accumulate(self, rows: Tensor) -> None:
         """Take in the values [G, n] of one tensor, after `low` and `high` have."""
@@ -54,6 +57,20 @@ class AbsMax(MinMax):
         low, high = super().range()
         largest = torch.maximum(-low, high)
         return -largest, largest
+
+
+class EMA(MinMax):
+    """The ends of the first tensor, moved by a hundredth of the way to those of each later one.
+
+    As in the code of Lin et al., "FQ-ViT", IJCAI 2022: over the ten batches that it calibrates on,
+    the first weighs 91 %. A baseline.
+    """
+
+    sigma = 0.01
+
+    def widen(self, low: Tensor, high: Tensor) -> None:
+        self.low = low if self.low is None else self.low + self.sigma * (low - self.low)
+        self.high = high if self.high is None else self.high + self.sigma * (high - self.high)
 
 
 class Histogram(MinMax):
@@ -217,4 +234,11 @@ def kl_divergence(p: Tensor, q: Tensor) -> float:
     return (p[filled] * (p[filled] / q[filled]).log()).sum().item()
 
 
-OBSERVERS = {"minmax": MinMax, "absmax": AbsMax, "percentile": Percentile, "mse": MSE, "kl": KL}
+OBSERVERS = {
+    "minmax": MinMax,
+    "absmax": AbsMax,
+    "ema": EMA,
+    "percentile": Percentile,
+    "mse": MSE,
+    "kl": KL,
+}

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import get_args, get_origin
 
-from ptq.formats import Uniform
+from ptq.formats import Log2, PowerOfTwo, Uniform
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,30 @@ class LayerSpec:
     A format that is None leaves its tensor in float. `kind` is a key of ptq.layers.LAYERS:
     "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
     of q, k and v, and without a sign that of the softmax. "pointwise" are layer norms and SiLU:
-    they compute in float on inputs of that format and keep their weights.
+    they compute in float on inputs of that format and keep their weights. The kinds of
+    ptq.methods.fq_vit and ptq.methods.ibert compute in integers; of these, `attention` is the
+    format of a core's softmax, `output` that of what a layer norm puts out, and `published` asks
+    for the arithmetic of the paper instead of ours.
     """
 
     pattern: str
     weight: Uniform | None = None
-    input: Uniform | None = None
+    input: Uniform | PowerOfTwo | None = None
     weight_observer: str = "mse"
     input_observer: str = "mse"
     kind: str = "product"
+    attention: Uniform | Log2 | None = None
+    output: Uniform | None = None
+    published: bool = False
 
     def __post_init__(self):
-        if self.kind == "pointwise" and self.weight is not None:
-            raise ValueError("pointwise layers keep their weights in float")
+        if self.kind != "product" and self.weight is not None:
+            raise ValueError(f"{self.kind} layers keep their weights in float")
+        if self.kind in ("product", "pointwise"):
+            if isinstance(self.input, PowerOfTwo):
+                raise ValueError(f"{self.kind} layers take inputs of a uniform format")
+            if self.attention or self.output or self.published:
+                raise ValueError(f"{self.kind} layers compute in float")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Recipe:
         return rebuilt
 
 
-_TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform)}
+_TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform, PowerOfTwo, Log2)}
 
 
 def _plain(value):

@@ -5,7 +5,17 @@ with quantized layers (ptq.layers), in place. `reference` is the same network in
 the calibration images, or None.
 """
 
-from ptq.methods import adaround, biases, calibrate, equalize, gptq, nearest, norms
+from ptq.methods import (
+    adaround,
+    biases,
+    calibrate,
+    equalize,
+    fq_vit,  # noqa: F401 -- adds kinds of layers
+    gptq,
+    ibert,  # noqa: F401 -- adds kinds of layers
+    nearest,
+    norms,
+)
 
 STEPS = {
     "nearest": nearest.nearest,

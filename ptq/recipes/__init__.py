@@ -7,10 +7,11 @@ from ptq.recipe import Recipe
 from ptq.recipes import mobilevit
 from ptq.recipes.ablation import ABLATION
 from ptq.recipes.baselines import PEERS, PROTOCOL
+from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.generic import generic
 from ptq.recipes.uniform import UNIFORM
 
-ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + PEERS
+ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + PEERS + INTEGER
 RECIPES = {recipe.name: recipe for recipe in ALL}
 
 

@@ -1,0 +1,13 @@
+"""Operators of a network in integers alone: what a processor without floating point computes.
+
+Tensors are int64 and hold codes: a value is scale * code, with the zero-point already taken off.
+Scales are Python numbers, from which each operator makes its integer constants beforehand, so no
+float touches a tensor. What should fit a smaller register is checked: see `rescale.fits`.
+
+`rescale`: from one scale to another, sums, square roots. `activations`: softmax, SiLU, GELU.
+`norm`: layer norm. `published`: the same operators as papers and their code have them.
+"""
+
+from ptq.integer.rescale import OutOfRange
+
+__all__ = ["OutOfRange"]

@@ -1,0 +1,89 @@
+"""Layer norm in integers, on codes with shifts per channel."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.integer.rescale import fits, isqrt, positive
+
+UNIT = 12  # bits after the point of a normalised value
+
+
+@dataclass(frozen=True)
+class LayerNormTable:
+    """Integer constants of a layer norm: y = (u * gain + offset) / 2**shift in output codes.
+
+    `gain`, `offset`: int64 [C]; `epsilon`: eps in units of 2**-16 of `C * sum x^2 - (sum x)^2`.
+    """
+
+    gain: Tensor
+    offset: Tensor
+    shift: int
+    epsilon: int
+
+
+def layer_norm_table(
+    weight: list[float],
+    bias: list[float],
+    eps: float,
+    scale: float,
+    out_scale: float,
+    device: torch.device | None = None,
+) -> LayerNormTable:
+    """For inputs of `scale` and outputs of `out_scale`, above 0; `weight` and `bias` have C values.
+
+    The gain takes 15 bits and a sign, or fewer if the offset would leave 46.
+    """
+    positive(scale, "the scale of what a layer norm takes in")
+    positive(out_scale, "the scale of what a layer norm puts out")
+    largest = max(max(map(abs, weight)) / out_scale, 2.0**-20)
+    reach = max(max(map(abs, bias)) / out_scale, 1.0)
+    shift = UNIT + 14 - math.floor(math.log2(largest))
+    shift = max(min(shift, 45 - math.ceil(math.log2(reach)), 62), 1)
+    return LayerNormTable(
+        torch.tensor([round(w / out_scale * 2.0 ** (shift - UNIT)) for w in weight], device=device),
+        torch.tensor([round(b / out_scale * 2.0**shift) for b in bias], device=device),
+        shift,
+        round(eps * len(weight) ** 2 / scale**2 * 2**16),
+    )
+
+
+def normalised(codes: Tensor, bits: int = 12, epsilon: int = 0) -> Tensor:
+    """(x - mean) / standard deviation over the last axis, in units of 2**-12; 0 where all equal.
+
+    `codes` [..., C] are signed integers of `bits` bits. V = C sum x^2 - (sum x)^2, which is C^2
+    times the variance, is exact: the mean is never rounded. Everything fits int64.
+    Deviation from Kim et al., section 3.6, who round the mean and the standard deviation to codes.
+    """
+    n = codes.shape[-1]
+    codes = fits(codes, bits, "what a layer norm takes in")
+    total = codes.sum(-1, keepdim=True)
+    variance = n * (codes * codes).sum(-1, keepdim=True) - total * total
+    variance = fits(variance, 62, "the variance of a layer norm")
+    # Bits after the point of the root: 8, or fewer where C and the codes are large.
+    largest = (n << (bits - 1)) ** 2 + (epsilon >> 16)
+    extra = min(max(62 - largest.bit_length(), 0) // 2, 8)
+    deviation = isqrt((variance << 2 * extra) + (epsilon >> (16 - 2 * extra)))
+    centred = (n * codes - total) << (UNIT + extra)
+    return torch.where(deviation > 0, centred // deviation.clamp(min=1), 0)
+
+
+def layer_norm(
+    codes: Tensor,
+    table: LayerNormTable,
+    qmin: int,
+    qmax: int,
+    zero_point: int = 0,
+    bits: int = 12,
+) -> Tensor:
+    """Layer norm over the last axis: codes [..., C] of `bits` bits to codes in [qmin, qmax].
+
+    Lin et al., "FQ-ViT", IJCAI 2022, section 3.2, and our own arithmetic: eps is kept, a token
+    without variance gives its bias, and multipliers are rounded, of 15 bits, and the same for every
+    token (`ptq.methods.fq_vit` has their form).
+    """
+    u = normalised(codes, bits, table.epsilon)
+    y = (u * table.gain + table.offset + (1 << (table.shift - 1))) >> table.shift
+    return (y + zero_point).clamp(qmin, qmax)

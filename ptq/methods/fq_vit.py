@@ -1,0 +1,246 @@
+"""FQ-ViT's layers: layer norm with power-of-two factors, and attention with log-int-softmax.
+
+Lin et al., "FQ-ViT: Post-Training Quantization for Fully Quantized Vision Transformer", IJCAI 2022
+(arXiv 2111.13824). Each comes as published, the code's arithmetic with its faults, and corrected.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mobilevit import AttentionCore
+from ptq.formats import Log2, PowerOfTwo, Uniform
+from ptq.integer import OutOfRange, published
+from ptq.integer.activations import log2_softmax, softmax
+from ptq.integer.norm import layer_norm, layer_norm_table
+from ptq.layers import LAYERS, IntegerLayer, Quantizer
+from ptq.observers import Histogram, MinMax
+from ptq.recipe import LayerSpec
+
+
+class Factors:
+    """Observer of PowerOfTwo, as published: `range()` gives low [1], high [1] and shifts [C].
+
+    Ends are those of all tensors; shifts are those of least squared error on the last one.
+    """
+
+    def __init__(self, format: PowerOfTwo):
+        self.format, self.seen, self.last = format, MinMax(format.whole), None
+
+    def update(self, x: Tensor) -> None:
+        self.seen.update(x)
+        self.last = self.format.rows(x.detach().float())
+
+    def range(self) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = self.seen.range()
+        return low, high, errors(self.format, low, high, self.last).argmin(0)
+
+
+class HistogramFactors:
+    """The same, corrected: shifts of least squared error on all tensors, through a histogram a
+    channel, and the zero-point of the range or one in the middle, whichever errs less."""
+
+    def __init__(self, format: PowerOfTwo):
+        self.format, self.seen, self.channels = format, MinMax(format.whole), Histogram(format)
+
+    def update(self, x: Tensor) -> None:
+        self.seen.update(x)
+        self.channels.update(x)
+
+    def range(self) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = self.seen.range()
+        qmax = self.format.whole.qmax
+        half = (qmax + 1) // 2  # so many levels below 0, and one less above
+        widest = torch.maximum(-low, high * half / (qmax - half))
+        ranges = (low, high), (-widest, widest * (qmax - half) / half)
+        values, counts = self.channels.centres(), self.channels.counts
+        costs = [errors(self.format, *ends, values, counts) for ends in ranges]  # [most + 1, C]
+        best = min((0, 1), key=lambda i: float(costs[i].amin(0).sum()))
+        return *ranges[best], costs[best].argmin(0)
+
+
+def errors(format: PowerOfTwo, low: Tensor, high: Tensor, rows: Tensor, weights=None) -> Tensor:
+    """Sums of squared errors [most + 1, C] of `rows` [C, n] for each shift."""
+    scale, zero_point = format.grid(low, high)
+    whole, each = format.whole, []
+    for shift in range(format.most + 1):
+        levels = whole.nearest(rows, scale * 2**shift, zero_point)
+        error = (rows - levels).square()
+        each.append((error if weights is None else error * weights).sum(1))
+    return torch.stack(each)
+
+
+class PowerOfTwoQuantizer(Quantizer):
+    """A quantizer of [..., C] whose scale is doubled `shifts[c]` times, int64 [C]."""
+
+    def __init__(self, format: PowerOfTwo, channels: int, published: bool):
+        super().__init__(format, "factors as published" if published else "factors")
+        self.published = published
+        self.register_buffer("shifts", torch.zeros(channels, dtype=torch.int64))
+
+    def observe(self) -> None:
+        self.observer = (Factors if self.published else HistogramFactors)(self.format)
+        self.scale = self.zero_point = None
+
+    def freeze(self) -> None:
+        low, high, self.shifts = self.observer.range()
+        self.scale, self.zero_point = self.format.grid(low, high)
+        self.observer = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.update(x)
+        if self.scale is None:
+            return x
+        grid = self.scale, self.zero_point, self.shifts
+        return self.format.decode(self.format.encode(x, *grid), *grid)
+
+    def integers(self, x: Tensor) -> Tensor:
+        codes = self.format.encode(x, self.scale, self.zero_point, self.shifts)
+        return self.format.integers(codes, self.zero_point, self.shifts)
+
+
+def parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """A layer norm's weight and bias [C], 1 and 0 where it has none."""
+    like = torch.ones(norm.normalized_shape)
+    weight = like if norm.weight is None else norm.weight.detach()
+    return weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
+
+
+class PowerOfTwoNorm(IntegerLayer):
+    """A layer norm of [..., C] in integers between a PowerOfTwo input and a uniform output."""
+
+    def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
+        super().__init__()
+        self.layer, self.published = layer, spec.published
+        channels = layer.normalized_shape[-1]
+        self.input = PowerOfTwoQuantizer(spec.input, channels, spec.published)
+        self.output = Quantizer(spec.output, spec.input_observer)
+
+    def simulate(self, x: Tensor) -> Tensor:
+        return self.output(self.layer(self.input(x)))
+
+    def compute(self, x: Tensor) -> Tensor:
+        codes, scale = self.input.integers(x), float(self.input.scale)
+        weight, bias = parameters(self.layer)
+        if self.published:
+            y = published_norm(codes, scale, weight, bias, float(self.output.scale))
+            return self.output(y.float())
+        return integer_norm(codes, scale, self.layer, self.output, self.input.format.bits + 4)
+
+
+def integer_norm(codes: Tensor, scale: float, norm: nn.LayerNorm, out: Quantizer, bits: int):
+    """`ptq.integer.norm.layer_norm` of integers [..., C] of `bits` bits, as values of `out`."""
+    weight, bias = parameters(norm)
+    table = layer_norm_table(
+        weight.tolist(), bias.tolist(), norm.eps, scale, float(out.scale), codes.device
+    )
+    zero_point, fmt = int(out.zero_point), out.format
+    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, bits)
+    return (y - zero_point) * out.scale
+
+
+def published_norm(
+    codes: Tensor, scale: float, weight: Tensor, bias: Tensor, out_scale: float
+) -> Tensor:
+    """The layer norm of FQ-ViT's code: float64 values [..., C] for integers in units of `scale`.
+
+    Means and multipliers are floats, a pair for every token and channel. The multiplier is floored
+    to 8 bits, eps left out. OutOfRange for a token without variance, by which theirs divides.
+    """
+    n = codes.shape[-1]
+    total = codes.sum(-1, keepdim=True)
+    variance = n * (codes * codes).sum(-1, keepdim=True) - total * total
+    if (variance == 0).any():
+        raise OutOfRange("FQ-ViT's layer norm divides by 0: a token has no variance")
+    mean, deviation = scale / n * total.double(), scale / n * variance.double().sqrt()
+    weight, bias = weight.double(), bias.double()
+    factor = scale * weight / (deviation * out_scale)  # [..., C]
+    shift = (7 - factor.abs().log2().floor()).clamp(0, 31)
+    multiplier = (factor.abs() * 2**shift).floor().clamp(0, 255)
+    offset = ((bias - mean * weight / deviation) / out_scale * 2**shift).round()
+    return ((factor.sign() * multiplier * codes + offset) / 2**shift).round() * out_scale
+
+
+class LogSoftmaxCore(IntegerLayer):
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
+
+    q, k, v and the scores have quantizers. The softmax puts out codes of `attention`: powers of
+    two, which make shifts of the product with v, or even levels of 1 / (a whole number).
+    """
+
+    def __init__(self, spec: LayerSpec):
+        super().__init__()
+        self.attention, self.published = spec.attention, spec.published
+        formats = dict.fromkeys(("q", "k", "v", "scores"), spec.input)
+        if isinstance(self.attention, Uniform):
+            formats["attention"] = self.attention
+        observer = spec.input_observer
+        self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
+
+    def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attention = self.inputs["scores"](self.scores(q, k)).softmax(-1)
+        if "attention" in self.inputs:
+            attention = self.inputs["attention"](attention)
+        return attention @ self.inputs["v"](v)
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        quantizer = self.inputs["scores"]
+        codes, scale = quantizer.integers(self.scores(q, k)), float(quantizer.scale)
+        if self.published:
+            codes = published.log_int_softmax(codes, scale, self.attention.bits)
+        elif isinstance(self.attention, Log2):
+            codes = log2_softmax(codes, scale, self.attention)
+        else:
+            return uniform_softmax(codes, scale, self.inputs["attention"]) @ self.inputs["v"](v)
+        return self.attention.decode(codes) @ self.inputs["v"](v)
+
+
+def uniform_softmax(codes: Tensor, scale: float, attention: Quantizer) -> Tensor:
+    """The softmax of integers in units of `scale`, as values of the nearest levels to those of
+    `attention` that are 1 / (a whole number)."""
+    levels = max(round(1 / float(attention.scale)), 1)
+    return softmax(codes, scale, levels, attention.format.qmax) / levels
+
+
+def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
+    check_norm(norm, spec, PowerOfTwo)
+    if spec.output is None:
+        raise ValueError(f"{spec.kind} layers need the format of their outputs")
+    return PowerOfTwoNorm(norm, spec)
+
+
+def check_norm(norm: nn.LayerNorm, spec: LayerSpec, format: type) -> None:
+    """Raise ValueError unless the norm goes over one axis and the spec has what norms need."""
+    if len(norm.normalized_shape) != 1:
+        raise ValueError("layer norms compute in integers only over the last axis")
+    one = isinstance(spec.input, PowerOfTwo) or (spec.input and spec.input.granularity == "tensor")
+    if not (isinstance(spec.input, format) and one) or spec.attention is not None:
+        raise ValueError(
+            f"{spec.kind} layers need inputs in {format.__name__} with one scale, and no attention"
+        )
+
+
+def check_core(spec: LayerSpec, attention: type) -> None:
+    """Raise ValueError unless the spec has what cores need."""
+    uniform = isinstance(spec.input, Uniform) and spec.input.granularity == "tensor"
+    if not uniform or not isinstance(spec.attention, attention) or spec.output is not None:
+        raise ValueError(
+            f"{spec.kind} layers need inputs in Uniform with one scale, the format of their "
+            "softmax, and none of their outputs"
+        )
+    if isinstance(spec.attention, Uniform) and spec.attention.symmetric:
+        raise ValueError("a softmax takes a format without a sign")
+
+
+def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
+    check_core(spec, Log2 if spec.published else Log2 | Uniform)
+    if spec.published and (spec.attention.threshold, spec.attention.zero_code) != ("3/2", False):
+        raise ValueError("FQ-ViT's code rounds at 3/2 and has no code of 0")
+    return LogSoftmaxCore(spec)
+
+
+LAYERS["fq-vit-norm"] = {nn.LayerNorm: _norm}
+LAYERS["fq-vit-core"] = {AttentionCore: _core}

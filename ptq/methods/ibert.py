@@ -1,0 +1,156 @@
+"""I-BERT's layers: softmax, GELU, SiLU and layer norm in integers.
+
+Kim et al., "I-BERT: Integer-only BERT Quantization", ICML 2021 (arXiv 2101.01321). Each comes as
+published (ptq.integer.published) and refined (ptq.integer).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mobilevit import AttentionCore
+from ptq.formats import Uniform
+from ptq.integer import OutOfRange, published
+from ptq.integer.activations import gelu, silu
+from ptq.integer.rescale import fits
+from ptq.layers import LAYERS, IntegerLayer, Quantizer
+from ptq.methods.fq_vit import check_core, check_norm, integer_norm, parameters, uniform_softmax
+from ptq.recipe import LayerSpec
+
+FRACTION = 12  # bits of a refined sigmoid
+
+
+def width(quantizer: Quantizer) -> int:
+    """Bits of a signed code less the zero-point."""
+    return quantizer.format.bits + (not quantizer.format.symmetric)
+
+
+class IntegerCore(IntegerLayer):
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
+
+    The softmax takes the sums of products of codes as they are, of 32 bits, without a format.
+    """
+
+    def __init__(self, spec: LayerSpec):
+        super().__init__()
+        self.published, self.attention = spec.published, spec.attention
+        formats = dict.fromkeys("qkv", spec.input)
+        if not spec.published:
+            formats["attention"] = spec.attention
+        observer = spec.input_observer
+        self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
+
+    def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
+        attention = scores.softmax(-1)
+        if "attention" in self.inputs:
+            attention = self.inputs["attention"](attention)
+        return attention @ self.inputs["v"](v)
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, keys = self.inputs["q"], self.inputs["k"]
+        # Sums below 2**53 are exact in float64, which torch multiplies many times faster.
+        scores = (queries.integers(q).double() @ keys.integers(k).double().mT).long()
+        scale = float(queries.scale) * float(keys.scale) * q.shape[-1] ** -0.5
+        if self.published:
+            bits = self.attention.bits
+            attention = published.i_softmax(scores, scale, bits) / 2**bits
+        else:
+            attention = uniform_softmax(scores, scale, self.inputs["attention"])
+        return attention @ self.inputs["v"](v)
+
+
+class IntegerNorm(IntegerLayer):
+    """A layer norm of [..., C] in integers; refined, its output has a format, as published 32 bits
+    and a scale per channel."""
+
+    def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
+        super().__init__()
+        self.layer = layer
+        self.input = Quantizer(spec.input, spec.input_observer)
+        self.output = None if spec.published else Quantizer(spec.output, spec.input_observer)
+
+    def simulate(self, x: Tensor) -> Tensor:
+        y = self.layer(self.input(x))
+        return y if self.output is None else self.output(y)
+
+    def compute(self, x: Tensor) -> Tensor:
+        codes, scale = self.input.integers(x), float(self.input.scale)
+        if self.output is None:
+            return published_norm(codes, *parameters(self.layer), width(self.input))
+        return integer_norm(codes, scale, self.layer, self.output, width(self.input))
+
+
+def published_norm(codes: Tensor, weight: Tensor, bias: Tensor, bits: int) -> Tensor:
+    """I-BERT's layer norm of integers [..., C] of `bits` bits, as float32 values; eps is left out.
+
+    Deviation: the shift before squares are summed follows from C and the bits, not from data.
+    The bias over the weight is held in 63 bits: where it is beyond 2 sqrt(C), 32 do not hold it.
+    OutOfRange for a token without variance and a weight of 0.
+    """
+    n = codes.shape[-1]
+    if (weight == 0).any():
+        raise OutOfRange("I-BERT's layer norm divides by a weight, and one is 0")
+    scale = math.sqrt(n) / 2**30
+    shift = max(math.ceil((math.log2(n) + 2 * bits - 2 - 32) / 2), 0)
+    offset = (bias.double() / weight.double() / scale).floor().long()
+    y = published.i_layer_norm(codes, shift) + fits(offset, 62, "I-BERT's bias over weight")
+    return (y * (scale * weight.double())).float()
+
+
+class IntegerActivation(IntegerLayer):
+    """SiLU or GELU in integers."""
+
+    def __init__(self, layer: nn.SiLU | nn.GELU, spec: LayerSpec):
+        super().__init__()
+        self.layer, self.published = layer, spec.published
+        self.input = Quantizer(spec.input, spec.input_observer)
+
+    def simulate(self, x: Tensor) -> Tensor:
+        return self.layer(self.input(x))
+
+    def compute(self, x: Tensor) -> Tensor:
+        quantizer = self.input
+        fmt, scale, zero_point = quantizer.format, quantizer.scale, quantizer.zero_point
+        # Of every code once: a feature map holds each many times.
+        every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - zero_point
+        return self.values(every, float(scale))[fmt.encode(x, scale, zero_point) - fmt.qmin]
+
+    def values(self, codes: Tensor, scale: float) -> Tensor:
+        """What the layer makes of integers in units of `scale`: float32 of their shape."""
+        if isinstance(self.layer, nn.GELU):
+            if self.published:
+                y, scale = published.i_gelu(codes, scale)
+            else:
+                y = gelu(codes, scale, FRACTION, width(self.input))
+                scale /= 2**FRACTION
+        else:
+            bits = 8 if self.published else FRACTION
+            y = (published.i_silu if self.published else silu)(codes, scale, bits)
+            scale /= 2**bits
+        return (y.double() * scale).float()
+
+
+def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
+    check_core(spec, Uniform)
+    return IntegerCore(spec)
+
+
+def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
+    check_norm(norm, spec, Uniform)
+    if (spec.output is None) != spec.published:
+        raise ValueError(f"{spec.kind} layers need the format of their outputs, unless published")
+    return IntegerNorm(norm, spec)
+
+
+def _activation(layer: nn.Module, spec: LayerSpec) -> nn.Module:
+    uniform = isinstance(spec.input, Uniform) and spec.input.granularity == "tensor"
+    if not uniform or spec.attention or spec.output:
+        raise ValueError(f"{spec.kind} layers need inputs in Uniform with one scale, no more")
+    return IntegerActivation(layer, spec)
+
+
+LAYERS["i-bert-norm"] = {nn.LayerNorm: _norm}
+LAYERS["i-bert-core"] = {AttentionCore: _core}
+LAYERS["i-bert-act"] = {nn.SiLU: _activation, nn.GELU: _activation}

@@ -1,0 +1,77 @@
+"""FQ-ViT and I-BERT: layer norms and attention in integers between quantized products.
+
+`fq-vit` has an 8-bit softmax, `fq-vit-a4` one of 4-bit powers of two. `-published`: the formats,
+observers and arithmetic of the paper's code.
+"""
+
+from ptq.formats import Log2, PowerOfTwo, Uniform
+from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, CORES, W8A8_STEPS, layers, weights
+
+UNSIGNED, SIGNED = Uniform(8, symmetric=False), Uniform(8)
+NORMS, ACTIVATIONS = r".*norm\d?", r".*\.act|.*\.ffn\.1"
+AS_PUBLISHED = {"input_observer": "minmax", "published": True}
+
+
+def products(weight_bits: int = 8) -> tuple[LayerSpec, ...]:
+    """Ours: 8-bit inputs everywhere, of depthwise convolutions with a scale per channel."""
+    depthwise, others = layers(weight_bits, 8)[1], layers(weight_bits, 8)[-1]
+    return depthwise, others
+
+
+def published_products(input: Uniform) -> tuple[LayerSpec, ...]:
+    """As published: one scale for every input, ranges from extreme to extreme."""
+    return (LayerSpec(".*", weights(8), input, "minmax", "minmax"),)
+
+
+def _fq_vit(attention: Uniform | Log2) -> tuple[LayerSpec, ...]:
+    return (
+        LayerSpec(NORMS, input=PowerOfTwo(8), output=UNSIGNED, kind="fq-vit-norm"),
+        LayerSpec(CORES, input=UNSIGNED, attention=attention, kind="fq-vit-core"),
+        *products(),
+    )
+
+
+def _published_fq_vit(bits: int) -> tuple[LayerSpec, ...]:
+    norm, core = PowerOfTwo(8), Log2(bits, "3/2", zero_code=False)
+    return (
+        LayerSpec(NORMS, input=norm, output=UNSIGNED, kind="fq-vit-norm", **AS_PUBLISHED),
+        LayerSpec(CORES, input=UNSIGNED, attention=core, kind="fq-vit-core", **AS_PUBLISHED),
+        *published_products(UNSIGNED),
+    )
+
+
+def _i_bert(weight_bits: int = 8) -> tuple[LayerSpec, ...]:
+    return (
+        LayerSpec(NORMS, input=Uniform(16), output=UNSIGNED, kind="i-bert-norm"),
+        LayerSpec(CORES, input=SIGNED, attention=UNSIGNED, kind="i-bert-core"),
+        LayerSpec(ACTIVATIONS, input=UNSIGNED, kind="i-bert-act"),
+        *products(weight_bits),
+    )
+
+
+_PUBLISHED_I_BERT = (
+    LayerSpec(NORMS, input=Uniform(16), kind="i-bert-norm", **AS_PUBLISHED),
+    LayerSpec(CORES, input=SIGNED, attention=UNSIGNED, kind="i-bert-core", **AS_PUBLISHED),
+    LayerSpec(ACTIVATIONS, input=SIGNED, kind="i-bert-act", **AS_PUBLISHED),
+    *published_products(SIGNED),
+)
+_OURS = {"steps": W8A8_STEPS, **CALIBRATED}
+_W4 = {"steps": ("gptq", *W8A8_STEPS[1:]), "units": BLOCKS, **CALIBRATED}
+
+INTEGER = (
+    Recipe("fq-vit", "FQ-ViT, corrected, 8-bit softmax", _fq_vit(UNSIGNED), **_OURS),
+    Recipe("fq-vit-a4", "FQ-ViT, corrected, 4-bit softmax", _fq_vit(Log2(4)), **_OURS),
+    Recipe(
+        "fq-vit-published", "FQ-ViT as published, 8-bit softmax", _published_fq_vit(8), **CALIBRATED
+    ),
+    Recipe(
+        "fq-vit-a4-published",
+        "FQ-ViT as published, 4-bit softmax",
+        _published_fq_vit(4),
+        **CALIBRATED,
+    ),
+    Recipe("i-bert", "I-BERT, refined", _i_bert(), **_OURS),
+    Recipe("i-bert-w4", "I-BERT, refined, GPTQ to 4-bit weights", _i_bert(4), **_W4),
+    Recipe("i-bert-published", "I-BERT as published", _PUBLISHED_I_BERT, **CALIBRATED),
+)
