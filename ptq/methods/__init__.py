@@ -5,7 +5,7 @@ with quantized layers (ptq.layers), in place. `reference` is the same network in
 the calibration images, or None.
 """
 
-from ptq.methods import adaround, biases, calibrate, equalize, gptq, nearest, norms
+from ptq.methods import adaround, biases, calibrate, equalize, gptq, nearest, norms, ranking
 
 STEPS = {
     "nearest": nearest.nearest,
@@ -16,4 +16,8 @@ STEPS = {
     "replace_norms": norms.replace_norms,
     "equalize": equalize.equalize,
     "correct_biases": biases.correct_biases,
+    "similarity": ranking.similarity,
+    "ranking": ranking.ranking,
+    "ranking_sum": ranking.ranking_sum,
+    "ranking_alone": ranking.ranking_alone,
 }

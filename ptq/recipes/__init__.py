@@ -8,8 +8,9 @@ from ptq.recipes import mobilevit
 from ptq.recipes.ablation import ABLATION
 from ptq.recipes.baselines import PEERS, PROTOCOL
 from ptq.recipes.generic import generic
+from ptq.recipes.ranking import RANKING
 
-RECIPES = {recipe.name: recipe for recipe in PROTOCOL + mobilevit.OURS + ABLATION + PEERS}
+RECIPES = {recipe.name: recipe for recipe in PROTOCOL + mobilevit.OURS + ABLATION + RANKING + PEERS}
 
 
 def recipe(name: str, model: nn.Module) -> Recipe:

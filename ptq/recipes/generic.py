@@ -8,10 +8,12 @@ from torch import nn
 from ptq.layers import kinds_of
 from ptq.recipe import LayerSpec, Recipe
 from ptq.recipes.mobilevit import CORES
+from ptq.recipes.ranking import RANKING
 
 # Recipes of ptq.recipes.mobilevit that name no layer but by its kind.
 GENERIC = ("w8a8", "w8a8-nearest", "w7a8", "w6a6", "w6a6-nearest", "w4a8", "w4a8-nearest")
 GENERIC += ("w4", "w4-nearest", "w4-gptq", "w4-adaround", "w4-shift", "w4-minmax")
+GENERIC += tuple(recipe.name for recipe in RANKING)
 
 
 def generic(recipe: Recipe, model: nn.Module) -> Recipe:
