@@ -4,10 +4,14 @@ A recipe can be printed, compared, saved beside its result (`asdict`) and read b
 """
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import get_args, get_origin
 
 from ptq.formats import Log2, PowerOfTwo, Uniform
+
+# Of fields that came later: written only where they differ from their default, so that recipes that
+# do not use them stay what they were when their rows were measured.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,9 @@ class LayerSpec:
     weight_observer: str = "mse"
     input_observer: str = "mse"
     kind: str = "product"
-    attention: Uniform | Log2 | None = None
-    output: Uniform | None = None
-    published: bool = False
+    attention: Uniform | Log2 | None = field(default=None, metadata=LATER)
+    output: Uniform | None = field(default=None, metadata=LATER)
+    published: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
         if self.kind != "product" and self.weight is not None:
@@ -131,9 +135,13 @@ _TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform, PowerOfTwo, Log2)}
 
 def _plain(value):
     if is_dataclass(value):
-        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value) if _told(value, f)}
         return {"type": type(value).__name__} | plain
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _told(value, of: Field) -> bool:
+    return not of.metadata or getattr(value, of.name) != of.default
 
 
 def rebuild(plain):

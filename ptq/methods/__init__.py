@@ -15,6 +15,7 @@ from ptq.methods import (
     ibert,  # noqa: F401 -- adds kinds of layers
     nearest,
     norms,
+    ranking,
 )
 
 STEPS = {
@@ -26,4 +27,8 @@ STEPS = {
     "replace_norms": norms.replace_norms,
     "equalize": equalize.equalize,
     "correct_biases": biases.correct_biases,
+    "similarity": ranking.similarity,
+    "ranking": ranking.ranking,
+    "ranking_sum": ranking.ranking_sum,
+    "ranking_alone": ranking.ranking_alone,
 }

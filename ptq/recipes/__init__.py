@@ -9,9 +9,10 @@ from ptq.recipes.ablation import ABLATION
 from ptq.recipes.baselines import PEERS, PROTOCOL
 from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.generic import generic
+from ptq.recipes.ranking import RANKING
 from ptq.recipes.uniform import UNIFORM
 
-ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + PEERS + INTEGER
+ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + RANKING + PEERS + INTEGER
 RECIPES = {recipe.name: recipe for recipe in ALL}
 
 

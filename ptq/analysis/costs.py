@@ -1,0 +1,153 @@
+"""What it costs to round the weight of one layer to so many bits, in three ways to tell.
+
+Each is a function (model, recipes, batches) -> {name of a layer: {bits: cost}}. `recipes`: {bits:
+a recipe that gives every weight so many}. Weights are rounded to nearest, inputs stay in float.
+Costs of one way compare and add up across layers, to first order; those of two ways do not.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ptq.analysis.sensitivity import sensitivities
+from ptq.graph import NEVER_RAN
+from ptq.methods.nearest import layers_to_round
+from ptq.methods.norms import make_norms_positive
+from ptq.pipeline import check_batches, quantize
+from ptq.recipe import Recipe
+
+IMAGES = 32  # that costs are taken from: the first
+NOISE_IMAGES = 16  # for each layer and width one call of the network on all of them
+
+
+def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
+    """Noise in the network's outputs over their variance, as ptq.analysis.sensitivity finds it."""
+    shown = _first(batches, NOISE_IMAGES)
+    costs = defaultdict(dict)
+    for bits, recipe in recipes.items():
+        found = sensitivities(model, _weights_only(recipe), shown, lambda net: _outputs(net, shown))
+        for name, cost in found["noise"]["weights"].items():
+            costs[name][bits] = cost
+    return dict(costs)
+
+
+def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
+    """sum_i F_i (w_i - Q(w)_i)^2 / 2, the expected rise of the loss to second order.
+
+    F_i is the mean of squared gradients of the cross-entropy at labels that are drawn from what the
+    network itself predicts, so it is the diagonal of the Fisher information and not of its
+    empirical stand-in at true labels. Outputs are logits [B, K, ...].
+    """
+    network, rounded = _rounded(model, recipes, batches)
+    names = list(next(iter(rounded.values())))
+    weights = [network.get_submodule(name).weight.requires_grad_() for name in names]
+    totals = [torch.zeros_like(weight) for weight in weights]
+    generator = torch.Generator(weights[0].device).manual_seed(0)
+    images = torch.cat([x for x, *_ in _first(batches)])
+    with torch.enable_grad():
+        for image in images:  # a batch's gradient has no squares of single images
+            log_p = network(image[None]).movedim(1, -1).flatten(0, -2).log_softmax(1)  # [n, K]
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            loss = -log_p.gather(1, labels).sum()
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                raise ValueError(NEVER_RAN)
+            for total, gradient in zip(totals, gradients):
+                total += gradient.square() / len(images)
+    return {
+        name: {
+            bits: (total * (values[name] - weight.detach()).square()).sum().item() / 2
+            for bits, values in rounded.items()
+        }
+        for name, weight, total in zip(names, weights, totals)
+    }
+
+
+@torch.no_grad()
+def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
+    """Nuclear norm of a layer's output times the squared error that rounding makes there.
+
+    Liu et al., "Post-Training Quantization for Vision Transformer", NeurIPS 2021, section 3.4. The
+    output of each sample is a matrix [places, channels]. A mean over images.
+    """
+    network, rounded = _rounded(model, recipes, batches)
+    shown = _first(batches)
+    n_images = sum(len(x) for x, *_ in shown)
+    costs = {name: dict.fromkeys(rounded, 0.0) for name in next(iter(rounded.values()))}
+
+    def add(name):
+        def hook(layer, inputs, output):
+            norms = nuclear_norms(_matrices(layer, output))
+            for bits, values in rounded.items():
+                off = {"weight": values[name] - layer.weight}
+                if layer.bias is not None:
+                    off["bias"] = torch.zeros_like(layer.bias)
+                handle = handles.pop(name)
+                handle.remove()  # the call below is none of the network's
+                error = _matrices(layer, functional_call(layer, off, inputs))
+                handles[name] = layer.register_forward_hook(hook)
+                costs[name][bits] += (norms * error.square().sum((1, 2))).sum().item() / n_images
+
+        return hook
+
+    handles = {}
+    for name in costs:
+        handles[name] = network.get_submodule(name).register_forward_hook(add(name))
+    for x, *_ in shown:
+        network(x)
+    return costs
+
+
+COSTS = {"noise": noise, "fisher": fisher, "nuclear": nuclear}
+
+
+def nuclear_norms(y: Tensor) -> Tensor:
+    """Sum of the singular values of each matrix, [B, n, c] -> [B]; by the smaller of its squares,
+    as singular values of a whole feature map would take long."""
+    y = y.double()
+    square = y.mT @ y if y.shape[2] <= y.shape[1] else y @ y.mT
+    return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().sum(1)
+
+
+def _matrices(layer: nn.Module, output: Tensor) -> Tensor:
+    """A layer's output as [samples, places, channels]."""
+    if isinstance(layer, nn.Conv2d):
+        return output.flatten(2).mT
+    return output.flatten(1, -2) if output.dim() > 2 else output[:, None]
+
+
+def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
+    """The network in float, and {bits: {name of a layer: its weight rounded}}."""
+    check_batches(model, next(iter(recipes.values())), batches)
+    network = copy.deepcopy(model).eval()
+    make_norms_positive(network, batches)
+    quantized = {bits: quantize(network, _weights_only(r), batches) for bits, r in recipes.items()}
+    return network, {
+        bits: {name: layer.layer.weight.detach() for name, layer in layers_to_round(made).items()}
+        for bits, made in quantized.items()
+    }
+
+
+def _weights_only(recipe: Recipe) -> Recipe:
+    layers = tuple(replace(spec, input=None) for spec in recipe.layers if spec.weight)
+    return replace(recipe, layers=layers, steps=("nearest",), units=None)
+
+
+def _first(batches, left: int = IMAGES) -> list:
+    """The first `left` images of the batches, as batches."""
+    shown = []
+    for x, *_ in batches:
+        shown.append((x[:left], None))
+        left -= len(shown[-1][0])
+        if not left:
+            break
+    return shown
+
+
+def _outputs(network: nn.Module, batches) -> Tensor:
+    return torch.cat([network(x) for x, *_ in batches])

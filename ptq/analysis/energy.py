@@ -1,0 +1,164 @@
+"""How many products a network computes, what it moves for them, and what both cost in energy.
+
+    >>> energy(model, ptq.recipe("w8a8", model), images[:1])["total"]  # pJ an image
+
+A model, not a measurement: it says what arithmetic and memory would take at the prices of a table.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+
+from ptq.pipeline import layer_specs
+from ptq.recipe import Recipe
+
+
+def _attention_flops(q_shape, k_shape, v_shape, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
+# torch counts fused attention on GPUs alone (pytorch issue 195460).
+ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLOPS = {ON_CPU: shape_wrapper(_attention_flops)} | flop_registry
+
+
+@dataclass
+class LayerCount:
+    """What one layer computes and reads for one call of the network.
+
+    `macs`: multiply-accumulates. `parameters`: {name in the network: elements}, read once.
+    `activations`: elements that go into its products; those of a fused attention are q, k and v.
+    """
+
+    macs: int = 0
+    activations: int = 0
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], list[str]]:
+    """{name of a layer: its count} for a call on `example`, and the operators that count nothing.
+
+    Counted are matrix products, convolutions and attention, by torch.utils.flop_counter (two FLOPs
+    a MAC), for the innermost module that runs. The second value names all other operators, so that
+    one with products of its own can't hide.
+    """
+    counter = _Counter(model)
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(counter.enter(name)))
+        handles.append(module.register_forward_hook(counter.leave))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator a layer, without a formula
+    try:
+        with counter:
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
+    return dict(counter.layers), sorted(counter.uncounted)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.running, self.uncounted = [], set()
+        self.layers = defaultdict(LayerCount)
+        parameters = model.named_parameters()
+        self.names = {p.untyped_storage().data_ptr(): (name, p.numel()) for name, p in parameters}
+
+    def enter(self, name: str):
+        return lambda *_: self.running.append(name)
+
+    def leave(self, *_) -> None:
+        self.running.pop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is None:
+            self.uncounted.add(str(func._overloadpacket))
+            return out
+        layer = self.layers[self.running[-1]]
+        layer.macs += formula(*args, **kwargs, out_val=out) // 2
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                parameter = self.names.get(tensor.untyped_storage().data_ptr())
+                if parameter:
+                    layer.parameters.update([parameter])
+                else:
+                    layer.activations += tensor.numel()
+        return out
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What operations and memory cost, each in `unit`."""
+
+    unit: str
+    multiply: float  # of two 8-bit integers; others by the product of their bits
+    add: float  # to a 32-bit accumulator
+    float_mac: float  # in 32 bits, wherever a factor is a float
+    weight_byte: float  # read once a call
+    activation_byte: float  # written once, read once: this much each
+
+
+# Horowitz, "Computing's energy problem", ISSCC 2014: 45 nm, 0.9 V; pJ. Arithmetic was checked
+# against others who quote the table. Memory is from memory and was not checked: 1300 to 2600 pJ for
+# 64 bits of DRAM, 100 pJ for 64 bits of a cache of 1 MB.
+_ARITHMETIC = {"multiply": 0.2, "add": 0.1, "float_mac": 3.7 + 0.9}
+PRICES = {
+    "horowitz": Prices("pJ", **_ARITHMETIC, weight_byte=1300 / 8, activation_byte=100 / 8),
+    "horowitz-high": Prices("pJ", **_ARITHMETIC, weight_byte=2600 / 8, activation_byte=100 / 8),
+    # Published with the system that this re-implements: in MACs of 8 bits, memory far too cheap.
+    "seed": Prices("8-bit MACs", 1.0, 0.0, 16.0, weight_byte=10.0, activation_byte=10.0),
+}
+
+
+def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "horowitz") -> dict:
+    """Energy of a call of the network, quantized by `recipe`, on `example`, by a table of PRICES.
+
+    {"unit", "images": in `example`, "layers": {name: {"macs", "compute", "weights",
+    "activations"}}, "total"}: the latter three of a layer and the total in the unit. Weights are
+    read from DRAM once a call, however many images it has. Activations are written to and read from
+    SRAM once. Only layers with products count: norms and activation functions are left out, as
+    is the attention map of fused attention, which never leaves the chip. What stays in float has 32
+    bits. ValueError for a recipe that an engine carries out by its own methods.
+    """
+    if recipe.peer:
+        raise ValueError(f"recipe {recipe.name} is carried out by {recipe.peer}: no formats known")
+    specs, table = layer_specs(model, recipe), PRICES[prices]
+    layers = {}
+    for name, layer in count(model, example)[0].items():
+        spec = specs.get(name)
+        weight, input = (spec.weight, spec.input) if spec else (None, None)
+        stored = 0.0
+        for parameter, n in layer.parameters.items():
+            if weight and parameter == f"{name}.weight":
+                n_scales = len(weight.rows(model.get_parameter(parameter)))
+                stored += ceil(n * weight.bits / 8) + 4 * n_scales
+            else:
+                stored += 4 * n
+        # In attention both factors are activations.
+        factors = (input, weight if layer.parameters else input)
+        mac = table.float_mac
+        if all(factors):
+            mac = table.multiply * factors[0].bits * factors[1].bits / 64 + table.add
+        moved = 2 * layer.activations * (input.bits if input else 32) / 8
+        layers[name] = {
+            "macs": layer.macs,
+            "compute": layer.macs * mac,
+            "weights": stored * table.weight_byte,
+            "activations": moved * table.activation_byte,
+        }
+    kinds = ("compute", "weights", "activations")
+    total = sum(layer[kind] for layer in layers.values() for kind in kinds)
+    return {"unit": table.unit, "images": len(example), "layers": layers, "total": total}

@@ -1,0 +1,223 @@
+"""Mixed precision: for each layer as many bits as it needs, for all of them no more than a budget.
+
+>>> recipe = mixed_recipe(model, batches, 5, unit="bits")  # the bytes of 5 bits a weight
+>>> quantized = ptq.quantize(model, recipe, batches)
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+from torch import nn
+
+from ptq.analysis.costs import COSTS
+from ptq.analysis.energy import energy
+from ptq.packing import size_bytes
+from ptq.pipeline import chosen, layer_specs, quantize
+from ptq.recipe import Recipe
+from ptq.recipes import recipe as recipe_of
+
+BITS = (4, 6, 8)  # that a layer's weights may take
+UNITS = {"bits": "bits", "bytes": "bytes", "energy": "pJ", "latency": "ms"}  # of a budget
+BASE = "w4a8"  # a recipe for ranges, inputs and steps
+
+
+def mixed_recipe(
+    model: nn.Module,
+    batches,
+    budget: float,
+    costs: str | Mapping = "noise",
+    unit: str = "bytes",
+    base: str = BASE,
+    latency_ms: Mapping | None = None,
+) -> Recipe:
+    """The recipe `base` with 4, 6 or 8 bits for each layer's weight: the least cost in the budget.
+
+    `batches`: sequence of (images, anything), for costs; those for `ptq.quantize` will do.
+    `unit` of `budget`: "bytes" of the file that ptq.packing writes; "bits", the bytes of a file
+        whose weights take so many each; "energy" in pJ an image by Horowitz's prices; "latency" in
+        ms as the sum over layers of `latency_ms`, {name: {bits: measured ms}}.
+    `costs`: a key of ptq.analysis.costs.COSTS, or what `layer_costs` gave, to try many budgets.
+
+    The result is named after budget, costs and base, such as mixed-5bits or
+    mixed-700000bytes-fisher-w4-gptq. It is quantized with, saved, packed and exported as any other.
+    ValueError for a budget below the smallest or above the largest allocation, and as
+    `ptq.quantize` raises it; ImportError if scipy is missing.
+    """
+    import_milp()  # before long work
+    chosen(UNITS, unit, "unit of a budget")
+    uniform = uniform_recipes(model, base)
+    name = f"mixed-{budget:.12g}{UNITS[unit]}"
+    name += f"-{costs}" if isinstance(costs, str) and costs != "noise" else ""
+    name += f"-{base}" if base != BASE else ""
+    if isinstance(costs, str):
+        costs = layer_costs(model, batches, costs, base)
+
+    def named(bits: Mapping[str, int]) -> Recipe:
+        title = f"{recipe_of(base, model).title}, 4 to 8 bits a layer"
+        return with_bits(model, uniform[BITS[0]], bits, name, title)
+
+    if unit in ("bits", "bytes"):
+        return named(within_bytes(model, batches, costs, budget, unit, named))
+    prices, fixed = latency_ms, 0.0
+    if unit == "energy":
+        prices, fixed = energies(model, uniform, next(iter(batches))[0][:1], costs)
+    _check_prices(prices, costs)
+    return named(allocation(costs, prices, budget, fixed, UNITS[unit]))
+
+
+def layer_costs(model: nn.Module, batches, costs: str = "noise", base: str = BASE) -> dict:
+    """{name of a layer: {bits: cost}} by one of COSTS, for each weight that `base` quantizes."""
+    return chosen(COSTS, costs, "cost")(model, uniform_recipes(model, base), batches)
+
+
+def uniform_recipes(model: nn.Module, base: str) -> dict[int, Recipe]:
+    """{bits: the recipe `base` with so many for every weight}; ValueError if it has no weights."""
+    start = recipe_of(base, model)
+    names = [name for name, spec in layer_specs(model, start).items() if spec.weight]
+    if not names:
+        raise ValueError(f"recipe {base} has no weights to give bits to")
+    return {b: with_bits(model, start, dict.fromkeys(names, b), f"{base}-{b}") for b in BITS}
+
+
+def with_bits(
+    model: nn.Module, recipe: Recipe, bits: Mapping[str, int], name: str, title: str = ""
+) -> Recipe:
+    """The recipe with so many bits for weights of the layers of these names."""
+    groups = {}
+    for layer, spec in layer_specs(model, recipe).items():
+        if layer in bits:
+            spec = replace(spec, weight=replace(spec.weight, bits=bits[layer]))
+        groups.setdefault(replace(spec, pattern=""), []).append(re.escape(layer))
+    layers = tuple(replace(spec, pattern="|".join(names)) for spec, names in groups.items())
+    return replace(recipe, name=name, title=title, layers=layers)
+
+
+# The budget.
+
+
+def within_bytes(model, batches, costs: Mapping, budget: float, unit: str, named) -> dict:
+    """{name: bits} of the least cost whose file is no larger than the budget in bytes.
+
+    A file holds, besides codes, scales, floats and a header whose length depends on the recipe,
+    so the files of the smallest, the largest and the chosen allocation are written to find out.
+    """
+    smallest, largest = (dict.fromkeys(costs, bits) for bits in (BITS[0], BITS[-1]))
+    low, high = (file_bytes(model, named(bits), batches) for bits in (smallest, largest))
+    if unit == "bits":
+        _check_budget(budget, BITS[0], BITS[-1], unit)
+        budget = low + (high - low) * (budget - BITS[0]) / (BITS[-1] - BITS[0])
+    _check_budget(budget, low, high, "bytes")
+    if budget == high:
+        return largest
+    n_weights = {name: model.get_submodule(name).weight.numel() for name in costs}
+    prices = {name: {b: ceil(n * b / 8) for b in BITS} for name, n in n_weights.items()}
+    least, most = (sum(prices[name][b] for name in costs) for b in (BITS[0], BITS[-1]))
+    limit = min(budget - low, most - least)  # for codes, beyond those of the smallest
+    while limit > 0:
+        bits = allocation(costs, prices, least + limit, unit="bytes")
+        over = file_bytes(model, named(bits), batches) - budget
+        if over <= 0:
+            return bits
+        limit -= over
+    return smallest
+
+
+def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
+    """Bytes of the file of a network quantized by `recipe`, found without its slow steps."""
+    fast = replace(
+        recipe,
+        layers=tuple(
+            replace(spec, weight_observer="minmax", input_observer="minmax")
+            for spec in recipe.layers
+        ),
+        steps=("nearest", "calibrate", *(s for s in recipe.steps if s == "correct_biases")),
+        units=None,
+    )
+    return size_bytes(quantize(model, fast, [(next(iter(batches))[0][:1], None)]), recipe)
+
+
+def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> tuple[dict, float]:
+    """{name: {bits: pJ}} of layers whose bits are chosen, and the pJ of all others together."""
+    found = {bits: energy(model, recipe, image) for bits, recipe in uniform.items()}
+
+    def price(layer: dict) -> float:
+        return layer["compute"] + layer["weights"] + layer["activations"]
+
+    prices = {n: {b: price(of["layers"][n]) for b, of in found.items()} for n in names}
+    of_lowest = sum(of_layer[BITS[0]] for of_layer in prices.values())
+    return prices, found[BITS[0]]["total"] - of_lowest
+
+
+def _check_prices(prices: Mapping | None, costs: Mapping) -> None:
+    for name in costs:
+        if prices is None or any(b not in prices.get(name, ()) for b in costs[name]):
+            raise ValueError(f"what {name} takes with each of {BITS} bits is not given")
+
+
+def _check_budget(budget: float, low: float, high: float, unit: str) -> None:
+    if low <= budget <= high:
+        return
+    where, end = ("below the smallest", low) if budget < low else ("above the largest", high)
+    raise ValueError(f"a budget of {budget:.12g} {unit} is {where} allocation, {end:.12g}")
+
+
+# The allocation.
+
+
+def allocation(costs: Mapping, prices: Mapping, budget: float, fixed=0.0, unit="") -> dict:
+    """{name: key} with the least sum of costs whose prices, with `fixed`, sum up to the budget or
+    less. Both tables are {name: {key: number}}; ValueError as `allocate` raises it."""
+    keys = {name: list(of_layer) for name, of_layer in costs.items()}
+    tables = ([[table[n][k] for k in keys[n]] for n in keys] for table in (costs, prices))
+    picked = allocate(*tables, budget, fixed, unit)
+    return {name: keys[name][i] for name, i in zip(keys, picked)}
+
+
+def allocate(
+    costs: Sequence[Sequence[float]],
+    prices: Sequence[Sequence[float]],
+    budget: float,
+    fixed: float = 0.0,
+    unit: str = "",
+) -> tuple[int, ...]:
+    """For each group the index of its option, such that costs are least within the budget.
+
+    A multiple-choice knapsack problem, solved to its optimum by scipy's HiGHS. ValueError for a
+    budget below the cheapest or above the dearest of all allocations, with `fixed` added to both.
+    """
+    milp, Bounds, LinearConstraint = import_milp()
+    low, high = (fixed + sum(end(group) for group in prices) for end in (min, max))
+    _check_budget(budget, low, high, unit)
+    # What every option of a group costs plays no part; the rest is scaled to the solver's
+    # tolerances.
+    cost = np.concatenate([np.subtract(group, min(group)) for group in costs])
+    price = np.concatenate(prices)
+    one_each = np.zeros((len(costs), len(cost)))
+    for row, end, n in zip(one_each, np.cumsum([len(g) for g in costs]), map(len, costs)):
+        row[end - n : end] = 1
+    solved = milp(
+        1000 * cost / (cost.max() or 1.0),
+        integrality=np.ones_like(cost),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(price, ub=budget - fixed),
+        ],
+        options={"mip_rel_gap": 0},
+    )
+    if solved.status != 0:
+        raise ValueError(f"no allocation was found: {solved.message}")
+    of_groups = np.split(solved.x, np.cumsum([len(g) for g in costs])[:-1])
+    return tuple(int(x.argmax()) for x in of_groups)
+
+
+def import_milp():
+    """scipy's solver and what it takes; ImportError that says what to install."""
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+    except ModuleNotFoundError as error:
+        raise ImportError("mixed precision needs scipy: pip install scipy") from error
+    return milp, Bounds, LinearConstraint

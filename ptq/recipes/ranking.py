@@ -1,0 +1,48 @@
+"""Ranking-aware quantization and what of it counts, to be measured on held-out images."""
+
+from dataclasses import replace
+
+from ptq.formats import Uniform
+from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes.mobilevit import CORES, layers
+
+# As many images as the paper calibrates on for CIFAR (section 4.1).
+SEARCHED = {"calibration_images": 100, "calibration_batch": 25}
+WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8)}  # bits of weights and of inputs
+VARIANTS = {
+    "similarity": "ranges by correlation of outputs",
+    "ranking": "ranges by correlation and ranking of attention",
+    "ranking_alone": "ranges by ranking of attention alone",
+}
+
+
+def _ours(width: str, step: str) -> Recipe:
+    """The project's formats, and ranges that start from the extremes, as in the paper."""
+    specs = tuple(
+        replace(spec, weight_observer="minmax", input_observer="minmax")
+        for spec in layers(*WIDTHS[width])
+    )
+    steps = (step, "shift_norms", "correct_biases")
+    return Recipe(f"{width}-{step.replace('_', '-')}", VARIANTS[step], specs, steps, **SEARCHED)
+
+
+def _published(width: str) -> Recipe:
+    """The paper's formats, one symmetric scale a tensor, its sum over pairs, its bias correction.
+
+    There softmax and layer norms stay in float, as do inputs of pointwise layers here.
+    """
+    weight, input = (Uniform(bits) for bits in WIDTHS[width])
+    observers = {"weight_observer": "minmax", "input_observer": "minmax"}
+    specs = (
+        LayerSpec(CORES, input=input, **observers),
+        LayerSpec(".*", weight, input, **observers),
+    )
+    steps = ("ranking_sum", "correct_biases")
+    title = "the same as published: a scale a tensor, sum over pairs"
+    return Recipe(f"{width}-ranking-published", title, specs, steps, **SEARCHED)
+
+
+RANKING = (
+    *(_ours(width, step) for width in WIDTHS for step in VARIANTS),
+    *(_published(width) for width in WIDTHS),
+)

@@ -1,0 +1,270 @@
+"""Mixed precision: allocations against brute force, costs against their definitions, and recipes
+that are ordinary ones."""
+
+import builtins
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import draw
+from torch import nn
+
+import ptq
+from ptq import packing
+from ptq.analysis import costs as costs_module
+from ptq.analysis.costs import nuclear_norms
+from ptq.analysis.energy import energy
+from ptq.analysis.mixed import (
+    BITS,
+    allocate,
+    energies,
+    file_bytes,
+    layer_costs,
+    mixed_recipe,
+    uniform_recipes,
+)
+from ptq.layers import QuantizedLayer
+
+BATCHES = [(draw(6, 3, 8, 8, seed=i), None) for i in range(2)]
+
+
+def network():
+    """Large enough that codes matter beside the header of a file, and quick."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 48),
+        nn.ReLU(),
+        nn.Linear(48, 10),
+    ).eval()
+
+
+NAMES = ("0", "3", "6", "8")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return layer_costs(network(), BATCHES)
+
+
+def brute_force(costs, prices, budget):
+    """The least cost of all allocations, None if none is within the budget."""
+    return min(
+        (
+            sum(c[i] for c, i in zip(costs, picked))
+            for picked in itertools.product(*(range(len(group)) for group in costs))
+            if sum(p[i] for p, i in zip(prices, picked)) <= budget
+        ),
+        default=None,
+    )
+
+
+def test_the_vector_of_three_layers():
+    costs = [[9, 3, 1], [4, 2, 1], [20, 2, 1]]
+    prices = [[10, 15, 20], [20, 30, 40], [5, 7.5, 10]]
+    assert allocate(costs, prices, 54) == (2, 0, 2)
+    assert allocate(costs, prices, 54 + 7, fixed=7) == (2, 0, 2)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_no_allocation_costs_less(seed):
+    rng = random.Random(seed)
+    groups = rng.randint(1, 8)
+    costs = [[rng.lognormvariate(0, 4) for _ in BITS] for _ in range(groups)]  # over many decades
+    n = [rng.randint(10, 10**6) for _ in range(groups)]
+    prices = [[-(-m * bits // 8) for bits in BITS] for m in n]
+    low, high = (sum(group[i] for group in prices) for i in (0, -1))
+    budget = rng.uniform(low, high)
+    picked = allocate(costs, prices, budget)
+    assert sum(p[i] for p, i in zip(prices, picked)) <= budget
+    cost = sum(c[i] for c, i in zip(costs, picked))
+    assert cost == pytest.approx(brute_force(costs, prices, budget), rel=1e-6)
+
+
+def test_budgets_that_nothing_or_everything_fits_are_refused(costs):
+    tables = [[2, 1]], [[10, 20]]
+    with pytest.raises(ValueError, match="of 9 kB is below the smallest allocation, 10"):
+        allocate(*tables, 9, unit="kB")
+    with pytest.raises(ValueError, match="of 21 kB is above the largest allocation, 20"):
+        allocate(*tables, 21, unit="kB")
+    for budget, unit, where in itertools.product(
+        (1, 1e12), ("bytes", "bits", "energy"), ("below the smallest", "above the largest")
+    ):
+        if (budget == 1) == (where == "below the smallest"):
+            with pytest.raises(ValueError, match=rf"a budget of 1(e\+12)? \w+ is {where}"):
+                mixed_recipe(network(), BATCHES, budget, costs, unit)
+    with pytest.raises(ValueError, match="no unit of a budget is called MB: there are bits"):
+        mixed_recipe(network(), BATCHES, 1, costs, "MB")
+    with pytest.raises(ValueError, match="no cost is called taste: there are noise, fisher"):
+        mixed_recipe(network(), BATCHES, 5, "taste", "bits")
+    with pytest.raises(ValueError, match="recipe fp32 has no weights"):
+        mixed_recipe(network(), BATCHES, 5, base="fp32")
+
+
+def file_sizes(model, base):
+    """Of the smallest and of the largest allocation."""
+    uniform = uniform_recipes(model, base)
+    return [file_bytes(model, uniform[bits], BATCHES) for bits in (4, 8)]
+
+
+@pytest.mark.parametrize("base", ["w4a8", "w4-gptq"])
+def test_a_mixed_recipe_is_an_ordinary_one(base, costs, tmp_path):
+    model = network()
+    recipe = mixed_recipe(model, BATCHES, 5.5, costs, "bits", base)
+    assert recipe.name == "mixed-5.5bits" + ("-w4-gptq" if base == "w4-gptq" else "")
+    start = ptq.recipe(base, model)
+    assert recipe.steps == start.steps and recipe.exportable
+    assert ptq.Recipe.fromdict(recipe.asdict()) == recipe
+    made = ptq.quantize(model, recipe, BATCHES)
+    bits = {n: m.format.bits for n, m in made.named_modules() if isinstance(m, QuantizedLayer)}
+    assert set(bits) == set(NAMES) and len(set(bits.values())) > 1
+    packing.save(made, recipe, tmp_path / "a")
+    loaded, again = packing.load(tmp_path / "a", model)
+    x = BATCHES[0][0]
+    assert again == recipe and torch.equal(loaded(x), made(x))
+    low, high = (
+        file_bytes(model, r, BATCHES) for r in list(uniform_recipes(model, base).values())[::2]
+    )
+    assert low < (tmp_path / "a").stat().st_size <= low + (high - low) * 1.5 / 4 + 64
+
+
+def test_the_file_is_within_a_budget_of_bytes_and_no_smaller_one_is_better(costs):
+    model = network()
+    low, high = file_sizes(model, "w4a8")
+    budget = (low + high) // 2
+    recipe = mixed_recipe(model, BATCHES, budget, costs)
+    assert recipe.name == f"mixed-{budget}bytes"
+    made = ptq.quantize(model, recipe, BATCHES)
+    assert packing.size_bytes(made, recipe) <= budget
+    picked = [made.get_submodule(n).format.bits for n in NAMES]
+    cost = sum(costs[n][b] for n, b in zip(NAMES, picked))
+    numbers = [model.get_submodule(n).weight.numel() for n in NAMES]
+    tables = (
+        [[costs[n][b] for b in BITS] for n in NAMES],
+        [[m * b / 8 for b in BITS] for m in numbers],
+    )
+    codes = sum(numbers) * 4 / 8 + budget - low
+    # Several widths take a longer header, of less than 1000 bytes here.
+    assert brute_force(*tables, codes) <= cost <= brute_force(*tables, codes - 1000)
+
+
+def test_the_ends_of_the_budget_are_uniform(costs):
+    for bits in (4, 8):
+        recipe = mixed_recipe(network(), BATCHES, bits, costs, "bits")
+        assert {spec.weight.bits for spec in recipe.layers} == {bits}
+
+
+def test_a_budget_of_energy_is_kept_and_spent_best(costs):
+    model, image = network(), BATCHES[0][0][:1]
+    uniform = uniform_recipes(model, "w4a8")
+    budget = energy(model, uniform[6], image)["total"]
+    recipe = mixed_recipe(model, BATCHES, budget, costs, "energy")
+    assert recipe.name == f"mixed-{budget:.12g}pJ"
+    assert energy(model, recipe, image)["total"] <= budget * (1 + 1e-9)
+    prices, fixed = energies(model, uniform, image, NAMES)
+    tables = ([[table[n][b] for b in BITS] for n in NAMES] for table in (costs, prices))
+    made = ptq.quantize(model, recipe, BATCHES)
+    found = sum(costs[n][made.get_submodule(n).format.bits] for n in NAMES)
+    assert found == pytest.approx(brute_force(*tables, budget - fixed + 1e-3))
+
+
+def test_a_budget_of_measured_latency_takes_what_is_fast(costs):
+    model = network()
+    ms = {name: {4: 1.0, 6: 3.0, 8: 1.5} for name in NAMES}
+    recipe = mixed_recipe(model, BATCHES, 6.0, costs, "latency", latency_ms=ms)
+    assert {spec.weight.bits for spec in recipe.layers} == {8}  # slower than 4, better than 6
+    with pytest.raises(ValueError, match="what 0 takes with each of"):
+        mixed_recipe(model, BATCHES, 6.0, costs, "latency", latency_ms={"0": {4: 1.0}})
+
+
+def test_without_scipy_one_line_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("scipy"):
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="^mixed precision needs scipy: pip install scipy$"):
+        mixed_recipe(network(), BATCHES, 5, unit="bits")
+
+
+# Costs.
+
+
+@pytest.mark.parametrize("kind", ["noise", "fisher", "nuclear"])
+def test_fewer_bits_cost_more(kind):
+    found = layer_costs(network(), BATCHES, kind)
+    assert list(found) == list(NAMES)
+    for name in NAMES:
+        assert found[name][4] > found[name][6] > found[name][8] > 0
+
+
+def rounded(model, name, bits):
+    """The network with the weight of one layer rounded, and what rounding added to it."""
+    fmt = ptq.Uniform(bits, granularity="channel")
+    made = ptq.quantize(model, ptq.Recipe("r", layers=(ptq.LayerSpec(name, fmt),)))
+    return made, made.get_submodule(name).layer.weight.detach() - model.get_submodule(name).weight
+
+
+def test_noise_is_the_change_of_the_logits_over_their_variance(costs):
+    model, x = network(), torch.cat([x for x, _ in BATCHES])
+    with torch.no_grad():
+        exact = model(x)
+        for name, bits in (("0", 4), ("6", 6)):
+            made, _ = rounded(model, name, bits)
+            expected = (made(x) - exact).square().mean() / exact.var()
+            assert costs[name][bits] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_fisher_is_the_expected_rise_of_the_divergence(monkeypatch):
+    """Of what the network predicts: KL(p || p + change) is half the change in F's metric."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 2)).eval()
+    x = draw(400, 3)
+    monkeypatch.setattr(costs_module, "IMAGES", 400)
+    monkeypatch.setattr(costs_module._first, "__defaults__", (400,))
+    found = layer_costs(model, [(x, None)], "fisher")["0"]
+    p = model(x).detach().softmax(1)  # of two classes: E[g g^T] = p (1 - p) x x^T for each output
+    diagonal = (p.prod(1)[:, None] * x.square()).mean(0)
+    _, off = rounded(model, "0", 4)
+    assert found[4] == pytest.approx((diagonal * off.square()).sum().item() / 2, rel=0.2)
+
+
+def test_nuclear_is_the_norm_times_the_error_of_the_output():
+    model = network()
+    found = layer_costs(model, BATCHES, "nuclear")
+    with torch.no_grad():
+        x = torch.cat([x for x, _ in BATCHES])
+        first, off = F.conv2d(x, model[0].weight, padding=1), rounded(model, "0", 4)[1]
+        error = F.conv2d(x, off, padding=1).square().sum((1, 2, 3))
+        norms = torch.linalg.matrix_norm(first.flatten(2), "nuc")
+        assert found["0"][4] == pytest.approx((norms * error).mean().item(), rel=1e-4)
+        flat = model[:6](x)
+        error = F.linear(flat, rounded(model, "6", 6)[1]).square().sum(1)
+        norms = F.linear(flat, model[6].weight, model[6].bias).norm(dim=1)
+        assert found["6"][6] == pytest.approx((norms * error).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 4), (3, 4, 7), (2, 5, 5)])
+def test_nuclear_norms_are_those_of_torch(shape):
+    y = draw(*shape)
+    expected = torch.linalg.matrix_norm(y.double(), "nuc")
+    torch.testing.assert_close(nuclear_norms(y), expected)
+
+
+@pytest.mark.parametrize("kind", ["noise", "fisher", "nuclear"])
+def test_the_network_stays_as_it_is(kind):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    layer_costs(model, BATCHES, kind)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
