@@ -38,7 +38,7 @@ def test_names_and_patterns_of_nothing_are_refused(model, batches):
         (Recipe("r", "", (weights,), ("shift_norms",)), "no step of recipe r rounds the weight of"),
         (Recipe("r", "", W8A8.layers, ("nearest",)), "no step of recipe r calibrates the input"),
         (Recipe("r", layers=(replace(weights, weight_observer="l1"),)), "no observer is called l1"),
-        (Recipe("r", layers=(replace(weights, kind="odd"),)), "no kind of layers is called odd"),
+        (Recipe("r", layers=(LayerSpec(".*", kind="odd"),)), "no kind of layers is called odd"),
         (Recipe("r", "", (weights,), ("gptq",), units="block"), "is called block"),
     ):
         with pytest.raises(ValueError, match=says):
