@@ -10,12 +10,15 @@
     python quantize.py --weights F.pth --model xxs --task imagefolder --data-dir DIR   # your own
 
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL followed
-by the folder of the run for a checkpoint that is not in checkpoints/. A row that is there already,
-made from the same weights with the same settings, is kept; one made otherwise is an error. A
-checkpoint is evaluated on the data set it was trained for, at that run's image size unless
---img-size names another, on all test images and all cores; latency is one image on one thread.
-Prints one line a row and a table at the end.
+by the folder of the run for a checkpoint that does not ship. A row that is there already is kept,
+unless it was made otherwise: that is an error. Accuracy is on all test images and all cores,
+latency of one image on one thread. Prints one line a row and a table at the end.
 """
+
+from lab import cli
+
+if __name__ == "__main__":
+    cli.exit_on_signals()  # while the imports below take their seconds
 
 import functools
 import sys
@@ -26,7 +29,7 @@ from pathlib import Path
 import torch
 
 import ptq
-from lab import cli, files, machine
+from lab import files, machine
 from lab.cli import BadInput
 from lab.engines import EngineMissing, torch_eager
 from lab.engines.measure import CPU_BATCH, confusion, latency, predict
@@ -75,9 +78,9 @@ def parse_args():
     how.add_argument(
         "--recipes",
         nargs="+",
-        choices=RECIPES,
+        type=cli.known(RECIPES, "recipe"),
         default=[recipe.name for recipe in PROTOCOL],
-        help="what to do to them",
+        help=f"what to do to them: {', '.join(RECIPES)}",
     )
     how.add_argument(
         "--engines",
@@ -111,10 +114,8 @@ def parse_args():
         help="threads that evaluate",
     )
     out = p.add_argument_group("what comes of it")
-    out.add_argument(
-        "--output",
-        help="folder of the result files (default: results; with --from: runs/results)",
-    )
+    help = "folder of the result files (default: results; with --from: runs/results)"
+    out.add_argument("--output", help=help)
     out.add_argument("--force", action="store_true", help="measure and replace rows that are there")
     out.add_argument(
         "--per-layer",

@@ -45,9 +45,16 @@ from lab.tasks.cifar10 import Images, to_input
 from lab.training.distributed import World, leave_process_group
 from lab.training.evaluation import TRAINABLE, test_accuracy
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
+from lab.training.options import settle
 from lab.training.run import Run, tensorboard_writer
 from lab.training.schedule import MAX_EPOCHS, Schedule, parse_resolutions
-from lab.training.start import TIMM_HEADS, fresh_model, load_start, require_memory
+from lab.training.start import (
+    fresh_model,
+    heads_to_build,
+    load_start,
+    require_memory,
+    require_no_run,
+)
 from mobilevit import MIN_IMG_SIZE
 
 BEGAN = time.monotonic()  # what --max-minutes counts from
@@ -67,7 +74,6 @@ class StepOptions(NamedTuple):
 
 def parse_args():
     p = cli.parser(__doc__)
-
     add = p.add_argument_group("data").add_argument
     add("--task", choices=TRAINABLE, default="cifar10", help="synthetic needs no download")
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
@@ -94,7 +100,7 @@ def parse_args():
     add = p.add_argument_group("schedule").add_argument
     help = "passes over the training images (100 unless --resolutions)"
     add("--epochs", type=at_least(1, MAX_EPOCHS), help=help)
-    help = "input side in pixels (256 unless --resolutions)"
+    help = "input side in pixels (the network's own unless --resolutions: 256 for MobileViT)"
     add("--img-size", type=at_least(MIN_IMG_SIZE, MAX_IMG_SIZE), help=help)
     help = (
         "in place of the two above: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, then 4 on "
@@ -137,27 +143,7 @@ def parse_args():
     cli.refused(p, "--patience", why=why)
 
     args = p.parse_args()
-
-    if args.eval != (args.checkpoint is not None):
-        p.error("--eval and --checkpoint go together")
-    taken = ("eval", "checkpoint", "data_dir", "device")
-    other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
-    if args.eval and other:
-        p.error(f"--eval takes all from the checkpoint, --{other[0].replace('_', '-')} excluded")
-    if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
-        p.error("--resolutions replaces --img-size and --epochs")
-    if args.resolutions is None:
-        args.resolutions = f"{args.img_size or 256}:{args.epochs or 100}"
-    stages = parse_resolutions(args.resolutions)
-    args.img_size, args.epochs = stages[-1].img_size, sum(stage.epochs for stage in stages)
-    if args.warmup_epochs >= args.epochs:
-        p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
-    if args.min_lr > args.lr:
-        p.error("--min-lr must not be above --lr")
-    if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in stages):
-        p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
-    if args.pretrained and args.heads is not None:
-        p.error("--pretrained excludes --heads")
+    settle(p, args)
     args.device = cli.device(p, args.device)
     args.precision = cli.precision(p, args.precision, args.device, args.amp)
     if args.val_size is None:
@@ -182,15 +168,19 @@ def main() -> int:
 
 def train(args, world: World) -> int:
     """Train as the options say and, at the end, read the test set; the command's exit code."""
+    heads = heads_to_build(args.model, args.heads, args.widen, args.pretrained)
     if not args.resume:
         require_no_run(args.output)
-    if args.val_size < world.size:
-        raise BadInput(f"--val-size {args.val_size} leaves some of {world.size} processes nothing")
     if args.amp and args.precision == "fp32" and world.rank == 0:
         print("--amp: this CPU has no instructions for BF16, so this run computes in FP32")
 
     with world.first_then_others():  # one of them may have to download it
         images = TASKS[args.task].load(args.data_dir, train=True)
+    if not world.size <= args.val_size < len(images):
+        raise BadInput(
+            f"--val-size {args.val_size} leaves nothing to some of {world.size} processes, or none "
+            f"of {len(images)} images to train on"
+        )
     train_indices, val_indices = split(images.labels, args.val_size)
     stages = parse_resolutions(args.resolutions)
     batches = TrainBatches(
@@ -205,15 +195,14 @@ def train(args, world: World) -> int:
     per_epoch = batches.steps_per_epoch
     schedule = Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr)
 
-    heads = TIMM_HEADS if args.pretrained else args.heads
-    model = fresh_model(args.model, len(images.classes), heads, args.seed)
+    sides = [stage.side for stage in stages]
+    model = fresh_model(args.model, len(images.classes), heads, args.seed, sides)
     if not args.resume:
         source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
         load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
     if args.device == "cpu":
-        largest = max(stage.side for stage in stages)
         value_bytes = 4 if args.precision == "fp32" else 2
-        require_memory(model, args.batch_size // world.size, largest, value_bytes)
+        require_memory(model, args.batch_size // world.size, max(sides), value_bytes)
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:
@@ -255,11 +244,6 @@ def train(args, world: World) -> int:
         if code == 0 and world.rank == 0:
             run.finish(args.data_dir)
     return code
-
-
-def require_no_run(output: Path) -> None:
-    if any((output / name).exists() for name in ("best.pth", "last.pth")):
-        raise BadInput(f"{output} already holds a run: --resume it or choose another --output")
 
 
 def loop(

@@ -7,6 +7,7 @@ reader of the output has gone (`| head -1`).
 
 import argparse
 import contextlib
+import difflib
 import functools
 import math
 import os
@@ -91,6 +92,19 @@ def _number_type(kind: type, in_range: Callable, described: str) -> Callable:
 
 
 seed = at_least(0, 2**63 - 1)  # what torch's generators take
+
+
+def known(names, what: str) -> Callable[[str], str]:
+    """The type of an option that is one of many `names`; close ones are told where it is not."""
+
+    def read(text: str):
+        if text not in names:
+            close = difflib.get_close_matches(text, names, cutoff=0.3)
+            told = f"closest are {', '.join(close)}" if close else "--help lists them"
+            raise argparse.ArgumentTypeError(f"no {what} is called {shortened(text)}: {told}")
+        return text
+
+    return read
 
 
 class _Refused(argparse.Action):

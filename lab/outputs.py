@@ -1,13 +1,14 @@
 """What comes of a quantized network besides rows: reports per layer, and files to use."""
 
 import functools
+import sys
 import time
 from pathlib import Path
 
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines import EngineMissing, require
-from lab.engines.measure import predict
+from lab.engines import EngineMissing, parity, require
+from lab.engines.measure import CPU_BATCH, predict
 from lab.engines.registry import ENGINES
 from lab.report.rows import setting
 from lab.report.studies import per_layer_table
@@ -17,6 +18,7 @@ from ptq import Recipe, packing
 from ptq.analysis.sensitivity import sensitivities
 
 REPORT_IMAGES, REPORT_BATCH = 64, 16  # calibration images that a report per layer looks at
+PARITY_IMAGES, PARITY_SHARE = 100, 0.9  # training images that an exported file is checked on
 
 
 def write_reports(pairs, output: str, n_calibration: int | None, workers: int, force: bool) -> None:
@@ -84,8 +86,8 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
 def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers: int) -> bool:
     """Write a quantized network as packed safetensors and, where ONNX can hold it, as QDQ ONNX.
 
-    `path`: of both files but for their suffix. Prints a line a file; whether every engine that was
-    tried predicts with the ONNX file what the simulation does.
+    `path`: of both files but for their suffix. Prints a line a file, and what each engine makes of
+    the ONNX file; whether all that were tried predict what the simulation does.
     """
     written = {".safetensors": functools.partial(packing.save, network, recipe)}
     try:
@@ -102,4 +104,18 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
         with files.atomic(file) as tmp:
             write(tmp)
         print(f"{file}, {file.stat().st_size / files.MB:.2f} MB", flush=True)
-    return True
+    return ".onnx" not in written or as_simulated(subject, network, file, workers)
+
+
+def as_simulated(subject: Subject, network, file: Path, workers: int) -> bool:
+    """Whether every engine predicts with an ONNX file what was simulated, in words on stdout."""
+    images, _ = subject.calibration(PARITY_IMAGES)
+    batches = EvalBatches(images, subject.img_size, CPU_BATCH)
+    expected = predict(network, batches, workers)[0]
+    agree = True
+    for result in parity.check(file, [x for x, _ in batches], expected):
+        print(f"  {parity.in_words(result)}", flush=True)
+        agree = agree and (result.share is None or result.share >= PARITY_SHARE)
+    if not agree:
+        print(f"{file}: an engine does not predict what was simulated", file=sys.stderr)
+    return agree

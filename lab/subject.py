@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ptq
 from lab.cli import BadInput
 from lab.files import sha256
-from lab.models import run_name
+from lab.models import require_img_size, run_name
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS
@@ -154,6 +154,8 @@ def load_subject(
         task = task or checkpoint["task"]
     if task not in TASKS:
         raise BadInput(f"{path} was trained on {task}: known are {', '.join(TASKS)}")
+    if img_size:
+        require_img_size(model, img_size, "--img-size")
     images = load_images(task, data_dir, held_out, checkpoint)
     if held_out:
         val_size = checkpoint["config"].get("val_size")

@@ -2,8 +2,10 @@
 
     x -> QuantizeLinear -> DequantizeLinear -> Conv or MatMul <- DequantizeLinear <- integer codes
 
-Engines recognise the pattern and compute the product in integers. Codes of at most four bits are
-stored as ONNX INT4, two to a byte. Batch norms are folded, which changes scales and biases only.
+Engines recognise the pattern and compute the product in integers. Weights of pointwise convolutions
+whose product stays in float are stored as matrices, with an Unsqueeze before the Conv. Codes of at
+most four bits are stored as ONNX INT4, two to a byte. Batch norms are folded, which changes scales
+and biases only.
 """
 
 import copy
@@ -20,6 +22,11 @@ from ptq.graph import norms_after
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 OPSET = 21  # the first with INT4
+# For people: neither engine reads its settings from an ONNX file.
+RUN_AS_SIMULATED = (
+    "OpenVINO: INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0. "
+    "ONNX Runtime: session.qdq_matmulnbits_accuracy_level=1."
+)
 
 
 def to_onnx(model: nn.Module, example: Tensor, path) -> None:
@@ -30,7 +37,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     inputs of norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
-    fold_norms(model)
+    fold_norms(model, example)
     int4 = []
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
@@ -59,17 +66,18 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     proto = program.model_proto
     _store_int4(proto, int4)
     _strip(proto.graph)
+    onnx.helper.set_model_props(proto, {"run_as_simulated": RUN_AS_SIMULATED})
     onnx.save(proto, path)
 
 
-def fold_norms(model: nn.Module) -> None:
+def fold_norms(model: nn.Module, example: Tensor) -> None:
     """Fold each batch norm into the convolution before it: Jacob et al., "Quantization and Training
     of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
 
     Of a quantized layer it changes scales and bias, not codes. Raises ValueError for a norm with a
     negative factor there, which `ptq.quantize` never leaves.
     """
-    for norm_name, conv_name in norms_after(model).items():
+    for norm_name, conv_name in norms_after(model, [(example,)]).items():
         norm, layer = model.get_submodule(norm_name), model.get_submodule(conv_name)
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # [C]
         conv = layer.layer if isinstance(layer, QuantizedLayer) else layer
@@ -165,6 +173,12 @@ class _Layer(nn.Module):
             if fmt.bits > 8 or (fmt.granularity, fmt.axis) != ("channel", 0):
                 raise ValueError(f"ONNX export of weights in {self.format} is not written")
             codes = quantized.codes.to(torch.int8)
+            # OpenVINO 2026.4 keeps the codes [O, I, 1, 1] of a pointwise convolution that it does
+            # not compute in integers, and each stream turns them into floats: with two or more the
+            # results may be garbage. Behind an Unsqueeze they become floats once, when it loads.
+            self.as_matrix = codes.shape[2:] == (1, 1) and not _in_integers(quantized)
+            if self.as_matrix:
+                codes = codes[:, :, 0, 0]  # [O, I]
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
             self.register_buffer("scale", quantized.scale)
 
@@ -176,9 +190,19 @@ class _Layer(nn.Module):
         weight = _dequantized(self.codes, (self.scale,), attrs, self.codes.shape)
         if self.linear:
             return x @ weight + layer.bias if layer.bias is not None else x @ weight
+        if self.as_matrix:
+            weight = weight[:, :, None, None]  # [O, I, 1, 1]
         return F.conv2d(
             x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
         )
+
+
+def _in_integers(quantized: QuantizedLayer) -> bool:
+    """Whether OpenVINO computes a pointwise convolution in integers: with more than four bits for
+    weights and one scale for inputs."""
+    if not isinstance(quantized.input, Quantizer) or quantized.format.bits <= 4:
+        return False
+    return quantized.input.format.granularity == "tensor"
 
 
 def _store_int4(proto: onnx.ModelProto, names: list[str]) -> None:
@@ -198,3 +222,6 @@ def _strip(graph: onnx.GraphProto) -> None:
         graph.ClearField(field)
     for entry in (*graph.node, *graph.initializer, *graph.input, *graph.output):
         entry.ClearField("metadata_props")
+    for node in graph.node:
+        if node.op_type in ("DequantizeLinear", "Unsqueeze"):  # one or two a layer
+            node.ClearField("name")

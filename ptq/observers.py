@@ -46,6 +46,16 @@ class MinMax:
         return self.low, self.high
 
 
+class AbsMax(MinMax):
+    """From -m to m, where m is the largest magnitude: the scale of a symmetric format is then
+    m / qmax, and its lowest code is used by rounding only, if at all. MinMax makes use of it."""
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        low, high = super().range()
+        largest = torch.maximum(-low, high)
+        return -largest, largest
+
+
 class Histogram(MinMax):
     """Counts in BINS even bins over [-limit, limit] for each scale, besides smallest and largest.
 
@@ -207,4 +217,4 @@ def kl_divergence(p: Tensor, q: Tensor) -> float:
     return (p[filled] * (p[filled] / q[filled]).log()).sum().item()
 
 
-OBSERVERS = {"minmax": MinMax, "percentile": Percentile, "mse": MSE, "kl": KL}
+OBSERVERS = {"minmax": MinMax, "absmax": AbsMax, "percentile": Percentile, "mse": MSE, "kl": KL}

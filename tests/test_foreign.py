@@ -10,7 +10,7 @@ from torch import nn
 
 from lab.cli import BadInput
 from lab.models.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
-from lab.models.foreign import LAYOUTS, as_checkpoint, read_weights
+from lab.models.foreign import as_checkpoint, family_of, read_weights
 from mobilevit import VARIANTS, MobileViT
 
 N = 7  # classes
@@ -182,7 +182,7 @@ def test_counts_of_batches_may_be_left_out(tmp_path):
     assert read_weights(saved(tmp_path / "w.pth", state), NAME)[1].name == "timm"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", family_of(NAME).layouts, ids=lambda layout: layout.name)
 def test_as_checkpoint_gives_one_that_can_be_read_again(tmp_path, layout):
     ours = randomized(MobileViT("xxs", N)).state_dict()
     state = {

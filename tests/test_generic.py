@@ -9,13 +9,14 @@ from small import draw
 from torch import nn
 
 import ptq
-from mobilevit import MobileViT
+from lab.models import build
+from mobilevit import AttentionCore, MobileViT
 from ptq.export import to_onnx
-from ptq.layers import QuantizedLayer, Quantizer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods.norms import replace_norms
+from ptq.observers import OBSERVERS
 from ptq.recipes.generic import GENERIC
-
-SIDE = 64
+from ptq.recipes.uniform import UNIFORM
 
 
 def own():
@@ -35,10 +36,13 @@ def own():
     return network
 
 
+# name -> network, side of its images
 NETWORKS = {
-    "timm mobilevit_xxs": lambda: timm.create_model("mobilevit_xxs", num_classes=7),
-    "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=7),
-    "own Sequential": own,
+    "timm mobilevit_xxs": (lambda: timm.create_model("mobilevit_xxs", num_classes=7), 64),
+    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=7), 64),
+    "resnet18": (lambda: build("resnet18", num_classes=7), 32),
+    "vit_cifar": (lambda: build("vit_cifar", num_classes=7), 32),
+    "own Sequential": (own, 64),
 }
 
 
@@ -46,29 +50,34 @@ NETWORKS = {
 def network(request):
     """With the statistics of its images, without which all logits of a fresh network are alike."""
     torch.manual_seed(0)
-    model = NETWORKS[request.param]().eval()
-    replace_norms(model, None, batches(), None)
-    return model
+    build_network, side = NETWORKS[request.param]
+    model = build_network().eval()
+    replace_norms(model, None, batches(side), None)
+    return model, side
 
 
-def batches():
-    return [(draw(8, 3, SIDE, SIDE, seed=i), None) for i in range(2)]
+def batches(side):
+    return [(draw(8, 3, side, side, seed=i), None) for i in range(2)]
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4-gptq"])
+@pytest.mark.parametrize("name", ["w8a8", "w4-shift", "uniform8"])
 def test_any_network_is_quantized_exported_and_run(name, network, tmp_path):
+    network, side = network
     recipe = ptq.recipe(name, network)
     assert recipe.name == name and recipe.steps == ptq.RECIPES[name].steps
-    quantized = ptq.quantize(network, recipe, batches())
+    quantized = ptq.quantize(network, recipe, batches(side))
     kinds = [type(module) for module in network.modules()]
     layers = [m for m in quantized.modules() if isinstance(m, QuantizedLayer)]
     assert len(layers) == kinds.count(nn.Conv2d) + kinds.count(nn.Linear)
+    cores = [m for m in quantized.modules() if isinstance(m, QuantizedAttentionCore)]
+    assert len(cores) == (kinds.count(AttentionCore) if name == "w8a8" else 0)
     for layer in layers:
         conv = isinstance(layer.layer, nn.Conv2d)
         depthwise = conv and layer.layer.groups == layer.layer.in_channels
         if isinstance(layer.input, Quantizer):
-            assert layer.input.format.granularity == ("channel" if depthwise else "tensor")
-    x = draw(4, 3, SIDE, SIDE, seed=9)
+            by_channel = depthwise and name == "w8a8"
+            assert layer.input.format.granularity == ("channel" if by_channel else "tensor")
+    x = draw(4, 3, side, side, seed=9)
     with torch.no_grad():
         simulated, exact = quantized(x), network(x)
     assert 0 < (simulated - exact).square().mean() < exact.var()
@@ -107,3 +116,42 @@ def test_layers_whose_weights_are_read_elsewhere_stay_in_float():
     assert [spec.pattern for spec in recipe.layers] == ["head"]
     x = draw(4, 5, 8)
     assert ptq.quantize(network, recipe, [(x, None)])(x).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize("recipe", UNIFORM, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("build_network", [own, lambda: MobileViT("xxs")], ids=["own", "xxs"])
+def test_uniform_baselines_are_those_of_the_formula(recipe, build_network):
+    """s = max|x| / (2**(b-1) - 1), q = clip(round(x / s), -2**(b-1), 2**(b-1) - 1)."""
+    torch.manual_seed(0)
+    network = build_network().eval()
+    bits, by_tensor = int(recipe.name[7]), recipe.name.endswith("tensor")
+    quantized = ptq.quantize(network, ptq.recipe(recipe.name, network), batches(64))
+    first = None
+    for name, layer in quantized.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        first = first or layer
+        # Signs of channels, but not magnitudes, may change before a norm: compare those.
+        w = network.get_submodule(name).weight.detach().double()
+        largest = w.abs().amax() if by_tensor else w.abs().flatten(1).amax(1)
+        scale = largest / (2 ** (bits - 1) - 1)
+        torch.testing.assert_close(layer.scale.double(), scale.expand(layer.scale.shape))
+        steps = scale if by_tensor else scale.view(-1, *[1] * (w.dim() - 1))
+        codes = (w / steps).round().abs()
+        assert (layer.codes.abs() - codes).abs().max() <= 1  # halves, in float32
+        assert (layer.codes.abs() != codes).double().mean() < 1e-3
+        assert layer.input.format == ptq.Uniform(8) and int(layer.input.zero_point) == 0
+    largest = max(x.abs().max() for x, _ in batches(64))
+    torch.testing.assert_close(first.input.scale, largest[None] / 127)
+
+
+def test_the_scale_of_a_uniform_baseline_is_that_of_the_larger_end():
+    format = ptq.Uniform(4)
+    for x, scale in (([-3.5, 1.0], 0.5), ([-1.0, 3.5], 0.5), ([0.0, 0.0], 1.0)):
+        observer = OBSERVERS["absmax"](format)
+        observer.update(torch.tensor(x))
+        found, zero_point = format.grid(*observer.range())
+        assert (found.item(), zero_point.item()) == (scale, 0)
+    observer = OBSERVERS["minmax"](format)  # which uses the lowest code, -8, as well
+    observer.update(torch.tensor([-3.5, 1.0]))
+    assert format.grid(*observer.range())[0].item() == 3.5 / 8

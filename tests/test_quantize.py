@@ -193,7 +193,12 @@ def test_bad_input_is_one_line(checkpoint, tmp_path):
         "quantize.py", "--checkpoint", tmp_path / "absent.pth", says="no checkpoint"
     )
     fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--recipes", "int3", says="invalid choice"
+        "quantize.py",
+        "--checkpoint",
+        checkpoint,
+        "--recipes",
+        "int3",
+        says="no recipe is called int3: closest are",
     )
     fails_with_one_line(
         "quantize.py",
@@ -221,7 +226,8 @@ def test_export_writes_files_that_load(checkpoint, tmp_path):
     out, _ = run(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--export", tmp_path
     )
-    assert "predicts as simulated on 200 of 200 training images" in out
+    assert "onnxruntime, batch 1: predicts as simulated on 100 of 100 images" in out
+    assert "openvino, 2 streams, batch 8: predicts as simulated on 16 of 16 images" in out
     packed, onnx = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert (packed.suffix, onnx.suffix) == (".safetensors", ".onnx")
     model, _ = model_from_checkpoint(checkpoint)
@@ -314,7 +320,7 @@ def test_a_row_is_measured_again_and_compared(swept, tmp_path):
     files.write_json(wrong, row)
     out, _ = run("quantize.py", "--from", wrong, *again[4:], "--output", tmp_path / "again", code=1)
     assert "| NO |" in out
-    fails_with_one_line(*again, "--output", folder, says="holds a row with another n_images")
+    fails_with_one_line(*again, "--output", folder, says="is a row to compare with")
     fails_with_one_line(
         *again, "--seed", "1", says="--from takes all from the row, --seed excluded"
     )

@@ -94,7 +94,7 @@ def test_a_wider_network_and_other_heads_are_refused():
 
 def start_from(path, name="mobilevit_xs", val_size=200):
     """What train.py does with --widen PATH."""
-    model = fresh_model(name, 10, heads=None, seed=0)
+    model = fresh_model(name, 10, heads=None, seed=0, sides=[])
     load_start(model, name, widened=path, task="synthetic", val_size=val_size)
 
 

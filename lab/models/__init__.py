@@ -9,14 +9,21 @@ from functools import partial
 
 from torch import nn
 
+from lab.cli import BadInput
+from lab.models.resnet import resnet18
+from lab.models.vit import VARIANTS as VIT
+from lab.models.vit import ViT
 from mobilevit import VARIANTS, MobileViT
 
 # name -> function from settings (num_classes and what else the network takes) to the network
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS
+    **{f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS},
+    **{variant: partial(ViT, variant) for variant in VIT},
+    "resnet18": resnet18,
 }
 SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
-
+# name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
+IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()} | {"resnet18": 32}
 
 NAMES = ", ".join((*MODELS, *SHORT))
 
@@ -31,6 +38,26 @@ def registered(name: str) -> str:
     if full_name(name) not in MODELS:
         raise argparse.ArgumentTypeError(f"no network is called {name}: there are {NAMES}")
     return full_name(name)
+
+
+def default_img_size(name: str) -> int:
+    """Side of the images that the network `name` is trained on unless another is asked for."""
+    return IMG_SIZES.get(name, 256)
+
+
+def require_img_size(model: nn.Module, img_size: int, where: str) -> None:
+    """Raise BadInput, naming `where` the size came from, if `model` takes only images of another
+    size: it then has an attribute `img_size`."""
+    fixed = getattr(model, "img_size", img_size)
+    if fixed != img_size:
+        sizes = f"{fixed}x{fixed} pixels, not {img_size}x{img_size}"
+        raise BadInput(f"{where}: the network takes images of {sizes}")
+
+
+def require_mobilevit(name: str, option: str) -> None:
+    """Raise BadInput if `option`, which only MobileViT knows, is given for another network."""
+    if name not in SHORT.values():
+        raise BadInput(f"{option} is for MobileViT, not for {name}")
 
 
 def build(name: str, **settings) -> nn.Module:

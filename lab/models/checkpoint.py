@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lab.cli import BadInput, shortened
 from lab.files import atomic
-from lab.models import MODELS, build, full_name, settings_of
+from lab.models import MODELS, build, full_name, require_img_size, settings_of
 from lab.schema import Schema, integer, mapping, maybe, number, one_of, record, sequence, text
 from lab.tasks.cifar10 import CLASSES
-from mobilevit import MIN_IMG_SIZE, from_timm
+from mobilevit import MIN_IMG_SIZE
 
 FORMAT = 2
 MAX_IMG_SIZE = 4096  # pixels a side
@@ -226,6 +226,7 @@ def network(checkpoint: dict, path) -> nn.Module:
         model = build(checkpoint["model"], **checkpoint["settings"])
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
+    require_img_size(model, checkpoint["img_size"], str(path))
     load_state(model, checkpoint["state_dict"], path)
     return model
 
@@ -235,17 +236,3 @@ def model_from_checkpoint(path) -> tuple[nn.Module, dict]:
     checkpoint = load_checkpoint(path)
     model = network(checkpoint, path)
     return model.eval().to(memory_format=torch.channels_last), checkpoint
-
-
-def load_timm(model: nn.Module, name: str) -> None:
-    """Load timm's ImageNet weights, all but the classifier, into a `model` with four heads."""
-    try:
-        import timm
-
-        source = timm.create_model(name, pretrained=True)
-    except ImportError as error:
-        raise BadInput("--pretrained needs timm: pip install timm") from error
-    except (OSError, RuntimeError) as error:  # no network, or no such file on the hub
-        raise BadInput(f"--pretrained: timm's weights can't be fetched ({error})") from error
-    body = {k: v for k, v in from_timm(source.state_dict()).items() if "classifier." not in k}
-    model.load_state_dict(model.state_dict() | body)

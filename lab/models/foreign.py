@@ -1,12 +1,12 @@
-"""MobileViT weights from elsewhere: plain state dicts with our names or with those of timm, Hugging
-Face transformers or Apple's ml-cvnets.
+"""Weights from elsewhere: plain state dicts with our names or with those of other projects.
 
 >>> network, layout = read_weights("model.safetensors", "mobilevit_s")
 >>> save_checkpoint("mine.pth", as_checkpoint(network, "mobilevit_s", layout))
 
-All four compute the same; they differ in names, in attention heads (the other three have four in
-every block) and in the order of the colours that the weights were trained on. A network read here
-always takes RGB. Names and colours: the three projects' code, of ml-cvnets its v0.1.
+MobileViT is read as timm, Hugging Face transformers and Apple's ml-cvnets name it. All compute the
+same; they differ in names, in attention heads (those three have four in every block) and in the
+order of the colours that the weights were trained on. A network read here always takes RGB. ViT is
+read as timm and transformers name it. Names and colours: the projects' code, of ml-cvnets its v0.1.
 """
 
 import re
@@ -21,13 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lab.cli import BadInput
-from lab.models import build, full_name, settings_of
+from lab.models import build, default_img_size, full_name, require_mobilevit, settings_of, vit
 from lab.models.checkpoint import FORMAT, load_state, read_tensors, tensor, without_prefix
+from lab.models.rewrites import joined_attention, renamed
 from lab.schema import mapping
 from lab.tasks import cifar10
 from mobilevit import VARIANTS, from_timm
-
-IMG_SIZE = 256  # the side of the images that the paper trains on, in pixels
 
 # Where scripts keep the state dict in what they save. Averaged weights come first: where a file
 # has both, they are the ones that the script evaluated.
@@ -88,44 +87,83 @@ _FROM_CVNETS = (
 )
 
 
-def _renamed(state: dict[str, Tensor], rewrites) -> dict[str, Tensor]:
-    renamed = {}
-    for name, value in state.items():
-        for pattern, ours in rewrites:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = value
-    return renamed
-
-
 def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renamed, and query, key and value, which are layers of their own there, put in one."""
-    state = _renamed(state, _FROM_TRANSFORMERS)
-    for name in [name for name in state if ".attn.query." in name]:
-        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        shapes = {state[part].shape if part in state else None for part in parts}
-        if len(shapes) == 1 and shapes != {torch.Size()}:  # others are refused later, by name
-            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(p) for p in parts])
-    return state
+    return joined_attention(renamed(state, _FROM_TRANSFORMERS))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a project names the tensors of a MobileViT, and what network and pixels they are for."""
+    """How a project names the tensors of a network, and what network and pixels they are for."""
 
     name: str
     to_ours: Callable[[dict], dict]  # a state dict of that project -> one with our names
-    heads: int | None = 4  # attention heads in every block; None: the variant's own
+    heads: int | None = None  # attention heads in every block, if not the variant's own
     bgr: bool = False  # whether the weights take blue, green, red
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels in [0, 1], per channel
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
-LAYOUTS = (
-    Layout("mobilevit.py", dict, heads=None, mean=cifar10.MEAN, std=cifar10.STD),
-    Layout("timm", from_timm),
-    Layout("transformers", _from_transformers, bgr=True),
-    Layout("ml-cvnets", partial(_renamed, rewrites=_FROM_CVNETS), bgr=True),
+@dataclass(frozen=True)
+class Family:
+    """Networks of the registry that differ in sizes alone, and the layouts that are read."""
+
+    title: str
+    names: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    classifier: str = "classifier"  # name of the last layer
+
+
+CIFAR10 = {"mean": cifar10.MEAN, "std": cifar10.STD}
+HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def _vits(prefix: str, pixels: dict) -> Family:
+    """The ViTs whose names begin with `prefix`. timm and transformers give the same `pixels` to
+    networks of the same weights; those with our names were trained by train.py."""
+    return Family(
+        "ViT",
+        tuple(name for name in vit.VARIANTS if name.startswith(prefix)),
+        (
+            Layout("lab/models/vit.py", dict, **CIFAR10),
+            Layout("timm", vit.from_timm, **pixels),
+            Layout("transformers", vit.from_transformers, **pixels),
+        ),
+    )
+
+
+FAMILIES = (
+    Family(
+        "MobileViT",
+        tuple(map(full_name, VARIANTS)),
+        (
+            Layout("mobilevit.py", dict, **CIFAR10),
+            Layout("timm", from_timm, heads=4),
+            Layout("transformers", _from_transformers, heads=4, bgr=True),
+            Layout("ml-cvnets", partial(renamed, rewrites=_FROM_CVNETS), heads=4, bgr=True),
+        ),
+    ),
+    # timm's default weights: of vit_* from Google ("augreg"), of deit_* from Facebook.
+    _vits("vit_cifar", CIFAR10),
+    _vits("deit_", IMAGENET),
+    _vits("vit_base", HALVES),
+    _vits("vit_large", HALVES),
+    Family("ResNet", ("resnet18",), (Layout("torchvision", dict, **CIFAR10),), classifier="fc"),
 )
+
+
+def family_of(name: str) -> Family:
+    """The family of the network `name`; one that is in none is known by its own names alone."""
+    own = Family(name, (name,), (Layout(name, dict, **CIFAR10),))
+    return next((family for family in FAMILIES if name in family.names), own)
+
+
+def timm_layout(name: str) -> Layout:
+    """How timm names the tensors of the network `name`; BadInput if timm has no weights for it."""
+    layouts = [layout for layout in family_of(name).layouts if layout.name == "timm"]
+    if not layouts or name == "vit_cifar":
+        raise BadInput(f"--pretrained: timm has no weights for {name}")
+    return layouts[0]
 
 
 def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
@@ -133,20 +171,24 @@ def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
 
     The file is .safetensors or a torch file of tensors: a state dict, as it is or under one of the
     names in WRAPPERS. The number of classes is that of the classifier's rows. `heads` overrides
-    the attention heads of the layout. Raises BadInput for everything that does not fit.
+    the attention heads of a MobileViT's layout. Raises BadInput for everything that does not fit.
     """
+    if heads is not None:
+        require_mobilevit(name, "--heads")
     state = _read_state(path)
-    expected = _shapes(name)
-    layout, state = _recognised(state, expected, path)
-    if "classifier.weight" not in state or state["classifier.weight"].dim() != 2:
+    family, expected = family_of(name), _shapes(name)
+    layout, state = _recognised(state, expected, family, path)
+    classifier = state.get(f"{family.classifier}.weight")
+    if classifier is None or classifier.dim() != 2:
         raise BadInput(f"{path} has the names of {layout.name}, but no classifier's weights")
-    _require_variant(state, name, path)
+    _require_variant(state, name, family, path)
     for counter in expected:
         if counter.endswith(".num_batches_tracked"):  # not needed, and often left out
             state.setdefault(counter, torch.tensor(0))
     heads = layout.heads if heads is None else heads
+    settings = {"num_classes": len(classifier)} | ({} if heads is None else {"heads": heads})
     try:
-        network = build(name, num_classes=len(state["classifier.weight"]), heads=heads)
+        network = build(name, **settings)
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
     load_state(network, state, f"{path}, with the names of {layout.name} turned into ours,")
@@ -171,7 +213,7 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
         "settings": settings,
         "task": "imagefolder",
         "classes": classes,
-        "img_size": IMG_SIZE,
+        "img_size": default_img_size(name),
         "state_dict": network.state_dict(),
         "val_accuracy_pct": None,
         "test_accuracy_pct": None,
@@ -207,27 +249,47 @@ def _shapes(name: str) -> dict[str, torch.Size]:
         return {n: t.shape for n, t in build(name, num_classes=1).state_dict().items()}
 
 
-def _recognised(state: dict, expected: dict, path) -> tuple[Layout, dict]:
+def _recognised(state: dict, expected: dict, family: Family, path) -> tuple[Layout, dict]:
     """The layout whose names fit most tensors, and the state dict with our names."""
-    renamed = [(layout, layout.to_ours(state)) for layout in LAYOUTS]
-    layout, ours = max(renamed, key=lambda pair: len(pair[1].keys() & expected.keys()))
+    read = [(layout, layout.to_ours(state)) for layout in family.layouts]
+    layout, ours = max(read, key=lambda pair: len(pair[1].keys() & expected.keys()))
     if 2 * len(ours.keys() & expected.keys()) < len(expected):
         first = f", its first name is {next(iter(state))}" if state else ""
         raise BadInput(
-            f"{path} holds no MobileViT with the names of "
-            f"{', '.join(layout.name for layout in LAYOUTS)}: it has {len(state)} tensors{first}"
+            f"{path} holds no {family.title} with the names of "
+            f"{', '.join(layout.name for layout in family.layouts)}: "
+            f"it has {len(state)} tensors{first}"
         )
     return layout, ours
 
 
-def _require_variant(state: dict, name: str, path) -> None:
-    """Raise BadInput if the shapes are those of another variant than `name`."""
+def _require_variant(state: dict, name: str, family: Family, path) -> None:
+    """Raise BadInput if the shapes are those of another network of the kind than `name`."""
+
+    last = f"{family.classifier}."
 
     def fits(variant: str) -> bool:
-        body = {n: s for n, s in _shapes(variant).items() if not n.startswith("classifier.")}
+        body = {n: s for n, s in _shapes(variant).items() if not n.startswith(last)}
         return all(n not in state or state[n].shape == shape for n, shape in body.items())
 
     if not fits(name):
-        for other in map(full_name, VARIANTS):
+        for other in (n for f in FAMILIES if f.title == family.title for n in f.names):
             if fits(other):
                 raise BadInput(f"{path}: these are weights of {other}, not of {name}")
+
+
+def load_timm(model: nn.Module, name: str) -> None:
+    """Load timm's ImageNet weights, all but the classifier, into `model`, the network `name` with
+    the heads of `timm_layout`."""
+    layout = timm_layout(name)
+    try:
+        import timm
+
+        source = timm.create_model(name, pretrained=True)
+    except ImportError as error:
+        raise BadInput("--pretrained needs timm: pip install timm") from error
+    except (OSError, RuntimeError) as error:  # no network, or no such file on the hub
+        raise BadInput(f"--pretrained: timm's weights can't be fetched ({error})") from error
+    body = layout.to_ours(source.state_dict())
+    body = {k: v for k, v in body.items() if not k.startswith("classifier.")}
+    model.load_state_dict(model.state_dict() | body)

@@ -11,11 +11,13 @@ from lab.cli import BadInput
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters with two or more dimensions decay; norms and biases do not."""
-    parameters = list(model.parameters())
+    """Matrices and kernels of layers decay; norms, biases, class tokens and positions do not."""
+    decays, stays = [], []
+    for name, p in model.named_parameters():
+        (decays if p.ndim > 1 and name.endswith("weight") else stays).append(p)
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decays, "weight_decay": weight_decay},
+        {"params": stays, "weight_decay": 0.0},
     ]
 
 
@@ -32,6 +34,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float)
     try:
         from timm.optim import Muon
 
+        groups[1]["use_fallback"] = True  # class tokens and positions have dimensions, too
         # Older versions lack the last argument: there, the rest keeps its first rate for good.
         return Muon(groups, lr=lr, nesterov=True, fallback_lr_scale=1.0)
     except (ImportError, TypeError) as error:

@@ -1,41 +1,60 @@
 """What a training run starts from: a network with fresh weights, or with those of another."""
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lab import machine
 from lab.cli import BadInput
-from lab.models import build
-from lab.models.checkpoint import load_checkpoint, load_timm, load_weights, network
+from lab.models import build, require_img_size, require_mobilevit
+from lab.models.checkpoint import load_checkpoint, load_weights, network
+from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
 
-TIMM_HEADS = 4  # attention heads in every block of timm's networks
+
+def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> int | None:
+    """Attention heads that the network `name` is asked to have; None: its own. BadInput for a start
+    that it does not know."""
+    if heads is not None:
+        require_mobilevit(name, "--heads")
+    if widened:
+        require_mobilevit(name, "--widen")
+    return timm_layout(name).heads if pretrained else heads
 
 
-def fresh_model(name: str, num_classes: int, heads: int | None, seed: int) -> nn.Module:
-    """The network `name` with random weights; `heads` as its variant has them if None."""
+def fresh_model(
+    name: str, num_classes: int, heads: int | None, seed: int, sides: list[int]
+) -> nn.Module:
+    """The network `name` with random weights, which takes images of all `sides`, in pixels; `heads`
+    as its variant has them if None."""
     torch.manual_seed(seed)
     settings = {} if heads is None else {"heads": heads}
     try:
-        return build(name, num_classes=num_classes, **settings)
+        model = build(name, num_classes=num_classes, **settings)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    for side in sides:
+        require_img_size(model, side, name)
+    return model
 
 
 def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
     """Give `model`, the network `name`, the weights to start from, if any.
 
     They are from `init`, a checkpoint of the same network; from `widened`, one of a narrower
-    variant; or, if `pretrained`, timm's from ImageNet, which have TIMM_HEADS. BadInput if that
-    checkpoint was trained on images of `task` that a run with `val_size` holds out.
+    variant; or, if `pretrained`, timm's from ImageNet, for which it must have the heads that
+    `heads_to_build` says. BadInput if that checkpoint was trained on images of `task` that a run
+    with `val_size` holds out.
     """
     if init:
         load_weights(model, name, _checkpoint(init, task, val_size), init)
     elif widened:
+        narrow = _checkpoint(widened, task, val_size)
+        require_mobilevit(narrow["model"], "--widen")
         try:
-            widen(network(_checkpoint(widened, task, val_size), widened), model)
+            widen(network(narrow, widened), model)
         except ValueError as error:
             raise BadInput(f"{widened}: {error}") from error
     elif pretrained:
@@ -86,3 +105,9 @@ def values_kept(model: nn.Module, batch_size: int, side: int) -> int:
     with torch.no_grad():
         model(torch.empty(batch_size, 3, side, side, device="meta"))
     return sum(x.numel() for x in inputs.values())
+
+
+def require_no_run(output: Path) -> None:
+    """Raise BadInput if the folder of a run holds one already."""
+    if any((output / name).exists() for name in ("best.pth", "last.pth")):
+        raise BadInput(f"{output} already holds a run: --resume it or choose another --output")

@@ -8,8 +8,10 @@ from ptq.recipes import mobilevit
 from ptq.recipes.ablation import ABLATION
 from ptq.recipes.baselines import PEERS, PROTOCOL
 from ptq.recipes.generic import generic
+from ptq.recipes.uniform import UNIFORM
 
-RECIPES = {recipe.name: recipe for recipe in PROTOCOL + mobilevit.OURS + ABLATION + PEERS}
+ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + PEERS
+RECIPES = {recipe.name: recipe for recipe in ALL}
 
 
 def recipe(name: str, model: nn.Module) -> Recipe:

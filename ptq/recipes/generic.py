@@ -6,21 +6,24 @@ from dataclasses import replace
 from torch import nn
 
 from ptq.layers import kinds_of
-from ptq.recipe import LayerSpec, Recipe
-from ptq.recipes.mobilevit import CORES
+from ptq.recipe import Recipe
+from ptq.recipes.mobilevit import CORES, DEPTHWISE
+from ptq.recipes.uniform import UNIFORM
 
-# Recipes of ptq.recipes.mobilevit that name no layer but by its kind.
+# Recipes that name no layer but by its kind.
 GENERIC = ("w8a8", "w8a8-nearest", "w7a8", "w6a6", "w6a6-nearest", "w4a8", "w4a8-nearest")
 GENERIC += ("w4", "w4-nearest", "w4-gptq", "w4-adaround", "w4-shift", "w4-minmax")
+GENERIC += tuple(recipe.name for recipe in UNIFORM)
 
 
 def generic(recipe: Recipe, model: nn.Module) -> Recipe:
     """The recipe with its formats, observers and steps for the layers that `model` has.
 
-    Inputs of depthwise convolutions get a scale per channel, those of attention cores none of a
-    sign's, all others one scale. Inputs of the first layers are quantized, too. Weights are rounded
-    layer by layer. Layers of torch's own multi-head attention stay in float: it reads their
-    weights and never calls them. ValueError for a recipe that names layers of MobileViT.
+    Depthwise convolutions and attention cores get the formats that the recipe has for those of
+    MobileViT, all other layers those of its last entry. Inputs of the first layers are quantized,
+    too. Weights are rounded layer by layer. Layers of torch's own multi-head attention stay in
+    float: it reads their weights and never calls them. ValueError for a recipe that names layers of
+    MobileViT.
     """
     if recipe.name not in GENERIC:
         raise ValueError(
@@ -31,17 +34,19 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
     for name, module in model.named_modules():
         if "product" in kinds_of(module) and not _in_torch_attention(name, model):
             names[_group(module)].append(name)
+    by_pattern = {spec.pattern: spec for spec in recipe.layers}
     last = recipe.layers[-1]  # of all layers without a special format
-    formats = {"others": last, "depthwise": last, "attention": None}
-    if last.input:
-        per_channel = replace(last.input, granularity="channel", axis=1)
-        attention = next(spec.input for spec in recipe.layers if spec.pattern == CORES)
-        formats["depthwise"] = replace(last, input=per_channel)
-        formats["attention"] = LayerSpec("", input=attention, input_observer=last.input_observer)
+    formats = {
+        "depthwise": by_pattern.get(DEPTHWISE, last),
+        "attention": by_pattern.get(CORES, last),
+        "others": last,
+    }
+    if formats["attention"].input is None:  # it has no weights
+        del names["attention"]
     specs = tuple(
         replace(formats[group], pattern="|".join(map(re.escape, of_group)))
         for group, of_group in names.items()
-        if of_group and formats[group]
+        if of_group
     )
     if not specs:
         raise ValueError("the network has no convolution and no linear layer to quantize")

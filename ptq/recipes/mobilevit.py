@@ -19,6 +19,7 @@ def weights(bits: int) -> Uniform:
 EARLY = r"stem\.conv|stages\.0\.0\.(expand|depthwise)\.conv|stages\.1\.0\.(expand|depthwise)\.conv"
 BLOCKS = r"stages\.[01]\.\d|stages\.\d\.0|stages\.\d\.1\.layers\.\d"  # MV2, transformer layer
 CORES = r".*\.core"
+DEPTHWISE = r".*\.depthwise\.conv"
 
 
 def claims(model: nn.Module) -> bool:
@@ -43,7 +44,7 @@ def layers(
     per_channel = Uniform(input_bits, symmetric=False, granularity="channel", axis=1)
     return (
         LayerSpec(EARLY, weights(weight_bits)),
-        LayerSpec(r".*\.depthwise\.conv", weights(weight_bits), per_channel),
+        LayerSpec(DEPTHWISE, weights(weight_bits), per_channel),
         LayerSpec(CORES, input=Uniform(attention_bits or input_bits)),
         LayerSpec(".*", weights(weight_bits), per_tensor),
     )

@@ -1,0 +1,130 @@
+"""Whether an exported ONNX file predicts what was simulated, on every engine installed.
+
+OpenVINO runs it as a server would, too: with several streams, which compute at the same time. What
+goes wrong between them is a race, so each pass compiles anew and the worst of several counts.
+"""
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lab.engines import EngineMissing, onnx_runtime, openvino_cpu, require
+
+STREAMS = {
+    "1 stream": {"NUM_STREAMS": 1},
+    "2 streams": {"NUM_STREAMS": 2},
+    "THROUGHPUT": {"PERFORMANCE_HINT": "THROUGHPUT"},
+}
+Run = Callable[[list[np.ndarray]], list[np.ndarray]]  # batches of images -> logits of each
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How a file did in one setting: `same` of `images` got the expected class in the worst of
+    `passes`. With a `reason`, it was not checked or, if there were passes, did not run."""
+
+    engine: str
+    setting: str = ""
+    batch: int = 0
+    passes: int = 0
+    images: int = 0
+    same: int = 0
+    reason: str = ""
+
+    @property
+    def share(self) -> float | None:
+        """The share of images that got the expected class, None if none was run."""
+        return self.same / self.images if self.passes else None
+
+
+def check(
+    path, inputs: Sequence[Tensor], expected: Tensor, batch: int = 8, passes: int = 5, few: int = 16
+) -> list[Parity]:
+    """Run the file at `path`, its batch left open, on one image and on `batch` images at a time.
+
+    `inputs`: tensors [b, 3, S, S]. `expected`: the classes [N], or logits [N, K], that were
+    simulated on them. Several streams run only the first `few` images, `passes` times over.
+    """
+    expected = expected.argmax(1) if expected.dim() > 1 else expected
+    results = []
+    for engine, settings in ((onnx_runtime.NAME, _onnx_runtime), (openvino_cpu.NAME, _openvino)):
+        try:
+            for setting, several, run in settings(path):
+                times, n = (passes, min(few, len(expected))) if several else (1, len(expected))
+                for size in (1, batch):
+                    counted = [_right(run, inputs, expected[:n], size) for _ in range(times)]
+                    same, reason = min(counted)
+                    results.append(Parity(engine, setting, size, times, n, same, reason))
+        except (EngineMissing, ValueError) as reason:
+            results.append(Parity(engine, reason=str(reason)))
+    return results
+
+
+def in_words(result: Parity) -> str:
+    """A result as a line for people."""
+    if result.share is None:
+        return f"{result.engine}: not checked, {result.reason}"
+    where = ", ".join(filter(None, (result.engine, result.setting, f"batch {result.batch}")))
+    if result.reason:
+        return f"{where}: does not run, {result.reason}"
+    worst = f" in the worst of {result.passes} passes" if result.passes > 1 else ""
+    return f"{where}: predicts as simulated on {result.same} of {result.images} images{worst}"
+
+
+def _right(run: Run, inputs: Sequence[Tensor], expected: Tensor, size: int) -> tuple[int, str]:
+    """How many images get the expected class, `size` at a time, and why if they can't be run.
+    Logits that are not finite are wrong whatever their order."""
+    try:
+        logits = torch.from_numpy(np.concatenate(run(_batches(inputs, len(expected), size))))
+    except Exception as error:  # those of ONNX Runtime have no base of their own
+        return 0, str(error).split("\n")[0]
+    return int(((logits.argmax(1) == expected) & logits.isfinite().all(1)).sum()), ""
+
+
+def _batches(inputs: Sequence[Tensor], n: int, size: int) -> list[np.ndarray]:
+    """The first `n` images as arrays [size, 3, S, S], the last of each input maybe smaller."""
+    batches = []
+    for x in inputs:
+        batches += [part.contiguous().numpy() for part in x[:n].split(size)] if n > 0 else []
+        n -= len(x)
+    return batches
+
+
+def _onnx_runtime(path) -> Iterator[tuple[str, bool, Run]]:
+    """Its one setting: what it is called, whether it has several streams, and how to run it."""
+    with tempfile.TemporaryDirectory() as folder:  # the engine leaves a file beside its own
+        run = onnx_runtime.loaded(Path(shutil.copy(path, folder))).run
+        yield "", False, lambda xs: [run(torch.from_numpy(x)).numpy() for x in xs]
+
+
+def _openvino(path) -> Iterator[tuple[str, bool, Run]]:
+    """Its settings, as above. ValueError if the file can't be read."""
+    openvino, *_ = require("openvino")
+    core = openvino.Core()
+    try:
+        network = core.read_model(path)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no ONNX file that it reads") from error
+
+    def run(settings, xs):
+        compiled = core.compile_model(network, "CPU", settings | openvino_cpu.AS_SIMULATED)
+        requests, logits = openvino.AsyncInferQueue(compiled), [None] * len(xs)
+
+        def keep(request, i):
+            logits[i] = request.get_output_tensor().data.copy()
+
+        requests.set_callback(keep)
+        for i, x in enumerate(xs):
+            requests.start_async([x], i)
+        requests.wait_all()
+        return logits
+
+    for setting, settings in STREAMS.items():
+        yield setting, setting != "1 stream", functools.partial(run, settings)

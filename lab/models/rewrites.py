@@ -1,0 +1,28 @@
+"""State dicts of other projects with our names: renamed by patterns, attention put in one."""
+
+import re
+
+import torch
+from torch import Tensor
+
+
+def renamed(state: dict[str, Tensor], rewrites) -> dict[str, Tensor]:
+    """`state` with every pair (pattern, replacement) of `rewrites` applied to its names in turn."""
+    new = {}
+    for name, value in state.items():
+        for pattern, ours in rewrites:
+            name = re.sub(pattern, ours, name)
+        new[name] = value
+    return new
+
+
+def joined_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with `attn.query`, `attn.key` and `attn.value`, layers of their own in transformers,
+    as one `attn.qkv`. Parts that do not fit each other stay, to be refused later by name."""
+    state = dict(state)
+    for name in [name for name in state if ".attn.query." in name]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        shapes = {state[part].shape if part in state else None for part in parts}
+        if len(shapes) == 1 and shapes != {torch.Size()}:
+            state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(p) for p in parts])
+    return state
