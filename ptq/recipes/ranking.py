@@ -5,6 +5,7 @@ from dataclasses import replace
 from ptq.formats import Uniform
 from ptq.recipe import LayerSpec, Recipe
 from ptq.recipes.mobilevit import CORES, layers
+from ptq.recipes.uniform import ABSMAX
 
 # As many images as the paper calibrates on for CIFAR (section 4.1).
 SEARCHED = {"calibration_images": 100, "calibration_batch": 25}
@@ -32,10 +33,9 @@ def _published(width: str) -> Recipe:
     There softmax and layer norms stay in float, as do inputs of pointwise layers here.
     """
     weight, input = (Uniform(bits) for bits in WIDTHS[width])
-    observers = {"weight_observer": "minmax", "input_observer": "minmax"}
     specs = (
-        LayerSpec(CORES, input=input, **observers),
-        LayerSpec(".*", weight, input, **observers),
+        LayerSpec(CORES, input=input, **ABSMAX),
+        LayerSpec(".*", weight, input, **ABSMAX),
     )
     steps = ("ranking_sum", "correct_biases")
     title = "the same as published: a scale a tensor, sum over pairs"
