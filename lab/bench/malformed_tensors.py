@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def checkpoint_fields(rng: random.Random, stand: Path) -> Iterator[Input]:
             yield _torch_input(kind, name, content, command)
 
 
+def _quantized(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
 def checkpoint_tensors(rng: random.Random, stand: Path) -> Iterator[Input]:
     kind, good = "checkpoints: tensors", read_tensors(stand / "run" / "best.pth")
     names = [n for n, t in good["state_dict"].items() if t.is_floating_point() and t.numel() > 8]
@@ -101,7 +108,7 @@ def checkpoint_tensors(rng: random.Random, stand: Path) -> Iterator[Input]:
         "int8": lambda t: t.to(torch.int8),
         "bool": lambda t: t > 0,
         "sparse": lambda t: t.to_sparse(),
-        "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        "quantized": _quantized,
         "of another shape": lambda t: t[1:],
         "flat": lambda t: t.flatten()[:-1],
         "empty": lambda t: t[:0],

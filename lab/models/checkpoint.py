@@ -102,6 +102,7 @@ CHECKPOINT = record(
         "state_dict": mapping(tensor),
         "test_accuracy_pct": maybe(percent),
         "val_accuracy_pct": maybe(percent),
+        "epoch": integer(0),
         "config": mapping(plain),
     }
 )
