@@ -307,3 +307,5 @@ def test_a_recipe_is_saved_and_comes_back(name, tmp_path):
         for module in made.modules():
             if isinstance(module, QuantizedLayer):
                 assert module.format == Uniform(6) and module.scale.shape == (1,)
+            if isinstance(module, QuantizedAttentionCore):
+                assert module.inputs["attention"].zero_point == 0  # all codes for what is positive

@@ -34,7 +34,8 @@ def _published(width: str) -> Recipe:
     """
     weight, input = (Uniform(bits) for bits in WIDTHS[width])
     specs = (
-        LayerSpec(CORES, input=input, **ABSMAX),
+        # A softmax is never negative: up to its largest magnitude to either side wastes a bit.
+        LayerSpec(CORES, input=input, input_observer="minmax"),
         LayerSpec(".*", weight, input, **ABSMAX),
     )
     steps = ("ranking_sum", "correct_biases")
