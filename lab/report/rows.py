@@ -17,7 +17,9 @@ from lab.schema import (
     text,
 )
 
-LATENCY = record({name: number(0) for name in ("median", "p10", "p90")} | {"runs": integer(1)})
+MS = number(1e-6)  # milliseconds; speeds are quotients of them
+LATENCY = record({name: MS for name in ("median", "p10", "p90")} | {"runs": integer(1)})
+COUNTS = mapping(integer(0))
 RECIPE = record(
     {
         "name": text,
@@ -55,7 +57,7 @@ ROW = record(
         "confusion": sequence(sequence(integer(0))),
         "size_bytes": integer(1),
         "size_is_estimate": flag,
-        "products": maybe(mapping(mapping(integer(0)))),
+        "products": maybe(record({"int8": COUNTS, "float": COUNTS})),
         "latency_ms": LATENCY,
         "fp32_latency_ms": LATENCY,
         "cpu": text,

@@ -57,11 +57,14 @@ def load_run(folder: Path) -> dict:
     run = read_json(folder / "metrics.json")
     METRICS(run, str(folder / "metrics.json"))
     config = read_json(folder / "config.json")
-    record({"command_now": text})(config, str(folder / "config.json"))
+    record({})(config, str(folder / "config.json"))
+    # Of shipped runs "command" is what was run then, "command_now" the same in today's options.
+    command = config.get("command_now", config.get("command"))
+    text(command, f"{folder / 'config.json'}: command")
     before = sorted(folder.glob("history/run*"), key=lambda path: (len(path.name), path.name))
     return run | {
         "log": read_log(folder / "log.csv"),
-        "command": config["command_now"],
+        "command": command,
         "before": [load_run(path) for path in before],
     }
 

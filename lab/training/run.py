@@ -232,6 +232,9 @@ class Run:
                 f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
             )
             metrics = {
+                "model": best["model"],
+                "task": best["task"],
+                "parameters": sum(p.numel() for p in self.model.parameters()),
                 "epoch": best["epoch"],
                 "val_accuracy_pct": best["val_accuracy_pct"],
                 "test_accuracy_pct": test_accuracy_pct,
