@@ -121,8 +121,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     rebuilt = set()
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
-            module.scale, module.zero_point = (tensors[f"{name}.{k}"] for k in GRID)
-            _check_grid(name, module.scale, module.zero_point.dtype == torch.int32)
+            scale, zero_point = (tensors[f"{name}.{k}"] for k in GRID)
+            module.scale, module.zero_point = scale, zero_point
+            n = _scales_of_input(model, name) or len(scale)
+            fits = scale.shape == zero_point.shape == (n,) and zero_point.dtype == torch.int32
+            _check_grid(name, scale, fits)
         elif isinstance(module, QuantizedLayer):
             bias = tensors.get(f"{name}.layer.bias")
             if bias is not None and module.layer.bias is None:  # it came with bias correction
@@ -144,7 +147,18 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"{', '.join(wrong[:3])} missing or not expected")
 
 
+def _scales_of_input(model: nn.Module, name: str) -> int | None:
+    """How many scales the quantizer of this name has; None if its layer does not say."""
+    if model.get_submodule(name).format.granularity == "tensor":
+        return 1
+    layer = model.get_submodule(name.rpartition(".")[0]).layer
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dim() == 1:
+        return None
+    return weight.shape[1] * getattr(layer, "groups", 1)
+
+
 def _check_grid(name: str, scale: Tensor, codes_fit: bool) -> None:
-    good = scale.dtype == torch.float32 and scale.dim() == 1 and bool((scale > 0).all())
-    if not (good and codes_fit):
+    good = scale.dtype == torch.float32 and scale.dim() == 1 and len(scale) > 0
+    if not (good and codes_fit and (scale > 0).all()):
         raise ValueError(f"codes or scales of {name} are none")

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import ptq
 from mobilevit import MobileViT
@@ -85,3 +87,16 @@ def test_damage_is_an_error(saved, tmp_path):
         packing.load(path, MobileViT("xxs", num_classes=100))
     with pytest.raises(ValueError, match=r"heads': \[1, 1, 1\].*asked for is.*heads': \[4, 4, 4\]"):
         packing.load(path, MobileViT("xxs", heads=4))
+
+
+@pytest.mark.parametrize("name", ["stem.conv.input.scale", "head.conv.input.zero_point"])
+def test_scales_of_inputs_are_as_many_as_the_format_says(name, saved, tmp_path):
+    model, _, _, path = saved
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    bad = tmp_path / "bad.safetensors"
+    for wrong in (tensors[name][:0], tensors[name].repeat(2)):
+        save_file(tensors | {name: wrong}, bad, metadata=header)
+        with pytest.raises(ValueError, match="codes or scales of .*input are none"):
+            packing.load(bad, model)

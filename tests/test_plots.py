@@ -127,6 +127,7 @@ def test_tables_of_runs_and_studies(made):
     assert "| FP32 | openvino 2 | 4.0 | - | 1.00 |" in blocks["speeds-vnni"]
     assert "| convolutions, INT8 | 0.00 | 1.00 |" in blocks["profile"]
     assert "| all others | 1.00 | 1.00 |\n| together | 5.00 | 3.00 |" in blocks["profile"]
+    assert "| logs | 7 | 0 |\n| together | 37 | 2 |" in blocks["abuse"]
     benchmarks = blocks["benchmarks"]
     assert "BF16, a CPU | 40.0 images/s | timm 1.2: 32.0 images/s | 1.25 |" in benchmarks
     assert "| The same | 40.0 images/s | fused attention: 20.0 images/s | 2.00 |" in benchmarks

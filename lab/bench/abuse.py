@@ -26,7 +26,7 @@ import ptq
 from lab import machine
 from lab.bench import kills, malformed_calls, malformed_tensors, malformed_text
 from lab.bench.forked import HANGS, ROOT, TIMEOUT_S, Outcome, command, forked, script
-from lab.bench.malformed import QUICK, SMALL, Input
+from lab.bench.malformed import SMALL, Input
 from lab.cli import SIGNALS, BadInput
 from lab.files import PREFIX
 from lab.models import build
@@ -34,6 +34,7 @@ from lab.models.checkpoint import model_from_checkpoint
 from lab.report.pages import fill_pages
 from lab.report.results import load_results
 from lab.report.studies import abuse_table
+from lab.tasks import TASKS
 from ptq import packing
 
 KINDS = (
@@ -57,6 +58,7 @@ KINDS = (
 )
 MAX_LINE = 1000  # characters
 MAX_OF_KIND = 600  # inputs
+N_IMAGES = 300  # to train on, and to test on
 SHIPPED = (  # files that the pages of the campaign are made of
     *(f"results/mobilevit_xxs/{row}.json" for row in ("fp32@torch-eager", "w8a8@openvino")),
     *(f"results/mobilevit_xxs/per-layer/{r}.json" for r in ("w8a8-early", "int8-fx")),
@@ -78,6 +80,7 @@ def abuse(n_inputs: int, n_kills: int, seed: int) -> dict:
     for name in ("train.py", "quantize.py", "plots.py"):
         script(name)
     machine.code()
+    be_small()
     with tempfile.TemporaryDirectory() as folder:
         stand = Path(folder, "stand")
         seconds = prepare(stand)
@@ -114,18 +117,29 @@ def drawn_inputs(n: int, seed: int, stand: Path) -> list[Input]:
     return list(itertools.islice(filter(None, turns), n))
 
 
+def be_small() -> None:
+    """From now on, in this process and its children, the synthetic task has few images, and
+    training saves after every step."""
+    task = TASKS["synthetic"]
+    whole = task.load
+    task.load = lambda data_dir, train: whole(data_dir, train)[:N_IMAGES]
+    script("train.py").SAVE_EVERY_S = 0
+
+
 def prepare(stand: Path) -> dict[str, float]:
-    """Fill `stand` with the intact files that are to be spoilt; seconds of an undisturbed run."""
+    """Fill `stand` with the intact files that are to be spoilt; seconds of each command for it."""
     stand.mkdir()
-    run = stand / "run"
-    for argv in (
-        ("train.py", *SMALL, "--output", run),
-        ("quantize.py", "--checkpoint", run / "best.pth", *QUICK, "--output", stand / "rows"),
+    seconds = {}
+    for kind, argv in (
+        ("training", ("train.py", *SMALL, "--output", stand / "run")),
+        ("quantize", (*kills.quantize(stand), "--output", stand / "rows")),
     ):
+        began = time.monotonic()
         _require(forked(command(argv), stand))
+        seconds[kind] = time.monotonic() - began
     _require(forked(lambda: _write_weights(stand), stand))
     _require(forked(lambda: _write_tree(stand / "tree"), stand))
-    return kills.prepare(stand)
+    return seconds
 
 
 def _require(outcome: Outcome) -> None:

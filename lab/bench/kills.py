@@ -15,39 +15,23 @@ from pathlib import Path
 
 import torch
 
-from lab.bench.forked import HANGS, Outcome, command, forked, script
+from lab.bench.forked import HANGS, Outcome, command, forked
+from lab.bench.malformed import SMALL
 from lab.cli import BadInput
 from lab.files import PREFIX, read_json
 from lab.models.checkpoint import read_tensors
 from lab.report.rows import read_row
-from lab.tasks import TASKS
 
 KILLS_A_JOURNEY = 4
 PLACES = ("before a rename", "after a rename", "inside a write", "inside torch.save", "at random")
-N_IMAGES = 300  # of the synthetic task, to train on and to test on
-TRAIN = (
-    *("train.py", "--task", "synthetic", "--img-size", "32", "--batch-size", "50", "--epochs", "2"),
-    *("--warmup-epochs", "0.5", "--val-size", "100", "--ema-decay", "0.9", "--device", "cpu"),
-)
 RECIPES = ("fp32", "fp16", "w4-nearest")
-QUANTIZE = (
-    *("quantize.py", "--recipes", *RECIPES, "--test-images", "100", "--latency-runs", "2"),
-    *("--workers", "1"),
-)
 TIMES = ("images_per_s", "peak_memory_mb", "seconds")  # columns of a log that differ between runs
 
 
-def small(argv) -> Callable[[], None]:
-    """A command on the first images of the synthetic task; it saves after every training step."""
-
-    def run():
-        task = TASKS["synthetic"]
-        whole = task.load
-        task.load = lambda data_dir, train: whole(data_dir, train)[:N_IMAGES]
-        script("train.py").SAVE_EVERY_S = 0
-        command(argv)()
-
-    return run
+def quantize(stand: Path) -> tuple:
+    """The command for several rows of the run in `stand`."""
+    few = ("--test-images", "100", "--latency-runs", "2", "--workers", "1")
+    return "quantize.py", "--checkpoint", stand / "run" / "best.pth", "--recipes", *RECIPES, *few
 
 
 def killed(run: Callable[[], None], place: str, n: int) -> Callable[[], None]:
@@ -110,36 +94,18 @@ def journeys(kills: int, seed: int) -> list[tuple[str, list]]:
     return drawn
 
 
-def prepare(stand: Path) -> dict[str, float]:
-    """An undisturbed run and its rows; seconds that each takes."""
-    seconds = {}
-    run, rows = stand / "undisturbed", stand / "undisturbed-rows"
-    for kind, argv in (
-        ("training", (*TRAIN, "--output", run)),
-        ("quantize", (*QUANTIZE, "--checkpoint", run / "best.pth", "--output", rows)),
-    ):
-        began = time.monotonic()
-        outcome = forked(small(argv), stand)
-        if outcome.code != 0:
-            raise BadInput(f"{argv[0]} does not run undisturbed: {outcome.err[-500:]}")
-        seconds[kind] = time.monotonic() - began
-    return seconds
-
-
 def journey(kind: str, places: list, folder: Path, stand: Path, seconds: float) -> list[str]:
     """Kill a command at `places`, let it end, and say what is wrong then.
 
-    `stand` is what `prepare` filled, in `seconds`.
+    `stand` has what an undisturbed one made, in `seconds`.
     """
     output, faults = folder / "output", []
-    if kind == "training":
-        argv = (*TRAIN, "--output", output)
-    else:
-        argv = (*QUANTIZE, "--checkpoint", stand / "undisturbed" / "best.pth", "--output", output)
+    argv = ("train.py", *SMALL) if kind == "training" else quantize(stand)
+    argv = (*argv, "--output", output)
     for place, n in places:
         code = 0
         while code == 0:
-            run = small((*argv, *_resume(kind, output)))
+            run = command((*argv, *_resume(kind, output)))
             after_s = seconds * n / 100 if place == PLACES[-1] else None
             outcome = forked(killed(run, place, n), folder, kill_after_s=after_s)
             code = outcome.code
@@ -151,13 +117,12 @@ def journey(kind: str, places: list, folder: Path, stand: Path, seconds: float) 
         faults += not_whole(kind, output)
     for left in output.rglob(f"{PREFIX}*"):  # what a process that just began has is left alone
         os.utime(left, (0, time.time() - 60))
-    outcome = forked(small((*argv, *_resume(kind, output))), folder)
+    outcome = forked(command((*argv, *_resume(kind, output))), folder)
     if outcome.code != 0:
         return [*faults, f"to its end: {described(outcome)}"]
     faults += not_whole(kind, output)
     faults += [f"{path.name} is left" for path in output.rglob(f"{PREFIX}*")]
-    undisturbed = stand / ("undisturbed" if kind == "training" else "undisturbed-rows")
-    return faults + (differences(undisturbed, output) if kind == "training" else missing(output))
+    return faults + (differences(stand / "run", output) if kind == "training" else missing(output))
 
 
 def _resume(kind: str, output: Path) -> tuple[str, ...]:

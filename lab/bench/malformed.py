@@ -9,9 +9,9 @@ MISSING = "(missing)"  # as a wrong value: the field is taken out
 HERE = "FILE"  # stands for the spoilt file in a command
 QUICK = ("--recipes", "fp32", "--test-images", "20", "--latency-runs", "1", "--workers", "1")
 OUT = ("--output", "OUT")
-SMALL = (
-    *("--task", "synthetic", "--img-size", "32", "--batch-size", "50", "--epochs", "1"),
-    *("--warmup-epochs", "0.5", "--augment", "none", "--val-size", "1600"),
+SMALL = (  # a training run of a second, on the first images of the task
+    *("--task", "synthetic", "--img-size", "32", "--batch-size", "50", "--epochs", "2"),
+    *("--warmup-epochs", "0.5", "--val-size", "100", "--ema-decay", "0.9", "--device", "cpu"),
 )
 
 

@@ -92,7 +92,7 @@ OPTIONS = {
         *("--output /dev/null/x", "--device tpu", "--precision fp8", "--batch-size 2000"),
         *(f"--init {LONG}", "--init /", "--init /dev/null", "--widen /dev/null", "--eval"),
         *("--eval --checkpoint /dev/null", f"--eval --checkpoint {LONG}", "--no-such-option"),
-        *("--img-size 4096 --batch-size 1000", "--pretrained --heads 4", "--init a --widen b"),
+        *("--img-size 4096 --batch-size 200", "--pretrained --heads 4", "--init a --widen b"),
     ),
     "quantize.py": (
         *(f"--checkpoint {HERE} --recipes none", f"--checkpoint {HERE} --engines none"),

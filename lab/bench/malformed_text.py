@@ -50,7 +50,7 @@ FILES = {  # kind: files of the tree that `plots.py` reads
 
 # Fields of files with entries of any names.
 OPEN = {"noise", "weights", "inputs", "activations", "latency_ms", "ms", "images_per_s", "ratio",
-        "loader_images_per_s", "steps"}  # fmt: skip
+        "loader_images_per_s", "steps", "products"}  # fmt: skip
 
 
 def dumped(value) -> str:

@@ -91,6 +91,12 @@ def settings(value, where: str) -> None:
     mapping(whole)(value, where)
 
 
+def config(value, where: str) -> None:
+    """The options of a run: plain values. Which images it held out, later commands must know."""
+    mapping(plain)(value, where)
+    record({}, optional={"val_size": integer(1)})(value, where)
+
+
 percent = number(0, 100)
 CHECKPOINT = record(
     {
@@ -103,7 +109,7 @@ CHECKPOINT = record(
         "test_accuracy_pct": maybe(percent),
         "val_accuracy_pct": maybe(percent),
         "epoch": integer(0),
-        "config": mapping(plain),
+        "config": config,
     }
 )
 

@@ -66,7 +66,7 @@ def _checkpoint(path, task: str, val_size: int) -> dict:
     checkpoint = load_checkpoint(path)
     if checkpoint["task"] == task:
         held_out = checkpoint["config"].get("val_size")
-        if not isinstance(held_out, int):
+        if held_out is None:
             raise BadInput(f"{path} does not say how many training images it held out: val_size")
         if held_out < val_size:
             raise BadInput(
