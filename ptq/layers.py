@@ -176,7 +176,9 @@ def kinds_of(module: nn.Module) -> set[str]:
 
 
 def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
-    """What takes the place of `module`, as `spec` asks for."""
+    """What takes the place of `module`, as `spec` asks for; ValueError if its kind can't."""
+    if spec.kind != "product" and spec.weight is not None:
+        raise ValueError(f"{spec.kind} layers keep their weights in float")
     return _entry(LAYERS[spec.kind], module)(module, spec)
 
 

@@ -254,6 +254,15 @@ def test_activations_are_within_their_bounds_for_every_code(scale):
         assert (coarse * out_scale - exact).abs().max() > 0.2
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-5, 1e-4])
+def test_softmaxes_of_products_sums(scale):
+    """Scores of 32 bits on a fine scale, as products of 8-bit codes add up."""
+    scores = whole(20, 64, largest=int(6 / scale), seed=13)
+    exact = (scores.double() * scale).softmax(-1)
+    assert (softmax(scores, scale) / 255 - exact).abs().max() < 0.5 / 255 + 0.001
+    assert (published.i_softmax(scores, scale) / 256 - exact).abs().max() < 1.5 / 256
+
+
 def test_gelu_and_silu_of_sixteen_bits():
     codes = codes_of(16)
     for scale in (1e-4, 3e-4):
@@ -313,7 +322,7 @@ def test_sums_of_two_scales():
         (lambda: published.i_layer_norm(ints(4, 4)), "a token has no variance"),
         (lambda: published.i_layer_norm(ints(2**20, -(2**20))), "i-LayerNorm's variance"),
         (lambda: published.i_gelu(ints(127), 1e-4), "i-GELU"),
-        (lambda: published.i_softmax(ints(0, -1), 1e-5), "i-exp's"),
+        (lambda: published.i_exp(ints(0, -1), 1e-5), "i-exp before its shift by 30"),
     ],
 )
 def test_what_leaves_its_register_is_refused_by_name(call, says):

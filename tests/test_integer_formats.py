@@ -79,7 +79,6 @@ def test_formats_that_are_none_are_refused():
         lambda: PowerOfTwo(8, most=8),
         lambda: LayerSpec(".*", input=PowerOfTwo(8)),
         lambda: LayerSpec(".*", input=UNSIGNED, attention=Log2(4)),
-        lambda: LayerSpec(".*", weight=Uniform(8), kind="i-bert-norm"),
     ):
         with pytest.raises(ValueError):
             make()

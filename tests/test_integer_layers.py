@@ -13,7 +13,7 @@ from mobilevit import AttentionCore
 from ptq import packing
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange
-from ptq.layers import IntegerLayer, QuantizedAttentionCore, Quantizer
+from ptq.layers import IntegerLayer, QuantizedAttentionCore, Quantizer, quantized
 from ptq.methods import fq_vit, ibert
 from ptq.methods.norms import replace_norms
 from ptq.recipe import LayerSpec, Recipe
@@ -199,6 +199,7 @@ def test_specs_that_do_not_suit_a_layer_are_refused():
     norm, core = nn.LayerNorm(4), AttentionCore()
     spec = LayerSpec("", input=UNSIGNED, kind="fq-vit-core", published=True, attention=Log2(4))
     for make in (
+        lambda: quantized(norm, replace(NORM, weight=Uniform(8))),
         lambda: fq_vit._norm(nn.LayerNorm((2, 4)), NORM),
         lambda: fq_vit._norm(norm, replace(NORM, output=None)),
         lambda: fq_vit._norm(norm, replace(NORM, input=UNSIGNED)),

@@ -32,7 +32,7 @@ def i_exp_parts(codes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     codes = fits(codes, 32, "what i-exp takes in").clamp(min=EXP_SHIFT * ln2)
     halvings = codes // ln2
     rest = codes - ln2 * halvings
-    return fits(rest * (rest + b) + c, 34, "i-exp's polynomial"), halvings
+    return fits(rest * (rest + b) + c, 62, "i-exp's polynomial"), halvings
 
 
 def i_exp(codes: Tensor, scale: float) -> Tensor:
@@ -41,19 +41,27 @@ def i_exp(codes: Tensor, scale: float) -> Tensor:
     They have 40 bits and more where scores have 8, never 32.
     """
     polynomial, halvings = i_exp_parts(codes, scale)
-    return polynomial << (EXP_SHIFT - halvings)
+    return fits(polynomial, 33, "i-exp before its shift by 30") << (EXP_SHIFT - halvings)
+
+
+def _i_exp_of_16_bits(codes: Tensor, scale: float) -> Tensor:
+    """`i_exp` of codes <= 0, rounded to 16 bits by the range that it reaches: 0 gives 32767.
+
+    The range is that of exp(0), which every row holds. Where the polynomial has more than 31 bits,
+    those beyond are dropped first; float32, in which theirs is computed, holds 24.
+    """
+    polynomial, halvings = i_exp_parts(codes, scale)
+    one = i_exp_constants(scale)[1]
+    dropped = max(one.bit_length() - 31, 0)
+    return round_divide((polynomial >> dropped) * 32767, one >> dropped << halvings)
 
 
 def i_softmax(scores: Tensor, scale: float, bits: int = 8) -> Tensor:
     """I-BERT's softmax over the last axis, in units of 2**-bits; 1 is 2**bits, one code too many.
 
-    As in the code: exp, rounded to 16 bits by the range that it reaches, and a floored reciprocal
-    of the sum. The range is that of exp(0), which every row holds.
+    As in the code: exp, rounded to 16 bits, and a floored reciprocal of the sum.
     """
-    polynomial, halvings = i_exp_parts(scores - scores.amax(-1, keepdim=True), scale)
-    one = i_exp_constants(scale)[1]
-    fits(torch.tensor(one), 32, "i-exp's constant")  # one << 31 follows
-    e = round_divide(polynomial * 32767, one << halvings)
+    e = _i_exp_of_16_bits(scores - scores.amax(-1, keepdim=True), scale)
     return (e * (2**32 // e.sum(-1, keepdim=True))) >> (32 - bits)
 
 
@@ -94,10 +102,7 @@ def i_silu(codes: Tensor, scale: float, bits: int = 8) -> Tensor:
 
     Not in the paper, which has no SiLU: what its exp and its division give for x sigmoid(x).
     """
-    polynomial, halvings = i_exp_parts(-codes.abs(), scale)
-    one = i_exp_constants(scale)[1]
-    fits(torch.tensor(one), 32, "i-exp's constant")
-    e = round_divide(polynomial * 32767, one << halvings)
+    e = _i_exp_of_16_bits(-codes.abs(), scale)
     numerator = torch.where(codes >= 0, 32767, e)
     return codes * ((numerator * (2**32 // (e + 32767))) >> (32 - bits))
 
