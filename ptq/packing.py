@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ptq.formats import PowerOfTwo
 from ptq.layers import QuantizedLayer, Quantizer
 from ptq.pipeline import attach, layer_specs
 from ptq.recipe import Recipe
@@ -149,7 +150,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _scales_of_input(model: nn.Module, name: str) -> int | None:
     """How many scales the quantizer of this name has; None if its layer does not say."""
-    if model.get_submodule(name).format.granularity == "tensor":
+    format = model.get_submodule(name).format
+    if isinstance(format, PowerOfTwo) or format.granularity == "tensor":
         return 1
     layer = model.get_submodule(name.rpartition(".")[0]).layer
     weight = getattr(layer, "weight", None)

@@ -141,7 +141,7 @@ BENCHMARKS = {
         "loader_images_per_s": {"none": 100.0},
         "training_images_per_s": 20.0,
     },
-    "abuse": {"kinds": {"rows": {"inputs": 30, "faults": 1}, "kills": {"inputs": 5, "faults": 0}}},
+    "abuse": {"kinds": {"rows": {"inputs": 30, "faults": 2}, "logs": {"inputs": 7, "faults": 0}}},
 }
 
 
