@@ -151,6 +151,7 @@ def parse_args():
     return args
 
 
+@functools.lru_cache(maxsize=1)  # made once for all engines
 def quantized(subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
     """The subject's network quantized, as it comes back from its packed file, and how it was made.
 
@@ -179,7 +180,6 @@ def measure(subject: Subject, recipe: Recipe, engine, made: dict, workers: int, 
     sample = subject.sample(subject.img_size)
     loaded = engine.load(made["network"], recipe, made["batches"], sample)
     quantize_s = made["seconds"] + time.monotonic() - began
-
     images = EvalBatches(subject.images, subject.img_size, CPU_BATCH)
     logits, labels = predict(loaded.run, images, workers)
     if not logits.isfinite().all():
@@ -220,11 +220,10 @@ def write_rows(pairs, args) -> int:
     done, status = [], 0
     for subject, recipe in pairs:
         n = recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
-        make = functools.cache(functools.partial(quantized, subject, recipe, n))  # once for all
         for engine in engines_for(recipe, args.engines):
             what = f"{subject.name} {recipe.name}@{engine.NAME}"
             try:
-                row, was_there = row_of(subject, recipe, engine, make, n, args)
+                row, was_there = row_of(subject, recipe, engine, n, args)
             except EngineMissing as missing:
                 print(f"{what}: left out, {missing}")
                 continue
@@ -246,7 +245,7 @@ def write_rows(pairs, args) -> int:
     return status
 
 
-def row_of(subject: Subject, recipe: Recipe, engine, make, n: int, args) -> tuple[dict, bool]:
+def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
     """A row that is there already, or one that is measured and written; whether it was there."""
     if not (recipe.peer or engine is torch_eager or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
@@ -258,7 +257,8 @@ def row_of(subject: Subject, recipe: Recipe, engine, make, n: int, args) -> tupl
     if row is not None:
         return row, True
     engine.version()  # before long work: it may be missing
-    row = same | measure(subject, recipe, engine, make(), args.workers, args.latency_runs)
+    made = quantized(subject, recipe, n)
+    row = same | measure(subject, recipe, engine, made, args.workers, args.latency_runs)
     row |= machine.provenance()
     files.write_json(path, row)
     return row, False
@@ -286,7 +286,7 @@ def repeat_rows(args) -> int:
             raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
         n = shipped["calibration_images"]
         try:
-            row, _ = row_of(subject, recipe, engine, lambda: quantized(subject, recipe, n), n, args)  # noqa: B023
+            row, _ = row_of(subject, recipe, engine, n, args)
         except EngineMissing as missing:
             print(f"{what}: left out, {missing}")
             continue

@@ -21,7 +21,7 @@ from lab.tasks.cifar10 import MEAN, STD
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is its own, so that what is made of it can be kept
 class Subject:
     """A float network with the images that it is quantized and judged on.
 
@@ -124,6 +124,7 @@ def named(recipe):
         raise BadInput(f"recipe {recipe.name}: {error}") from error
 
 
+@functools.lru_cache(maxsize=1)  # for rows of one checkpoint, one after the other
 def load_subject(
     path,
     data_dir: str,
