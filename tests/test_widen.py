@@ -118,7 +118,7 @@ def test_a_network_of_other_classes_is_refused(tmp_path):
     checkpoint = {"format": 2, "model": "mobilevit_xxs", "settings": settings_of(model)}
     checkpoint |= {"task": "cifar10", "classes": list("abc"), "img_size": 32, "config": {}}
     checkpoint |= {"state_dict": model.state_dict()}
-    checkpoint |= {"test_accuracy_pct": None, "val_accuracy_pct": None}
+    checkpoint |= {"test_accuracy_pct": None, "val_accuracy_pct": None, "epoch": 1}
     save_checkpoint(tmp_path / "three.pth", checkpoint)
     with pytest.raises(BadInput, match="3 classes, not 10"):
         start_from(tmp_path / "three.pth")
