@@ -1,6 +1,7 @@
 """Train MobileViT on CIFAR-10, resume, evaluate.
 
     python train.py --model xxs --epochs 100 --amp                  # the full recipe, one GPU
+    python train.py --model xxs --minutes 9 ...                     # what fits into this time
     python train.py --model xxs --resolutions 64:8,128:3,256:1 ...  # a short run on a CPU
     python train.py --model xxs --resume                            # go on where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
@@ -24,9 +25,11 @@ if __name__ == "__main__":
     cli.exit_on_signals()  # while the imports below take their seconds
 
 import contextlib
+import copy
 import math
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,20 +37,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lab import files, machine
-from lab.cli import BadInput, above, at_least, within
-from lab.models import NAMES, registered, run_name, settings_of
-from lab.models.checkpoint import MAX_IMG_SIZE
+from lab import cli, files, machine
+from lab.cli import BadInput
+from lab.models import settings_of
 from lab.tasks import TASKS
-from lab.tasks.augment import POLICIES, Augmentation
-from lab.tasks.batches import TrainBatches, loader_workers, split
+from lab.tasks.augment import Augmentation
+from lab.tasks.batches import TrainBatches, split
 from lab.tasks.cifar10 import Images, to_input
+from lab.training import budget
 from lab.training.distributed import World, leave_process_group
-from lab.training.evaluation import TRAINABLE, test_accuracy
+from lab.training.evaluation import test_accuracy
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
-from lab.training.options import settle
+from lab.training.options import NOT_IN_CONFIG, parse_args
 from lab.training.run import Run, tensorboard_writer
-from lab.training.schedule import MAX_EPOCHS, Schedule, parse_resolutions
+from lab.training.schedule import Schedule, Stage, parse_resolutions
 from lab.training.start import (
     fresh_model,
     heads_to_build,
@@ -55,108 +58,23 @@ from lab.training.start import (
     require_memory,
     require_no_run,
 )
-from mobilevit import MIN_IMG_SIZE
+from lab.training.teacher import Teacher
 
-BEGAN = time.monotonic()  # what --max-minutes counts from
+BEGAN = time.monotonic()  # what --minutes and --max-minutes count from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
-# Options that a resumed run may be given anew, and those that are not about a run.
-NOT_IN_CONFIG = (
-    *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
-    *("eval", "checkpoint"),
-)
+TRIAL_EPOCHS = 1000  # more than a trial of the speed can take
 
 
 class StepOptions(NamedTuple):
     precision: str
     label_smoothing: float
     clip_norm: float
-
-
-def parse_args():
-    p = cli.parser(__doc__)
-    add = p.add_argument_group("data").add_argument
-    add("--task", choices=TRAINABLE, default="cifar10", help="synthetic needs no download")
-    add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
-    help = "training images held out to choose on (default: 2000; synthetic: 200)"
-    add("--val-size", type=at_least(1), help=help)
-    help = "of 32x32 images; autoaugment comes after crop-flip"
-    add("--augment", choices=POLICIES, default="autoaugment", help=help)
-    add("--erase", type=within(0, 1), default=0.0, help="probability of erasing a part of an image")
-    add("--mixup", type=within(0, 100), default=0.0, help="alpha of mixing two images; 0: do not")
-    help = "alpha of swapping patches of two images; 0: do not"
-    add("--cutmix", type=within(0, 100), default=0.0, help=help)
-    help = "loader processes (default: 0 on CPU, up to 8 on CUDA)"
-    add("--workers", type=at_least(0, 128), help=help)
-
-    network = p.add_argument_group("network")
-    add = network.add_argument
-    add("--model", default="mobilevit_xxs", type=registered, help=f"a network: {NAMES}")
-    add("--heads", type=at_least(1), help="attention heads in every block, not the variant's")
-    add = network.add_mutually_exclusive_group().add_argument
-    add("--init", metavar="CHECKPOINT", help="start from these weights")
-    add("--widen", metavar="CHECKPOINT", help="start from a narrower variant's weights")
-    add("--pretrained", action="store_true", help="start from timm's ImageNet weights (four heads)")
-
-    add = p.add_argument_group("schedule").add_argument
-    help = "passes over the training images (100 unless --resolutions)"
-    add("--epochs", type=at_least(1, MAX_EPOCHS), help=help)
-    help = "input side in pixels (the network's own unless --resolutions: 256 for MobileViT)"
-    add("--img-size", type=at_least(MIN_IMG_SIZE, MAX_IMG_SIZE), help=help)
-    help = (
-        "in place of the two above: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, then 4 on "
-        "128-pixel windows of 256-pixel images, then half a one at 256"
-    )
-    add("--resolutions", help=help)
-    add("--batch-size", type=at_least(1), default=128, help="images a step, over all processes")
-    add("--lr", type=above(0, 10), default=2e-3, help="peak learning rate")
-    add("--min-lr", type=within(0, 10), default=0.0, help="floor that the cosine falls to")
-    warmup = {"type": within(0, MAX_EPOCHS), "default": 10, "help": "linear warm-up of the rate"}
-    add("--warmup-epochs", "--warmup", **warmup)
-
-    optimizer = p.add_argument_group("optimizer")
-    add = optimizer.add_argument
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon needs timm")
-    decay = {"type": within(0, 10), "default": 0.01, "help": "not on norms and biases"}
-    add("--weight-decay", "--wd", **decay)
-    smoothing = {"type": within(0, 0.99), "default": 0.1, "help": "share spread over all classes"}
-    add("--label-smoothing", "--label-smooth", **smoothing)
-    add("--clip-norm", type=above(0), default=1.0, help="largest norm of the gradient")
-    help = "average the weights for evaluation; 0: do not"
-    add("--ema-decay", type=within(0, 0.99999), default=0.0, help=help)
-    add("--compile", action="store_true", help="torch.compile the model")
-    add = optimizer.add_mutually_exclusive_group().add_argument
-    help = "mixed precision of whatever the device has: BF16, or FP16 on older GPUs"
-    add("--amp", action="store_true", help=help)
-    help = "autocast to this (default: fp32 on CPU, as --amp on CUDA)"
-    add("--precision", choices=cli.PRECISIONS, help=help)
-
-    add = p.add_argument_group("run").add_argument
-    add("--seed", type=cli.seed, default=0, help="of initialisation, shuffling and augmentation")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--output", help="folder of the run (default: runs/MODEL)")
-    add("--resume", action="store_true", help="continue the run in --output")
-    add("--max-minutes", type=above(0), help="stop cleanly after this time, to be resumed")
-    add("--tensorboard", action="store_true", help="also log to --output/tensorboard")
-    add("--eval", action="store_true", help="print --checkpoint's test accuracy and stop")
-    add("--checkpoint", help="the checkpoint for --eval")
-    why = "is not known: the best epoch is kept anyway, and --epochs or --max-minutes end a run"
-    cli.refused(p, "--patience", why=why)
-
-    args = p.parse_args()
-    settle(p, args)
-    args.device = cli.device(p, args.device)
-    args.precision = cli.precision(p, args.precision, args.device, args.amp)
-    if args.val_size is None:
-        args.val_size = 2000 if args.task == "cifar10" else 200
-    if args.workers is None:
-        args.workers = loader_workers(args.device)
-    args.output = Path(args.output or f"runs/{run_name(args.model, args.task)}")
-    return args
+    teacher: Teacher | None
 
 
 @cli.command
 def main() -> int:
-    args = parse_args()
+    args = parse_args(__doc__)
     machine.keep_freed_memory()
     if args.eval:
         n_correct, n = test_accuracy(args.checkpoint, args.data_dir, args.device)
@@ -182,19 +100,16 @@ def train(args, world: World) -> int:
             f"of {len(images)} images to train on"
         )
     train_indices, val_indices = split(images.labels, args.val_size)
-    stages = parse_resolutions(args.resolutions)
-    batches = TrainBatches(
-        images[train_indices],
-        args.batch_size,
-        args.seed,
-        Augmentation(args.augment, args.erase, args.mixup, args.cutmix),
-        world.rank,
-        world.size,
-        [stage.window for stage in stages for _ in range(math.ceil(stage.epochs))],
-    )
-    per_epoch = batches.steps_per_epoch
-    schedule = Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr)
+    train_images, val = images[train_indices], images[val_indices]
+    stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
 
+    def batches_of(stages: list[Stage]) -> TrainBatches:
+        augment = Augmentation(args.augment, args.erase, args.mixup, args.cutmix, args.jpeg)
+        windows = [stage.window for stage in stages for _ in range(math.ceil(stage.epochs))]
+        share = (world.rank, world.size)
+        return TrainBatches(train_images, args.batch_size, args.seed, augment, *share, windows)
+
+    per_epoch = batches_of(stages).steps_per_epoch
     sides = [stage.side for stage in stages]
     model = fresh_model(args.model, len(images.classes), heads, args.seed, sides)
     if not args.resume:
@@ -203,32 +118,55 @@ def train(args, world: World) -> int:
     if args.device == "cpu":
         value_bytes = 4 if args.precision == "fp32" else 2
         require_memory(model, args.batch_size // world.size, max(sides), value_bytes)
+    teacher = None
+    if args.teacher:
+        data = (args.task, images.classes, args.val_size)
+        how = (args.teacher_weight, args.temperature, world.device, args.precision)
+        teacher = Teacher(args.teacher, *data, *how)
+        teacher.require_sides(stages)
+    options = StepOptions(args.precision, args.label_smoothing, args.clip_norm, teacher)
+
+    torch.backends.cudnn.benchmark = True  # all batches of a stage have one shape
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:
-        network = torch.compile(network)
-    options = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
-    run = Run(
-        output=args.output,
-        world=world,
-        model=model,
-        ema=averaged(model, args.ema_decay),
-        optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
-        scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
-        schedule=schedule,
-        steps_per_epoch=per_epoch,
-        batch_size=args.batch_size,
-        about={
-            "model": args.model,
-            "settings": settings_of(model),
-            "task": args.task,
-            "classes": list(images.classes),
-            "img_size": args.img_size,
-        },
-        config=options | {"world_size": world.size},
-    )
+        network = torch.compile(network, dynamic=False)  # once a side, and faster than for any
 
-    with files.locked(run.output) if world.rank == 0 else contextlib.nullcontext():
+    def run_of(stages: list[Stage]) -> Run:
+        config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+        return Run(
+            output=args.output,
+            world=world,
+            model=model,
+            ema=averaged(model, args.ema_decay),
+            optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
+            scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
+            schedule=Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr),
+            steps_per_epoch=per_epoch,
+            validate_every=args.validate_every,
+            batch_size=args.batch_size,
+            about={
+                "model": args.model,
+                "settings": settings_of(model),
+                "task": args.task,
+                "classes": list(images.classes),
+                "img_size": args.img_size,
+            },
+            config=config | {"world_size": world.size},
+        )
+
+    with files.locked(args.output) if world.rank == 0 else contextlib.nullcontext():
+        if args.minutes:
+            args.shares = args.resolutions
+            if args.resume:
+                stages = budget.chosen_before(args.output)
+            else:
+                n_test = len(TASKS[args.task].load(args.data_dir, train=False))
+                made = (run_of, batches_of, args.workers)
+                stages = stages_that_fit(args.minutes, stages, network, *made, val, n_test, options)
+            args.resolutions = budget.written(stages)
+            args.epochs = sum(stage.epochs for stage in stages)
+        run = run_of(stages)
         if args.resume:
             run.resume()
         else:
@@ -238,12 +176,69 @@ def train(args, world: World) -> int:
             run.save()
         if args.tensorboard and world.rank == 0:
             run.tensorboard = tensorboard_writer(run.output / "tensorboard")
-        how = StepOptions(args.precision, args.label_smoothing, args.clip_norm)
-        val = images[val_indices]
-        code = loop(run, network, batches, val, how, args.workers, args.max_minutes)
+        code = loop(run, network, batches_of(stages), val, options, args.workers, args.max_minutes)
         if code == 0 and world.rank == 0:
             run.finish(args.data_dir)
     return code
+
+
+def stages_that_fit(
+    minutes: float,
+    shares: list[Stage],
+    network: nn.Module,
+    run_of: Callable[[list[Stage]], Run],
+    batches_of: Callable[[list[Stage]], TrainBatches],
+    workers: int,
+    val: Images,
+    n_test: int,
+    options: StepOptions,
+) -> list[Stage]:
+    """`shares` with the epochs that fit into `minutes`, by a trial whose weights are dropped."""
+    step_s, validation_s = [], []
+    some = val[: max(1, len(val) // 8)]  # on a CPU, all of them would take half a minute
+    for share in shares:
+        stage = replace(share, epochs=TRIAL_EPOCHS)
+        trial = run_of([stage])
+        world, model = trial.world, trial.model
+        before = copy.deepcopy(model.state_dict())
+        batches = iter(loader(batches_of([stage]), range(len(trial.schedule)), workers, world))
+        finish = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+        network.train()
+
+        def train_on_next(trial=trial, batches=batches):
+            step(trial, network, *next(batches), options)
+
+        def validate(trial=trial, stage=stage):
+            trial.evaluate(some, stage.img_size)
+
+        step_s.append(budget.seconds_each(train_on_next, finish, world, 60 * minutes))
+        some_s = budget.seconds_each(validate, finish, world, 60 * minutes)
+        validation_s.append(some_s * len(val) / len(some))
+        model.load_state_dict(before)
+        model.zero_grad()
+    spent_s = world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
+    available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
+    epoch_s = [trial.steps_per_epoch * s for s in step_s]
+    stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
+    if world.rank == 0:
+        speeds = ", ".join(
+            f"{trial.batch_size / s:.0f} images/s at {stage.side}"
+            for stage, s in zip(shares, step_s)
+        )
+        print(f"--minutes {minutes:g}: {speeds}, so --resolutions {budget.written(stages)}")
+    return stages
+
+
+def loader(batches: TrainBatches, steps: range, workers: int, world: World):
+    """The batches of `steps` in turn, made by `workers` processes, or by this one if 0."""
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=leave_process_group,
+    )
 
 
 def loop(
@@ -257,29 +252,21 @@ def loop(
 ) -> int:
     """Train from where `run` stands: 0 at its end, or the exit code of what stopped it before."""
     world, n_steps = run.world, len(run.schedule)
-    loader = torch.utils.data.DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(run.step, n_steps),
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=leave_process_group,
-    )
     # Looking at the loss waits for the device, which costs nothing on a CPU.
     check_every = 1 if world.device.type == "cpu" else 20
     silent = True if world.rank else None  # None: where the output is no terminal
     bar = tqdm(total=n_steps, initial=run.step, unit="step", disable=silent)
     code = 0
     with cli.noted_signals() as signals:
-        if run.epoch_due:  # it stopped before that
-            run.end_epoch(val)
+        if run.validation_due:  # it stopped before that
+            run.validate(val)
         network.train()
         saved = clock = time.monotonic()
-        for images, labels in loader:
+        for images, labels in loader(batches, range(run.step, n_steps), workers, world):
             step(run, network, images, labels, options)
             bar.update()
-            epoch_ends = run.epoch_due
-            if run.step % check_every and not epoch_ends:
+            due = run.validation_due
+            if run.step % check_every and not due:
                 continue
             check_finite(run)
             now = time.monotonic()
@@ -288,13 +275,13 @@ def loop(
             late = max_minutes is not None and 2 * now - clock > BEGAN + 60 * max_minutes
             code = world.max(cli.exit_code(signals) or (cli.TIME_IS_UP if late else 0))
             save = world.any(now - saved > SAVE_EVERY_S)
-            if epoch_ends and not code:  # validation takes its time, too
-                run.end_epoch(val)
+            if due and not code:  # validation takes its time, too
+                run.validate(val)
             elif code or save:
                 run.save()
             if code:
                 break
-            if epoch_ends or save:
+            if due or save:
                 saved = time.monotonic()
             clock = time.monotonic()
         code = code or world.max(cli.exit_code(signals))  # a signal during the last validation
@@ -310,16 +297,19 @@ def step(
 
     `network` is the run's model as it is called: compiled, or parallel over processes.
     """
-    device = run.world.device
-    x = to_input(images.to(device, non_blocking=True), run.schedule.stage(run.step).side)
+    device, stage = run.world.device, run.schedule.stage(run.step)
+    images = images.to(device, non_blocking=True)
+    x = to_input(images, stage.side)
     labels = labels.to(device, non_blocking=True)
     for group in run.optimizer.param_groups:
         group["lr"] = run.schedule.lr(run.step)
 
     with arithmetic(device.type, options.precision):
         logits = network(x)
-    smoothing = options.label_smoothing
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    logits, smoothing = logits.float(), options.label_smoothing
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if options.teacher:
+        loss = options.teacher.loss(logits, options.teacher.logits(images, stage), loss)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)

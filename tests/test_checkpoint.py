@@ -204,7 +204,7 @@ def moment(state) -> dict:
         (lambda s: s.pop("model"), "lacks model"),
         (lambda s: s["model"].pop(CLASSIFIER), "lacks classifier.bias"),
         (lambda s: s.update(step=10**9), "step is 1000000000"),
-        (lambda s: s.update(step=72), "logs 0 epochs at step 72"),
+        (lambda s: s.update(step=72), "logs 0 validations at step 72"),
         (lambda s: s.update(history=[{"epoch": 1}]), r"history\[0\] lacks img_size"),
         (lambda s: s.update(sums=torch.zeros(4)), r"sums is .*\[4\]"),
         (lambda s: s.update(seconds="long"), "seconds is 'long'"),
@@ -218,5 +218,5 @@ def test_a_last_pth_of_wrong_content_is_named(change, says, stopped, tmp_path, m
     flags = ("--resume", "--output", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["train.py", *SYNTHETIC, *flags])
     with pytest.raises(BadInput, match=f"last.pth.*({says})"):
-        train.train(train.parse_args(), World("cpu"))
+        train.train(train.parse_args(train.__doc__), World("cpu"))
     assert os.listdir(tmp_path) == ["last.pth"]

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from lab.cli import BadInput
 from lab.tasks import TASKS, cifar10, synthetic
-from lab.tasks.augment import POLICIES, Augmentation, crop, flip
+from lab.tasks.augment import DRAWS, POLICIES, Augmentation, crop, flip
 from lab.tasks.batches import EvalBatches, TrainBatches, balanced_subset, split
 
 
@@ -155,7 +155,7 @@ def test_mixed_images_and_targets_keep_the_same_shares():
 
 def test_erasing_leaves_the_rest_alone():
     x = synthetic.load(None, True).images[:50]
-    draws = torch.randint(2**31, (50, 5), generator=torch.Generator().manual_seed(0))
+    draws = torch.randint(2**31, (50, DRAWS), generator=torch.Generator().manual_seed(0))
     erased = Augmentation("none", erase=1.0).images(x, draws, 32)
     share = (erased != x).any(1).float().mean((1, 2))
     assert (share > 0.01).all() and (share < 0.4).all()

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from conftest import run
 from torch import nn
 
+import train
 from lab import files
 from lab.cli import BadInput
 from lab.models import settings_of
@@ -11,7 +12,6 @@ from lab.models.checkpoint import save_checkpoint
 from lab.models.widen import widen
 from lab.training.start import fresh_model, load_start
 from mobilevit import MobileViT
-from train import parse_args
 
 
 def trained(variant: str, heads=None) -> MobileViT:
@@ -127,6 +127,6 @@ def test_a_network_of_other_classes_is_refused(tmp_path):
 def test_a_run_has_one_start(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--init", "a.pth", "--widen", "b.pth"])
     with pytest.raises(SystemExit) as stopped:
-        parse_args()
+        train.parse_args(train.__doc__)
     assert stopped.value.code == 2
     assert "--widen: not allowed with argument --init" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from lab.models import build
 from lab.tasks import TASKS, cifar10
 from lab.tasks.augment import POLICIES, Augmentation
 from lab.tasks.batches import TrainBatches, loader_workers
-from lab.training.optimizer import arithmetic
+from lab.training.optimizer import arithmetic, build_optimizer, weight_groups
 
 ROUNDS = 5  # of each contender, taking turns
 
@@ -26,7 +26,8 @@ def train(model: str, img_size: int, batch_size: int, precision: str, device: st
 
     Of our network; of timm's of the same architecture in the same loop; of our network in the
     published script's loop (its loader, contiguous tensors, an optimizer that is not fused, on a
-    CPU in FP32); and of ours with one thing changed.
+    CPU in FP32); and of ours with one thing changed. On a GPU also compiled, with Muon, and with
+    half and twice the batch.
     """
     try:
         import timm
@@ -37,14 +38,14 @@ def train(model: str, img_size: int, batch_size: int, precision: str, device: st
 
     ours = partial(arithmetic, device, precision)
 
-    def contender(network=None, batches=our_batches, context=ours, **changes):
+    def contender(network=None, batches=our_batches, context=ours, size=batch_size, **changes):
         network = network or build(model, num_classes=n_classes, heads=4)
-        return trainer(network, batches(img_size, batch_size, device), device, context, **changes)
+        return trainer(network, batches(img_size, size, device), device, context, **changes), size
 
     autocast = partial(torch.autocast, device, torch.bfloat16)
     published = {
         "memory_format": torch.contiguous_format,
-        "fused": False,
+        "optimizer": unfused,
         "context": partial(autocast, enabled=device == "cuda"),
     }
     steps = {
@@ -53,14 +54,20 @@ def train(model: str, img_size: int, batch_size: int, precision: str, device: st
         "published": contender(batches=training_batches, **published),
         "published batches": contender(batches=training_batches),
         "contiguous": contender(memory_format=torch.contiguous_format),
-        "unfused": contender(fused=False),
+        "unfused": contender(optimizer=unfused),
     }
     if precision != "fp32":
         steps["fp32"] = contender(context=partial(arithmetic, device, "fp32"))
     if (device, precision) == ("cpu", "bf16"):
         steps["fused attention"] = contender(context=autocast)
+    if device == "cuda":
+        steps["compiled"] = contender(compiled=True)
+        steps["muon"] = contender(optimizer=muon)
+        steps["muon of timm"] = contender(optimizer=muon_of_timm)
+        steps["half the batch"] = contender(size=batch_size // 2)
+        steps["twice the batch"] = contender(size=2 * batch_size)
     rounds = [
-        {name: images_per_s(step, batch_size, device, seconds) for name, step in steps.items()}
+        {name: images_per_s(*step, device, seconds) for name, step in steps.items()}
         for _ in range(ROUNDS)
     ]
     return {
@@ -116,35 +123,69 @@ def loader(
     }
 
 
+def fused(model):
+    return torch.optim.AdamW(model.parameters(), fused=True)
+
+
+def unfused(model):
+    return torch.optim.AdamW(model.parameters())
+
+
+def muon(model):
+    return build_optimizer(model, "muon", lr=1e-3, weight_decay=0.05)
+
+
+def muon_of_timm(model):
+    """The same rule, one matrix after the other."""
+    from timm.optim import Muon
+
+    return Muon(weight_groups(model, 0.05), lr=1e-3, nesterov=True)
+
+
 def trainer(
-    model, batches, device: str, context, memory_format=torch.channels_last, fused=True
+    model,
+    batches,
+    device: str,
+    context,
+    memory_format=torch.channels_last,
+    optimizer=fused,
+    compiled=False,
 ) -> Callable[[], None]:
     """A training step: the loop that all contenders share.
 
-    `batches` yields (input, labels) on the device; `context()` is that of the forward pass.
+    `batches` yields (input, labels) on the device; `context()` is that of the forward pass;
+    `optimizer` makes one for a model.
     """
     model = model.train().to(device, memory_format=memory_format)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    update = optimizer(model)
+    network = torch.compile(model, dynamic=False) if compiled else model
 
     def step():
         x, labels = next(batches)
         with context():
-            logits = model(x)
-        optimizer.zero_grad()
+            logits = network(x)
+        update.zero_grad()
         F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
+        update.step()
 
     return step
 
 
 def images_per_s(step, batch_size: int, device: str, seconds: float) -> float:
-    step()  # warm-up
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(2):  # the first to warm up, the second to know how long one takes
+        finish()
+        began = time.perf_counter()
+        step()
+        finish()
+    # Without a wait after each step, which would leave a GPU idle.
+    at_once = max(1, int(0.1 / (time.perf_counter() - began)))
     n, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        n += batch_size
+        for _ in range(at_once):
+            step()
+            n += batch_size
+        finish()
     return n / (time.perf_counter() - began)
 
 

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POLICIES = ("none", "crop-flip", "autoaugment")
-DRAWS = 5  # random numbers that an image takes
+DRAWS = 11  # random numbers that an image takes: 4 of the policy, 2 of JPEG, 5 of erasing
+JPEG_QUALITY = (30, 95)  # lowest and highest
+GREY = torch.tensor([125, 123, 114], dtype=torch.uint8)  # the mean of the training images
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """`policy`: one of POLICIES; autoaugment (Cubuk et al., CVPR 2019) comes after crop-flip.
+    `jpeg`: probability of storing an image as a JPEG file of a random quality and reading it.
     `erase`: probability of erasing a rectangle of an image (Zhong et al., AAAI 2020).
     `mixup`, `cutmix`: the parameter alpha of the Beta distribution of the share that an image keeps
     when it is mixed with another (Zhang et al., ICLR 2018) or gets a patch of it (Yun et al., ICCV
@@ -24,6 +27,7 @@ class Augmentation:
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    jpeg: float = 0.0
 
     def images(self, x: Tensor, draws: Tensor, window: int) -> Tensor:
         """uint8 [b, 3, S, S] -> [b, 3, window, window], from `draws` int64 [b, DRAWS]."""
@@ -34,9 +38,10 @@ class Augmentation:
         if self.policy == "autoaugment":
             v2 = _transforms()
             x = seeded(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), x, draws[:, 3])
+        if self.jpeg:
+            x = through_jpeg(x, draws[:, 4:6], self.jpeg)
         if self.erase:
-            erasing = _transforms().RandomErasing(self.erase, value=[125, 123, 114])
-            x = seeded(erasing, x, draws[:, 4])
+            x = erased(x, draws[:, 6:], self.erase)
         return x
 
     @property
@@ -84,6 +89,40 @@ def crop(x: Tensor, top: Tensor, left: Tensor, side: int, padding: int) -> Tenso
 
 def flip(x: Tensor, draw: Tensor) -> Tensor:
     return torch.where((draw % 2 == 1)[:, None, None, None], x.flip(-1), x)
+
+
+def through_jpeg(x: Tensor, draws: Tensor, probability: float) -> Tensor:
+    """Images [b, 3, S, S], some as they come back from a JPEG file, as `draws` [b, 2] say."""
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    low, high = JPEG_QUALITY
+    chance, quality = (draws / 2**31).unbind(1)  # in [0, 1)
+    qualities = (low + (high + 1 - low) * quality).int().tolist()
+    x = x.clone()
+    for i in (chance < probability).nonzero().flatten().tolist():
+        x[i] = decode_jpeg(encode_jpeg(x[i].contiguous(), qualities[i]))
+    return x
+
+
+def erased(x: Tensor, draws: Tensor, probability: float) -> Tensor:
+    """Grey over a rectangle of some of the images [b, 3, S, S], as `draws` [b, 5] say.
+
+    Its area is 2 to 33 % of the image's, its height 0.3 to 3.3 times its width: the paper's bounds
+    (Zhong et al., AAAI 2020, section 4.2).
+    """
+    side = x.shape[-1]
+    chance, area, shape, top, left = (draws / 2**31).unbind(1)  # in [0, 1)
+    area = side**2 * (0.02 + 0.31 * area)
+    ratio = 0.3 * (3.3 / 0.3) ** shape
+    inside = []
+    for size, place in (((area * ratio).sqrt(), top), ((area / ratio).sqrt(), left)):
+        size = size.round().clamp(1, side)
+        first = (place * (side - size + 1)).floor()
+        pixel = torch.arange(side)
+        inside.append((pixel >= first[:, None]) & (pixel < (first + size)[:, None]))  # [b, S]
+    rows, columns = inside
+    rows = rows & (chance < probability)[:, None]
+    return torch.where(rows[:, None, :, None] & columns[:, None, None], GREY[:, None, None], x)
 
 
 def seeded(transform, x: Tensor, seeds: Tensor) -> Tensor:

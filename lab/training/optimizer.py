@@ -1,13 +1,16 @@
 """Optimizers, what decays, averaged weights, and the arithmetic of a forward pass to train on."""
 
 import contextlib
+from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lab.cli import BadInput
+OPTIMIZERS = ("adamw", "muon", "sgd")
+# Of the quintic iteration x <- a x + b x^3 + c x^5, which drives singular values towards 1.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -21,24 +24,78 @@ def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float):
-    """The optimizer `name` of a model's parameters: adamw or muon.
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024): updates of matrices and kernels are made orthogonal.
 
-    Muon is timm's (Jordan et al., 2024): its rule for matrices and kernels, but not those of
-    depthwise convolutions, and NAdamW for the rest. Its updates are as large as AdamW's at the same
-    rate (Liu et al., arXiv:2502.16982, section 2.2).
+    The averaged gradient of each is replaced by nearly the closest matrix whose singular values are
+    all alike. Its elements are then as large as those of AdamW's updates at the same rate (Liu et
+    al., arXiv:2502.16982, section 2.2). Depthwise kernels and whatever is no matrix stay AdamW's.
+
+    Matrices of one shape are made orthogonal together: a network has a hundred small ones, and one
+    at a time they would cost a GPU more than the network does.
     """
-    groups = weight_groups(model, weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    try:
-        from timm.optim import Muon
 
-        groups[1]["use_fallback"] = True  # class tokens and positions have dimensions, too
-        # Older versions lack the last argument: there, the rest keeps its first rate for good.
-        return Muon(groups, lr=lr, nesterov=True, fallback_lr_scale=1.0)
-    except (ImportError, TypeError) as error:
-        raise BadInput("--optimizer muon needs timm: pip install 'timm>=1.0.27'") from error
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
+        super().__init__(groups, lr=lr, foreach=True)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all parameters; the gradients of the matrices are used up by it."""
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None and _is_matrix(p)]
+            if matrices:
+                self._step_of_matrices(matrices, group["lr"], group["weight_decay"])
+            for p in matrices:
+                p.grad = None  # AdamW leaves parameters without a gradient alone
+        super().step()
+
+    def _step_of_matrices(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
+        gradients = [p.grad for p in matrices]
+        for p in matrices:
+            if p not in self.state:  # under the names of AdamW, which loads the state of both
+                self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+        momenta = [self.state[p]["exp_avg"] for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        updates = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov's
+        by_shape = defaultdict(list)
+        for p, update in zip(matrices, updates):
+            by_shape[p.flatten(1).shape].append((p, update.flatten(1)))
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        for shape, alike in by_shape.items():
+            parameters, flat = zip(*alike)
+            steps = orthogonal(torch.stack(flat)).float() * (-0.2 * lr * max(shape) ** 0.5)
+            steps = [step.view_as(p) for p, step in zip(parameters, steps)]
+            torch._foreach_add_(list(parameters), steps)
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return p.ndim > 1 and min(p.shape[:2]) > 1
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices [n, rows, columns] with their singular values moved to about 1, in BF16.
+
+    Five steps of a Newton-Schulz iteration: the values end between 0.7 and 1.2.
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = x.shape[1] <= x.shape[2]
+    x = (x if wide else x.mT).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float):
+    """The optimizer `name`, of OPTIMIZERS, of a model's parameters; sgd has Nesterov's momentum."""
+    groups = weight_groups(model, weight_decay)
+    if name == "muon":
+        return Muon(groups, lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -1,10 +1,121 @@
-"""What the options of train.py must be together."""
+"""The options of train.py, and what they must be together."""
 
 import argparse
+from pathlib import Path
 
-from lab.models import default_img_size
-from lab.training.schedule import parse_resolutions
+from lab import cli
+from lab.cli import above, at_least, within
+from lab.models import NAMES, default_img_size, registered, run_name
+from lab.models.checkpoint import MAX_IMG_SIZE
+from lab.tasks.augment import POLICIES
+from lab.tasks.batches import loader_workers
+from lab.training.evaluation import TRAINABLE
+from lab.training.optimizer import OPTIMIZERS
+from lab.training.schedule import MAX_EPOCHS, parse_resolutions
 from mobilevit import MIN_IMG_SIZE
+
+# Options that a resumed run may be given anew, and those that are not about a run.
+NOT_IN_CONFIG = (
+    *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
+    *("eval", "checkpoint"),
+)
+
+
+def parse_args(doc: str) -> argparse.Namespace:
+    """The options of train.py, whose docstring is `doc`, complete and checked."""
+    p = cli.parser(doc)
+    add = p.add_argument_group("data").add_argument
+    add("--task", choices=TRAINABLE, default="cifar10", help="synthetic needs no download")
+    add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
+    help = "training images held out to choose on (default: 2000; synthetic: 200)"
+    add("--val-size", type=at_least(1), help=help)
+    help = "of 32x32 images; autoaugment comes after crop-flip"
+    add("--augment", choices=POLICIES, default="autoaugment", help=help)
+    add("--erase", type=within(0, 1), default=0.0, help="probability of erasing a part of an image")
+    help = "probability of storing an image as JPEG, at a random quality"
+    add("--jpeg", type=within(0, 1), default=0.0, help=help)
+    add("--mixup", type=within(0, 100), default=0.0, help="alpha of mixing two images; 0: do not")
+    help = "alpha of swapping patches of two images; 0: do not"
+    add("--cutmix", type=within(0, 100), default=0.0, help=help)
+    help = "loader processes (default: 0 on CPU, up to 8 on CUDA)"
+    add("--workers", type=at_least(0, 128), help=help)
+
+    network = p.add_argument_group("network")
+    add = network.add_argument
+    add("--model", default="mobilevit_xxs", type=registered, help=f"a network: {NAMES}")
+    add("--heads", type=at_least(1), help="attention heads in every block, not the variant's")
+    add = network.add_mutually_exclusive_group().add_argument
+    add("--init", metavar="CHECKPOINT", help="start from these weights")
+    add("--widen", metavar="CHECKPOINT", help="start from a narrower variant's weights")
+    add("--pretrained", action="store_true", help="start from timm's ImageNet weights (four heads)")
+
+    add = p.add_argument_group("schedule").add_argument
+    help = "passes over the training images (100 unless --resolutions)"
+    add("--epochs", type=at_least(1, MAX_EPOCHS), help=help)
+    help = (
+        "in place of --epochs: as many as fit, with one test at the end, into this time from the "
+        "start; the epochs of --resolutions are then shares"
+    )
+    add("--minutes", type=above(0), help=help)
+    help = "input side in pixels (the network's own unless --resolutions: 256 for MobileViT)"
+    add("--img-size", type=at_least(MIN_IMG_SIZE, MAX_IMG_SIZE), help=help)
+    help = (
+        "in place of the two above: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, then 4 on "
+        "128-pixel windows of 256-pixel images, then half a one at 256"
+    )
+    add("--resolutions", help=help)
+    add("--batch-size", type=at_least(1), default=128, help="images a step, over all processes")
+    add("--lr", type=above(0, 10), default=2e-3, help="peak learning rate")
+    add("--min-lr", type=within(0, 10), default=0.0, help="floor that the cosine falls to")
+    help = "epochs from one validation to the next"
+    add("--validate-every", type=at_least(1, MAX_EPOCHS), default=1, metavar="EPOCHS", help=help)
+    warmup = {"type": within(0, MAX_EPOCHS), "default": 10, "help": "linear warm-up of the rate"}
+    add("--warmup-epochs", "--warmup", **warmup)
+
+    optimizer = p.add_argument_group("optimizer")
+    add = optimizer.add_argument
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd: with momentum")
+    decay = {"type": within(0, 10), "default": 0.01, "help": "not on norms and biases"}
+    add("--weight-decay", "--wd", **decay)
+    smoothing = {"type": within(0, 0.99), "default": 0.1, "help": "share spread over all classes"}
+    add("--label-smoothing", "--label-smooth", **smoothing)
+    add("--clip-norm", type=above(0), default=1.0, help="largest norm of the gradient")
+    help = "average the weights for evaluation; 0: do not"
+    add("--ema-decay", type=within(0, 0.99999), default=0.0, help=help)
+    add("--teacher", metavar="CHECKPOINT", help="learn from this network's answers, too")
+    help = "of the teacher's part of the loss"
+    add("--teacher-weight", type=within(0, 1), default=0.5, help=help)
+    help = "what logits are divided by where the teacher's are learnt from"
+    add("--temperature", type=within(0.1, 100), default=2.0, help=help)
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = optimizer.add_mutually_exclusive_group().add_argument
+    help = "mixed precision of whatever the device has: BF16, or FP16 on older GPUs"
+    add("--amp", action="store_true", help=help)
+    help = "autocast to this (default: fp32 on CPU, as --amp on CUDA)"
+    add("--precision", choices=cli.PRECISIONS, help=help)
+
+    add = p.add_argument_group("run").add_argument
+    add("--seed", type=cli.seed, default=0, help="of initialisation, shuffling and augmentation")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--output", help="folder of the run (default: runs/MODEL)")
+    add("--resume", action="store_true", help="continue the run in --output")
+    add("--max-minutes", type=above(0), help="stop cleanly after this time, to be resumed")
+    add("--tensorboard", action="store_true", help="also log to --output/tensorboard")
+    add("--eval", action="store_true", help="print --checkpoint's test accuracy and stop")
+    add("--checkpoint", help="the checkpoint for --eval")
+    why = "is not known: the best epoch is kept anyway, and --epochs or --max-minutes end a run"
+    cli.refused(p, "--patience", why=why)
+
+    args = p.parse_args()
+    settle(p, args)
+    args.device = cli.device(p, args.device)
+    args.precision = cli.precision(p, args.precision, args.device, args.amp)
+    if args.val_size is None:
+        args.val_size = 2000 if args.task == "cifar10" else 200
+    if args.workers is None:
+        args.workers = loader_workers(args.device)
+    args.output = Path(args.output or f"runs/{run_name(args.model, args.task)}")
+    return args
 
 
 def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -17,11 +128,14 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--eval takes all from the checkpoint, --{other[0].replace('_', '-')} excluded")
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
+    if args.minutes and args.epochs:
+        p.error("--minutes replaces --epochs")
     if args.resolutions is None:
-        args.resolutions = f"{args.img_size or default_img_size(args.model)}:{args.epochs or 100}"
-    stages = parse_resolutions(args.resolutions)
+        epochs = 1 if args.minutes else args.epochs or 100
+        args.resolutions = f"{args.img_size or default_img_size(args.model)}:{epochs}"
+    stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
     args.img_size, args.epochs = stages[-1].img_size, sum(stage.epochs for stage in stages)
-    if args.warmup_epochs >= args.epochs:
+    if args.minutes is None and args.warmup_epochs >= args.epochs:
         p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
     if args.min_lr > args.lr:
         p.error("--min-lr must not be above --lr")

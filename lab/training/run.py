@@ -74,14 +74,15 @@ class Run:
     scaler: torch.amp.GradScaler
     schedule: Schedule
     steps_per_epoch: int
+    validate_every: int  # epochs
     batch_size: int  # over all processes
     about: dict
     config: dict
     tensorboard: object = None  # a SummaryWriter
     step: int = 0
-    history: list = field(default_factory=list)  # a LOG_LINE an epoch
+    history: list = field(default_factory=list)  # a LOG_LINE a validation
     best_accuracy: float = -1.0
-    # Of the epoch so far, and of this process:
+    # Since the last validation, and of this process:
     seconds: float = 0.0  # training only
     sums: Tensor = field(init=False)  # loss, correct, gradient norm
 
@@ -89,15 +90,16 @@ class Run:
         self.sums = torch.zeros(3, device=self.world.device)
 
     @property
-    def epoch_due(self) -> bool:
-        """True when the steps of an epoch are done, but it is not yet validated and logged."""
-        return self.epochs_ended(self.step) > len(self.history)
+    def validation_due(self) -> bool:
+        """True when the steps up to a validation are done, but not yet validated and logged."""
+        return self.validations_due(self.step) > len(self.history)
 
-    def epochs_ended(self, step: int) -> int:
-        """Epochs whose steps are done; the last one can be a part of an epoch."""
+    def validations_due(self, step: int) -> int:
+        """Validations up to `step`; there is one at the end, too."""
+        interval = self.validate_every * self.steps_per_epoch
         if step == len(self.schedule):
-            return math.ceil(step / self.steps_per_epoch)
-        return step // self.steps_per_epoch
+            return math.ceil(step / interval)
+        return step // interval
 
     def network(self) -> nn.Module:
         """The weights to evaluate and ship."""
@@ -114,15 +116,15 @@ class Run:
         loss, correct = world.sum(sums.to(world.device)).tolist()
         return loss / len(images), 100 * correct / len(images)
 
-    def end_epoch(self, val: Images) -> None:
-        """Validate and log the epoch, keep the weights if they are the best yet, save."""
+    def validate(self, val: Images) -> None:
+        """Validate and log, keep the weights if they are the best yet, save."""
         world, stage = self.world, self.schedule.stage(self.step - 1)
         loss, correct, _ = world.sum(self.sums).tolist()
-        steps = self.step % self.steps_per_epoch or self.steps_per_epoch  # the last can be short
-        n = steps * self.batch_size
+        interval = self.validate_every * self.steps_per_epoch
+        n = (self.step % interval or interval) * self.batch_size  # the last can be short
         val_loss, val_accuracy_pct = self.evaluate(val, stage.img_size)
         row = {
-            "epoch": len(self.history) + 1,
+            "epoch": math.ceil(self.step / self.steps_per_epoch),
             "img_size": stage.img_size,
             "window": stage.side,
             "lr": f"{self.schedule.lr(self.step - 1):.3g}",
@@ -137,7 +139,7 @@ class Run:
         self.history.append(row)
         self.sums.zero_()
         self.seconds = 0.0
-        # An epoch at another resolution than the last one can't be chosen.
+        # Weights validated at another resolution than the last one can't be chosen.
         if stage.img_size == self.about["img_size"] and val_accuracy_pct > self.best_accuracy:
             self.best_accuracy = val_accuracy_pct
             if world.rank == 0:
@@ -159,7 +161,7 @@ class Run:
             "state_dict": {k: v.contiguous().cpu() for k, v in self.network().state_dict().items()},
             "test_accuracy_pct": None,
             "val_accuracy_pct": self.best_accuracy,
-            "epoch": len(self.history),
+            "epoch": self.history[-1]["epoch"],
             "config": self.config,
             "commit": machine.code()[0],
         }
@@ -203,8 +205,9 @@ class Run:
             )
             raise BadInput(f"{path} began with {options}: resume with the same options")
         self.schema()(state, str(path))
-        if not 0 <= self.epochs_ended(state["step"]) - len(state["history"]) <= 1:
-            raise BadInput(f"{path} logs {len(state['history'])} epochs at step {state['step']}")
+        if not 0 <= self.validations_due(state["step"]) - len(state["history"]) <= 1:
+            n = len(state["history"])
+            raise BadInput(f"{path} logs {n} validations at step {state['step']}")
         load_state(self.model, state["model"], path)
         # Groups and their settings follow from the options, as when the run began.
         groups = self.optimizer.state_dict()["param_groups"]

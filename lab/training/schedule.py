@@ -36,10 +36,11 @@ class Stage:
         return cifar10.SIDE * self.side // self.img_size
 
 
-def parse_resolutions(text: str) -> list[Stage]:
+def parse_resolutions(text: str, shares: bool = False) -> list[Stage]:
     """Read `64:8,128/256:4,256:0.5`.
 
-    That is 8 epochs at 64x64, 4 on 128x128 windows of 256x256, and half a one at 256x256.
+    That is 8 epochs at 64x64, 4 on 128x128 windows of 256x256, and half a one at 256x256. All but
+    the last must be whole epochs, unless they are `shares` of a time.
     """
     try:
         stages = []
@@ -51,7 +52,7 @@ def parse_resolutions(text: str) -> list[Stage]:
             stages.append(Stage(side, *(img_size or [side]), epochs))
     except ValueError:
         stages = []
-    whole = all(stage.epochs % 1 == 0 for stage in stages[:-1])
+    whole = shares or all(stage.epochs % 1 == 0 for stage in stages[:-1])
     short = 0 < sum(stage.epochs for stage in stages) <= MAX_EPOCHS
     if not whole or not short or not all(map(_valid, stages)):
         raise BadInput(
@@ -77,6 +78,9 @@ class Schedule:
     """
 
     def __init__(self, stages, steps_per_epoch, peak_lr, warmup_epochs, min_lr=0.0):
+        epochs = sum(stage.epochs for stage in stages)
+        if warmup_epochs >= epochs:
+            raise BadInput(f"--warmup-epochs {warmup_epochs:g} must be less than {epochs:g} epochs")
         self.peak_lr, self.min_lr = peak_lr, min_lr
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
         self.stages = stages

@@ -49,9 +49,9 @@ def load_start(model, name, *, init=None, widened=None, pretrained=False, task, 
     with `val_size` holds out.
     """
     if init:
-        load_weights(model, name, _checkpoint(init, task, val_size), init)
+        load_weights(model, name, checkpoint_for(init, task, val_size), init)
     elif widened:
-        narrow = _checkpoint(widened, task, val_size)
+        narrow = checkpoint_for(widened, task, val_size)
         require_mobilevit(narrow["model"], "--widen")
         try:
             widen(network(narrow, widened), model)
@@ -61,7 +61,7 @@ def load_start(model, name, *, init=None, widened=None, pretrained=False, task, 
         load_timm(model, name)
 
 
-def _checkpoint(path, task: str, val_size: int) -> dict:
+def checkpoint_for(path, task: str, val_size: int) -> dict:
     """A checkpoint that was trained on no image that a run with `val_size` holds out."""
     checkpoint = load_checkpoint(path)
     if checkpoint["task"] == task:

@@ -1,0 +1,85 @@
+"""A schedule that fits into a time: how fast each stage is here, how many epochs that allows."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lab.cli import BadInput
+from lab.models.checkpoint import read_tensors
+from lab.schema import record, text
+from lab.training.distributed import World
+from lab.training.schedule import Stage, parse_resolutions
+
+TRIAL = 0.005  # of the time, at least, that the steps take by which a stage is judged
+MARGIN = 0.01  # of the time, for what is not measured: files, loader processes
+
+
+def seconds_each(
+    act: Callable[[], None], finish: Callable[[], None], world: World, budget_s
+) -> float:
+    """Seconds that `act` takes, once it is warm; `finish` waits for a device to be done.
+
+    It is called twice as often each time, until that takes a fixed share of `budget_s`: the same
+    for a step of seconds and for one of milliseconds. What is compiled or allocated at first falls
+    into the calls that do not count.
+    """
+    calls, seconds = 1, 0.0
+    act()
+    while seconds < TRIAL * budget_s:
+        calls *= 2
+        finish()
+        began = time.perf_counter()
+        for _ in range(calls):
+            act()
+        finish()
+        # Processes must agree on how often they call.
+        seconds = world.max(round(1e6 * (time.perf_counter() - began))) / 1e6
+    return seconds / calls
+
+
+def fitting(
+    shares: list[Stage],
+    epoch_s: list[float],
+    validation_s: list[float],
+    validate_every: int,
+    available_s: float,
+) -> list[Stage]:
+    """`shares` with as many epochs, in their proportion, as end within `available_s`.
+
+    `epoch_s` is what an epoch takes in each stage, in seconds, and `validation_s` a validation.
+    There is one every `validate_every` epochs, and one at the end. All stages but the last get
+    whole epochs. BadInput if that leaves less than a hundredth of an epoch to the last one.
+    """
+    whole = sum(stage.epochs for stage in shares)
+    each_s = [s + v / validate_every for s, v in zip(epoch_s, validation_s)]
+    left_s = available_s * (1 - MARGIN) - validation_s[-1]
+    mean_s = sum(stage.epochs / whole * s for stage, s in zip(shares, each_s))
+    *first, _ = (stage.epochs / whole * left_s / mean_s for stage in shares)
+    first = [max(1, round(epochs)) for epochs in first]
+    last = (left_s - sum(n * s for n, s in zip(first, each_s))) / each_s[-1]
+    last = int(100 * last) / 100
+    if last <= 0:
+        needed = ", ".join(f"{s:.3g} s at {stage.side}" for stage, s in zip(shares, epoch_s))
+        raise BadInput(
+            f"--minutes is too short: of its time {max(0, available_s):.0f} s are left, and an "
+            f"epoch takes {needed} here"
+        )
+    return [replace(stage, epochs=n) for stage, n in zip(shares, (*first, last))]
+
+
+def chosen_before(output: Path) -> list[Stage]:
+    """The stages of the run that `output` holds."""
+    path = output / "last.pth"
+    state = read_tensors(path)
+    record({"config": record({"resolutions": text})})(state, str(path))
+    return parse_resolutions(state["config"]["resolutions"])
+
+
+def written(stages: list[Stage]) -> str:
+    """`stages` as --resolutions takes them."""
+    parts = []
+    for stage in stages:
+        side = f"{stage.side}" if stage.side == stage.img_size else f"{stage.side}/{stage.img_size}"
+        parts.append(f"{side}:{stage.epochs:g}")
+    return ",".join(parts)
