@@ -110,8 +110,8 @@ def test_muon_moves_matrices_as_timms_does():
             optimizer.step()
     for a, b in zip(ours, theirs):
         moved = (a.detach() - 0.97**3, b.detach() - 0.97**3)
-        assert torch.cosine_similarity(*(m.flatten() for m in moved), dim=0) > 0.97  # BF16 rounds
-        assert moved[0].norm() == pytest.approx(moved[1].norm().item(), rel=0.1)
+        assert torch.cosine_similarity(*(m.flatten() for m in moved), dim=0) > 0.999
+        assert moved[0].norm() == pytest.approx(moved[1].norm().item(), rel=0.02)
 
 
 def test_attention_to_train_on_has_the_gradients_of_the_fused_one():
