@@ -4,6 +4,7 @@
     python train.py --model xxs --minutes 9 ...                     # what fits into this time
     python train.py --model xxs --resolutions 64:8,128:3,256:1 ...  # a short run on a CPU
     python train.py --model xxs --resume                            # go on where it stopped
+    python train.py --finish --output runs/mobilevit_xxs            # end it where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
     python train.py --task synthetic --img-size 64 --epochs 3 --batch-size 32 \\
         --warmup-epochs 0.5 --augment none              # smoke run, no download, under a minute
@@ -49,7 +50,7 @@ from lab.training.distributed import World, leave_process_group
 from lab.training.evaluation import test_accuracy
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, parse_args
-from lab.training.run import Run, tensorboard_writer
+from lab.training.run import Run, finish, hardware, tensorboard_writer
 from lab.training.schedule import Schedule, Stage, parse_resolutions
 from lab.training.start import (
     fresh_model,
@@ -79,6 +80,9 @@ def main() -> int:
     if args.eval:
         n_correct, n = test_accuracy(args.checkpoint, args.data_dir, args.device)
         print(f"{args.checkpoint}: test {100 * n_correct / n:.2f} % ({n_correct} of {n})")
+        return 0
+    if args.finish:
+        finish(args.output, args.data_dir, args.device)
         return 0
     with World(args.device).join() as world:
         return train(args, world)
@@ -172,13 +176,14 @@ def train(args, world: World) -> int:
         else:
             if world.rank == 0:
                 require_no_run(run.output)  # now that no other process can begin one
-                files.write_json(run.output / "config.json", run.config | machine.provenance())
+                about = machine.provenance() | {"hardware": hardware(world)}
+                files.write_json(run.output / "config.json", run.config | about)
             run.save()
         if args.tensorboard and world.rank == 0:
             run.tensorboard = tensorboard_writer(run.output / "tensorboard")
         code = loop(run, network, batches_of(stages), val, options, args.workers, args.max_minutes)
         if code == 0 and world.rank == 0:
-            run.finish(args.data_dir)
+            finish(run.output, args.data_dir, world.device)
     return code
 
 

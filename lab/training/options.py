@@ -17,7 +17,7 @@ from mobilevit import MIN_IMG_SIZE
 # Options that a resumed run may be given anew, and those that are not about a run.
 NOT_IN_CONFIG = (
     *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
-    *("eval", "checkpoint"),
+    *("eval", "checkpoint", "finish"),
 )
 
 
@@ -99,6 +99,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--output", help="folder of the run (default: runs/MODEL)")
     add("--resume", action="store_true", help="continue the run in --output")
+    help = "end the run in --output as it stands: test the weights chosen so far"
+    add("--finish", action="store_true", help=help)
     add("--max-minutes", type=above(0), help="stop cleanly after this time, to be resumed")
     add("--tensorboard", action="store_true", help="also log to --output/tensorboard")
     add("--eval", action="store_true", help="print --checkpoint's test accuracy and stop")
@@ -122,10 +124,12 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that exclude each other; make one schedule of --resolutions or the others."""
     if args.eval != (args.checkpoint is not None):
         p.error("--eval and --checkpoint go together")
-    taken = ("eval", "checkpoint", "data_dir", "device")
-    other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
-    if args.eval and other:
-        p.error(f"--eval takes all from the checkpoint, --{other[0].replace('_', '-')} excluded")
+    for option, named in (("eval", "checkpoint"), ("finish", "output")):
+        taken = (option, named, "data_dir", "device")
+        other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
+        if vars(args)[option] and other:
+            excluded = other[0].replace("_", "-")
+            p.error(f"--{option} takes all else from the --{named}, --{excluded} excluded")
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
     if args.minutes and args.epochs:

@@ -21,6 +21,7 @@ from lab.models.checkpoint import (
     like,
     load_checkpoint,
     load_state,
+    network,
     plain,
     read_tensors,
     save_checkpoint,
@@ -222,38 +223,6 @@ class Run:
             self.sums.copy_(state["sums"])
             self.write_log()
 
-    def finish(self, data_dir) -> None:
-        """Read the test set, once, with the chosen weights."""
-        path, metrics_path = self.output / "best.pth", self.output / "metrics.json"
-        best = load_checkpoint(path)
-        if best["test_accuracy_pct"] is None:
-            n_correct, n = test_accuracy(path, data_dir, self.world.device)
-            test_accuracy_pct = 100 * n_correct / n
-            printed = (
-                f"{run_name(best['model'], best['task'])}: epoch {best['epoch']} chosen, "
-                f"validation {best['val_accuracy_pct']:.2f} %, "
-                f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
-            )
-            metrics = {
-                "model": best["model"],
-                "task": best["task"],
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "epoch": best["epoch"],
-                "val_accuracy_pct": best["val_accuracy_pct"],
-                "test_accuracy_pct": test_accuracy_pct,
-                "n_correct": n_correct,
-                "n_images": n,
-                "train_s": sum(float(row["seconds"]) for row in self.history),
-                "hardware": hardware(self.world),
-                "printed": printed,
-                "config": self.config,
-            }
-            files.write_json(metrics_path, metrics | machine.provenance())
-            save_checkpoint(path, best | {"test_accuracy_pct": test_accuracy_pct})
-        metrics = files.read_json(metrics_path)
-        record({"printed": text})(metrics, str(metrics_path))
-        print(metrics["printed"])
-
     def schema(self) -> Schema:
         """What last.pth must hold for this run."""
         ema = {"ema": like(self.ema.state_dict())} if self.ema else {}
@@ -284,6 +253,47 @@ class Run:
                 as_after_a_step(value, where)
 
         return check
+
+
+def finish(output: Path, data_dir, device) -> None:
+    """Read the test set, once, with the weights chosen so far in the run that `output` holds."""
+    paths = [output / name for name in ("best.pth", "last.pth", "config.json", "metrics.json")]
+    best_path, last_path, about_path, metrics_path = paths
+    best = load_checkpoint(best_path)
+    if best["test_accuracy_pct"] is None:
+        state = read_tensors(last_path)
+        record({"history": sequence(record(LOG_LINE)), "config": mapping(plain)})(
+            state, str(last_path)
+        )
+        about = files.read_json(about_path)
+        record({"hardware": text})(about, str(about_path))
+        n_correct, n = test_accuracy(best_path, data_dir, device)
+        test_accuracy_pct = 100 * n_correct / n
+        printed = (
+            f"{run_name(best['model'], best['task'])}: epoch {best['epoch']} chosen, "
+            f"validation {best['val_accuracy_pct']:.2f} %, "
+            f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
+        )
+        metrics = {
+            "model": best["model"],
+            "task": best["task"],
+            "parameters": sum(p.numel() for p in network(best, best_path).parameters()),
+            "epoch": best["epoch"],
+            "epochs_trained": state["history"][-1]["epoch"],
+            "val_accuracy_pct": best["val_accuracy_pct"],
+            "test_accuracy_pct": test_accuracy_pct,
+            "n_correct": n_correct,
+            "n_images": n,
+            "train_s": sum(float(row["seconds"]) for row in state["history"]),
+            "printed": printed,
+            "config": state["config"],
+        }
+        how = {k: v for k, v in about.items() if k not in state["config"]}  # commit, hardware, ...
+        files.write_json(metrics_path, metrics | how)
+        save_checkpoint(best_path, best | {"test_accuracy_pct": test_accuracy_pct})
+    metrics = files.read_json(metrics_path)
+    record({"printed": text})(metrics, str(metrics_path))
+    print(metrics["printed"])
 
 
 def option(name: str) -> str:
