@@ -130,7 +130,6 @@ def train(args, world: World) -> int:
         teacher.require_sides(stages)
     options = StepOptions(args.precision, args.label_smoothing, args.clip_norm, teacher)
 
-    torch.backends.cudnn.benchmark = True  # all batches of a stage have one shape
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails_with_one_line
+from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
 from lab.cli import BadInput
@@ -160,6 +161,31 @@ def test_erasing_leaves_the_rest_alone():
     share = (erased != x).any(1).float().mean((1, 2))
     assert (share > 0.01).all() and (share < 0.4).all()
     assert torch.equal(Augmentation("none", erase=1.0).images(x, draws, 32), erased)
+
+
+def test_as_much_is_erased_as_by_torchvision():
+    x = torch.zeros(3000, 3, 32, 32, dtype=torch.uint8)
+    draws = torch.randint(2**31, (3000, DRAWS), generator=torch.Generator().manual_seed(0))
+    ours = (Augmentation("none", erase=0.5).images(x, draws, 32) > 0).any(1).float()
+    theirs = v2.RandomErasing(0.5, value=[1, 1, 1])
+    torch.manual_seed(0)
+    theirs = torch.stack([theirs(image)[0] for image in x.float()])
+    for of in (lambda m: m.any(-1).any(-1), lambda m: m.mean((1, 2)), lambda m: m.any(1)):
+        assert of(ours).float().mean() == pytest.approx(of(theirs).float().mean().item(), abs=0.02)
+    assert ours.mean(0)[8:24, 8:24].mean() > ours.mean(0)[:4].mean() > 0  # in the middle more often
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding")
+def test_some_images_are_what_torchvision_reads_of_a_jpeg_file():
+    x = synthetic.load(None, True).images[:40]
+    draws = torch.randint(2**31, (40, DRAWS), generator=torch.Generator().manual_seed(0))
+    draws[:, 5] = 2**31 // 2  # the quality in the middle
+    stored = Augmentation("none", jpeg=0.5).images(x, draws, 32)
+    changed = (stored != x).flatten(1).any(1)
+    assert 10 < changed.sum() < 30
+    for image, before in zip(stored[changed], x[changed]):
+        theirs = decode_jpeg(encode_jpeg(before, quality=63))
+        assert (image.float() - theirs.float()).abs().mean() < 1
 
 
 def test_processes_mix_what_one_process_would():

@@ -210,6 +210,38 @@ def test_every_ingredient_of_the_full_recipe_runs(tmp_path):
     assert (accuracy.step, accuracy.value) == (1, pytest.approx(best["val_accuracy_pct"], abs=0.01))
 
 
+def test_a_run_chooses_the_epochs_that_fit_its_minutes(tmp_path):
+    shares = "--minutes 8 --resolutions 32/64:0.5,64:0.5 --validate-every 3 --warmup 0.1"
+    data = "--task synthetic --batch-size 50 --augment crop-flip --jpeg 0.5 --erase 0.5"
+    command = ("train.py", *shares.split(), *data.split(), "--output", tmp_path)
+    out, _ = run(*command, "--max-minutes", "0.001", code=3)
+    assert out.startswith("--minutes 8: ") and " images/s at 64, so --resolutions 32/64:" in out
+    config = files.read_json(tmp_path / "config.json")
+    assert (config["minutes"], config["shares"]) == (8, "32/64:0.5,64:0.5")
+    assert f"so --resolutions {config['resolutions']}\n" in out
+    # Resumed, it goes on with these epochs, whatever the time.
+    out, _ = run(*command, "--resume", "--max-minutes", "0.001", code=3)
+    assert "--minutes" not in out and "--resume goes on" in out
+    fails_with_one_line(*command, "--resume", "--minutes", "9", says="--minutes 8.0 (now 9.0)")
+    fails_with_one_line(*command, "--epochs", "2", says="--minutes replaces --epochs")
+
+
+def test_a_run_cut_short_is_finished_with_the_weights_it_has(tmp_path):
+    command = ("train.py", *SYNTHETIC, "--epochs", "4", "--validate-every", "2")
+    process = start(*command, "--output", tmp_path)
+    wait_for(tmp_path / "log.csv")
+    process.kill()
+    process.communicate()
+    out, _ = run("train.py", "--finish", "--output", tmp_path)
+    assert out.startswith("mobilevit_xxs-synthetic: epoch 2 chosen") and "of 500" in out
+    metrics = files.read_json(tmp_path / "metrics.json")
+    assert (metrics["epoch"], metrics["epochs_trained"]) == (2, 2) and metrics["hardware"]
+    assert metrics["command"].startswith("python train.py --task synthetic")  # not --finish
+    assert load_checkpoint(tmp_path / "best.pth")["test_accuracy_pct"] is not None
+    assert run("train.py", "--finish", "--output", tmp_path)[0] == out
+    fails_with_one_line("train.py", "--finish", "--lr", "1", says="--finish takes all else from")
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_loss_or_gradient_norm_that_is_not_finite_is_noticed(at, tmp_path):
     state = SimpleNamespace(world=World("cpu"), sums=torch.ones(3), step=5, output=tmp_path)

@@ -9,7 +9,7 @@ from lab.schema import integer, mapping, maybe, number, record, text
 
 CONFIG = record(
     {"resolutions": text, "precision": text},
-    optional={"optimizer": text, "widen": maybe(text)},  # of later runs
+    optional={"optimizer": text, "widen": maybe(text), "teacher": maybe(text)},  # of later runs
 )
 METRICS = record(
     {
@@ -43,8 +43,9 @@ REPORT = record(
 
 
 def load_runs(folder) -> list[dict]:
-    """All finished CIFAR-10 runs under `folder`, by name."""
+    """All finished CIFAR-10 runs under `folder`, the smallest network first."""
     runs = [load_run(path.parent) for path in sorted(Path(folder).glob("*/metrics.json"))]
+    runs.sort(key=lambda run: run["parameters"])
     return [run for run in runs if run["task"] == "cifar10"]
 
 

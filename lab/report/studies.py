@@ -1,6 +1,7 @@
 """Tables of what is no single row: training runs, reports per layer, the ablation, benchmarks."""
 
 import statistics
+from pathlib import Path
 
 from lab.report.tables import (
     OPTIMIZERS,
@@ -87,9 +88,11 @@ def training_table(runs: list[dict]) -> str:
     lines = []
     for i, run in (part for last in runs for part in enumerate(run_chain(last))):
         config, model = run["config"], run["model"]
-        start = "then " if i else "widened, " if config.get("widen") else ""
+        start = "widened, " if config.get("widen") else "then " if i else ""
         optimizer = config.get("optimizer", "adamw")
         how = f"{OPTIMIZERS.get(optimizer, optimizer)}, {config['precision'].upper()}"
+        if config.get("teacher"):
+            how += f", taught by {Path(config['teacher']).parent.name}"
         published = PUBLISHED.get((model, "fp32"))
         lines.append(
             {

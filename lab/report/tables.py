@@ -41,7 +41,7 @@ RUNS_ON = {  # the package behind an engine
     "nncf": "openvino",
     "ort-static": "onnxruntime",
 }
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
 BASELINE = ("fp32", "torch-eager")
 HEADLINE = (BASELINE, ("fp32", "openvino"), ("w8a8", "openvino"), ("w4", "openvino"))

@@ -1,5 +1,6 @@
 """Augmentation of training images at 32x32, every choice a function of random numbers passed in."""
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,14 +94,16 @@ def flip(x: Tensor, draw: Tensor) -> Tensor:
 
 def through_jpeg(x: Tensor, draws: Tensor, probability: float) -> Tensor:
     """Images [b, 3, S, S], some as they come back from a JPEG file, as `draws` [b, 2] say."""
-    from torchvision.io import decode_jpeg, encode_jpeg
+    from PIL import Image
 
     low, high = JPEG_QUALITY
     chance, quality = (draws / 2**31).unbind(1)  # in [0, 1)
     qualities = (low + (high + 1 - low) * quality).int().tolist()
     x = x.clone()
     for i in (chance < probability).nonzero().flatten().tolist():
-        x[i] = decode_jpeg(encode_jpeg(x[i].contiguous(), qualities[i]))
+        file = io.BytesIO()
+        Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=qualities[i])
+        x[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
     return x
 
 

@@ -265,6 +265,8 @@ def finish(output: Path, data_dir, device) -> None:
         record({"history": sequence(record(LOG_LINE)), "config": mapping(plain)})(
             state, str(last_path)
         )
+        if not state["history"]:
+            raise BadInput(f"{last_path} has no validated epoch yet: --resume the run")
         about = files.read_json(about_path)
         record({"hardware": text})(about, str(about_path))
         n_correct, n = test_accuracy(best_path, data_dir, device)

@@ -42,7 +42,12 @@ class Teacher:
     def require_sides(self, stages: list[Stage]) -> None:
         """Raise BadInput if it does not take the images of one of `stages`."""
         for stage in stages:
-            require_img_size(self.model, self.side(stage), f"--teacher {self.name}")
+            window = torch.zeros(1, 3, stage.window, stage.window, device=self.device)
+            try:
+                require_img_size(self.model, self.side(stage), self.name)
+                self.logits(window, stage)
+            except (BadInput, ValueError) as error:
+                raise BadInput(f"--teacher in windows of {stage.side}: {error}") from error
 
     @torch.no_grad()
     def logits(self, images: Tensor, stage: Stage) -> Tensor:

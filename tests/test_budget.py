@@ -1,0 +1,52 @@
+"""A schedule that fits a time, checked by adding up what it takes."""
+
+import math
+
+import pytest
+
+from lab.cli import BadInput
+from lab.training.budget import fitting, seconds_each, written
+from lab.training.distributed import World
+from lab.training.schedule import parse_resolutions
+
+
+def takes_s(stages, epoch_s, validation_s, validate_every):
+    training = sum(stage.epochs * s for stage, s in zip(stages, epoch_s))
+    # Of the last stage's speed: it is the slowest.
+    validations = math.ceil(sum(stage.epochs for stage in stages) / validate_every)
+    return training + validations * validation_s[-1]
+
+
+@pytest.mark.parametrize("speed", [1, 100])
+@pytest.mark.parametrize("shares", ["256:1", "192/256:0.6,256:0.4", "64:8,128:3,256:1"])
+@pytest.mark.parametrize("validate_every", [1, 5])
+def test_a_schedule_uses_its_time_and_not_more(speed, shares, validate_every):
+    shares = parse_resolutions(shares, shares=True)
+    epoch_s = [40 / speed * (stage.side / 256) ** 2 for stage in shares]
+    validation_s = [4 / speed] * len(shares)
+    stages = fitting(shares, epoch_s, validation_s, validate_every, available_s=1000)
+    spent_s = takes_s(stages, epoch_s, validation_s, validate_every)
+    assert 1000 - 30 - max(epoch_s) < spent_s <= 1000
+    whole = sum(stage.epochs for stage in stages)
+    for stage, share in zip(stages, shares):
+        fraction = share.epochs / sum(s.epochs for s in shares)
+        assert stage.epochs == pytest.approx(fraction * whole, abs=1)
+    assert all(isinstance(stage.epochs, int) for stage in stages[:-1])
+    assert parse_resolutions(written(stages)) == stages
+
+
+def test_too_short_a_time_is_one_line():
+    with pytest.raises(BadInput, match="an epoch takes 40 s at 256"):
+        fitting(parse_resolutions("256:1"), [40.0], [4.0], 1, available_s=4)
+
+
+def test_the_first_call_does_not_count(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    durations = iter([100.0] + [0.25] * 10000)
+
+    def act():
+        clock[0] += next(durations)
+
+    assert seconds_each(act, lambda: None, World("cpu"), budget_s=600) == pytest.approx(0.25)
+    assert 3 <= clock[0] - 100 < 10  # long enough to be judged by, not much longer
