@@ -233,6 +233,9 @@ def network(checkpoint: dict, path) -> nn.Module:
         model = build(checkpoint["model"], **checkpoint["settings"])
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
+    if settings_of(model) != checkpoint["settings"]:  # with another default, weights fit as well
+        given, all_of_them = checkpoint["settings"], settings_of(model)
+        raise BadInput(f"{path}: settings are {given}, but should name all: {all_of_them}")
     require_img_size(model, checkpoint["img_size"], str(path))
     load_state(model, checkpoint["state_dict"], path)
     return model

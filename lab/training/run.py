@@ -205,6 +205,9 @@ class Run:
         self.schema()(state, str(path))
         if not 0 <= self.epochs_ended(state["step"]) - len(state["history"]) <= 1:
             raise BadInput(f"{path} logs {len(state['history'])} epochs at step {state['step']}")
+        epochs = [line["epoch"] for line in state["history"]]
+        if epochs != list(range(1, len(epochs) + 1)):
+            raise BadInput(f"{path}: history has the epochs {epochs}, but should count from 1")
         load_state(self.model, state["model"], path)
         # Groups and their settings follow from the options, as when the run began.
         groups = self.optimizer.state_dict()["param_groups"]
