@@ -64,6 +64,7 @@ CLASSIFIER = "classifier.bias"
         (("model",), "resnet", "model is 'resnet', but should be mobilevit_xxs"),
         (("settings",), [1], "settings is list, but should be a mapping"),
         (("settings", "heads"), [1.0, 1.0, 1.0], "heads is .* but should hold whole numbers"),
+        (("settings", "heads"), [True, 1, 1], "heads is .* but should hold whole numbers"),
         (("settings", "heads"), [3, 3, 3], "3 heads do not divide"),
         (("settings", "heads"), nested(300), "settings: heads holds a list"),
         (("settings", "num_classes"), 10.0, "num_classes is 10.0, but should be a whole number"),

@@ -56,7 +56,9 @@ def plain(value, where: str) -> None:
 def whole(value, where: str) -> None:
     """A setting of a network: like `plain`, but its numbers are whole."""
     plain(value, where)
-    if any(isinstance(part, float) for part in (value if isinstance(value, list) else [value])):
+    is_list = isinstance(value, list | tuple)
+    no_integer = float | bool if is_list else float  # a setting can be a flag
+    if any(isinstance(part, no_integer) for part in (value if is_list else [value])):
         raise BadInput(f"{where} is {value}, but should hold whole numbers")
 
 
