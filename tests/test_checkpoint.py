@@ -23,6 +23,7 @@ from lab.models.checkpoint import (
 )
 from lab.training.distributed import World
 from lab.training.evaluation import test_accuracy as accuracy_on_test_set
+from lab.training.run import LOG_LINE
 from mobilevit import MobileViT
 
 
@@ -63,11 +64,13 @@ CLASSIFIER = "classifier.bias"
         (("model",), "resnet", "model is 'resnet', but should be mobilevit_xxs"),
         (("settings",), [1], "settings is list, but should be a mapping"),
         (("settings", "heads"), [1.0, 1.0, 1.0], "heads is .* but should hold whole numbers"),
+        (("settings", "heads"), [True, 1, 1], "heads is .* but should hold whole numbers"),
         (("settings", "heads"), [3, 3, 3], "3 heads do not divide"),
         (("settings", "heads"), nested(300), "settings: heads holds a list"),
         (("settings", "num_classes"), 10.0, "num_classes is 10.0, but should be a whole number"),
         (("settings", "num_classes"), 10**12, "num_classes is 1000000000000"),
         (("settings", "depth"), 3, "can't be built"),
+        (("settings",), {"num_classes": 10}, "settings are .* but should name all: .*heads"),
         (("classes",), ["a"], "names 1 classes of 10"),
         (("img_size",), None, "img_size is None, but should be a whole number from 32 to 4096"),
         (("img_size",), 10**9, "img_size is 1000000000"),
@@ -185,6 +188,9 @@ def stopped(tmp_path_factory):
     return folder
 
 
+LINE = {name: 32 if name in ("img_size", "window") else "1.0" for name in LOG_LINE}
+
+
 def moment(state) -> dict:
     return state["optimizer"]["state"][5]
 
@@ -206,6 +212,7 @@ def moment(state) -> dict:
         (lambda s: s.update(step=10**9), "step is 1000000000"),
         (lambda s: s.update(step=72), "logs 0 validations at step 72"),
         (lambda s: s.update(history=[{"epoch": 1}]), r"history\[0\] lacks img_size"),
+        (lambda s: s.update(step=36, history=[LINE | {"epoch": 2}]), r"has the epochs \[2\]"),
         (lambda s: s.update(sums=torch.zeros(4)), r"sums is .*\[4\]"),
         (lambda s: s.update(seconds="long"), "seconds is 'long'"),
         (lambda s: s.update(config=[]), "config is list, but should be a mapping"),

@@ -4,7 +4,7 @@
     python -m lab.bench loader    # images/s of the loader, against what the model takes, 1 minute
     python -m lab.bench engines   # latency of methods and engines, all in turn, 5 to 7 minutes
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
-    python -m lab.bench abuse     # malformed inputs and kills through the commands, 10 minutes
+    python -m lab.bench abuse     # malformed inputs and kills through the commands, 5 minutes
 
 Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile,
 NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Only ratios carry over to other
@@ -73,7 +73,7 @@ def parse_args():
     add("--latency-runs", type=at_least(1, 10**6), default=100, help="timed calls")
 
     add = p.add_argument_group("abuse").add_argument
-    add("--inputs", type=at_least(0, 10**6), default=400, help="malformed inputs to try")
+    add("--inputs", type=at_least(0, 10**6), default=600, help="malformed inputs to try")
     add("--kills", type=at_least(0, 10**6), default=60, help="kills of training and quantize.py")
     add("--seed", type=cli.seed, default=0, help="of the choice of inputs and of the kills' times")
 

@@ -119,7 +119,9 @@ def _another(path: tuple, wrong) -> bool:
     in_recipe = "recipe" in path or "recipes" in path
     if in_recipe and ("layers" in path[:-1] or path[-1] in ("calibration_batch", "units", "type")):
         return True
-    return wrong == MISSING and not OPEN.isdisjoint(path[-3:-1])
+    if not isinstance(wrong, str) or wrong != MISSING:
+        return False
+    return not OPEN.isdisjoint(path[-3:-1]) or path[-1] == "optimizer"
 
 
 def logs(rng: random.Random, stand: Path) -> Iterator[Input]:
@@ -164,7 +166,8 @@ def text_for_pages(rng: random.Random, stand: Path) -> Iterator[Input]:
     for file in itertools.chain.from_iterable(FILES.values()):
         if file.endswith(".json"):
             good = read_json(stand / "tree" / file)
-            drawn += [(file, p) for p in places(good) if isinstance(at(good, p), str)]
+            found = [p for p in places(good) if isinstance(at(good, p), str)]
+            drawn += [(file, p) for p in found if p != ("task",)]  # of another task, it is left out
     for file, path in rng.sample(drawn, len(drawn)):
 
         def spoil(folder, file=file, path=path):

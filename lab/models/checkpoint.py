@@ -56,7 +56,9 @@ def plain(value, where: str) -> None:
 def whole(value, where: str) -> None:
     """A setting of a network: like `plain`, but its numbers are whole."""
     plain(value, where)
-    if any(isinstance(part, float) for part in (value if isinstance(value, list) else [value])):
+    is_list = isinstance(value, list | tuple)
+    no_integer = float | bool if is_list else float  # a setting can be a flag
+    if any(isinstance(part, no_integer) for part in (value if is_list else [value])):
         raise BadInput(f"{where} is {value}, but should hold whole numbers")
 
 
@@ -233,6 +235,9 @@ def network(checkpoint: dict, path) -> nn.Module:
         model = build(checkpoint["model"], **checkpoint["settings"])
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
+    if settings_of(model) != checkpoint["settings"]:  # with another default, weights fit as well
+        given, all_of_them = checkpoint["settings"], settings_of(model)
+        raise BadInput(f"{path}: settings are {given}, but should name all: {all_of_them}")
     require_img_size(model, checkpoint["img_size"], str(path))
     load_state(model, checkpoint["state_dict"], path)
     return model

@@ -209,6 +209,11 @@ class Run:
         if not 0 <= self.validations_due(state["step"]) - len(state["history"]) <= 1:
             n = len(state["history"])
             raise BadInput(f"{path} logs {n} validations at step {state['step']}")
+        logged = [line["epoch"] for line in state["history"]]
+        last = math.ceil(len(self.schedule) / self.steps_per_epoch)
+        due = [min((i + 1) * self.validate_every, last) for i in range(len(logged))]
+        if logged != due:
+            raise BadInput(f"{path}: history has the epochs {logged}, but should have {due}")
         load_state(self.model, state["model"], path)
         # Groups and their settings follow from the options, as when the run began.
         groups = self.optimizer.state_dict()["param_groups"]
