@@ -223,7 +223,8 @@ def test_a_run_chooses_the_epochs_that_fit_its_minutes(tmp_path):
     out, _ = run(*command, "--resume", "--max-minutes", "0.001", code=3)
     assert "--minutes" not in out and "--resume goes on" in out
     fails_with_one_line(*command, "--resume", "--minutes", "9", says="--minutes 8.0 (now 9.0)")
-    fails_with_one_line(*command, "--epochs", "2", says="--minutes replaces --epochs")
+    both = ("--minutes", "8", "--epochs", "2")
+    fails_with_one_line("train.py", *both, says="--minutes replaces --epochs")
 
 
 def test_a_run_cut_short_is_finished_with_the_weights_it_has(tmp_path):
