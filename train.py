@@ -197,37 +197,38 @@ def stages_that_fit(
     n_test: int,
     options: StepOptions,
 ) -> list[Stage]:
-    """`shares` with the epochs that fit into `minutes`, by a trial whose weights are dropped."""
-    step_s, validation_s = [], []
-    some = val[: max(1, len(val) // 8)]  # on a CPU, all of them would take half a minute
+    """`shares` with the epochs that fit into `minutes`, by trials whose weights are dropped."""
+
+    def seconds(trial: Run, share: Stage, batches) -> tuple[float, float]:
+        """What a step and a validation of `share` take."""
+        world, model = trial.world, trial.model
+        wait = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+        how = (wait, world, 60 * minutes)
+        some = val[: max(world.size, len(val) // 8)]  # on a CPU, all would take half a minute
+        before = copy.deepcopy(model.state_dict())
+        network.train()
+        step_s = budget.seconds_each(lambda: step(trial, network, *next(batches), options), *how)
+        some_s = budget.seconds_each(lambda: trial.evaluate(some, share.img_size), *how)
+        model.load_state_dict(before)
+        model.zero_grad()
+        return step_s, some_s * len(val) / len(some)
+
+    epoch_s, validation_s = [], []
     for share in shares:
         stage = replace(share, epochs=TRIAL_EPOCHS)
         trial = run_of([stage])
-        world, model = trial.world, trial.model
-        before = copy.deepcopy(model.state_dict())
-        batches = iter(loader(batches_of([stage]), range(len(trial.schedule)), workers, world))
-        finish = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-        network.train()
-
-        def train_on_next(trial=trial, batches=batches):
-            step(trial, network, *next(batches), options)
-
-        def validate(trial=trial, stage=stage):
-            trial.evaluate(some, stage.img_size)
-
-        step_s.append(budget.seconds_each(train_on_next, finish, world, 60 * minutes))
-        some_s = budget.seconds_each(validate, finish, world, 60 * minutes)
-        validation_s.append(some_s * len(val) / len(some))
-        model.load_state_dict(before)
-        model.zero_grad()
-    spent_s = world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
+        steps = range(len(trial.schedule))
+        batches = iter(loader(batches_of([stage]), steps, workers, trial.world))
+        step_s, of_validation = seconds(trial, share, batches)
+        epoch_s.append(trial.steps_per_epoch * step_s)
+        validation_s.append(of_validation)
+    spent_s = trial.world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
     available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
-    epoch_s = [trial.steps_per_epoch * s for s in step_s]
     stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
-    if world.rank == 0:
+    if trial.world.rank == 0:
         speeds = ", ".join(
-            f"{trial.batch_size / s:.0f} images/s at {stage.side}"
-            for stage, s in zip(shares, step_s)
+            f"{trial.steps_per_epoch * trial.batch_size / s:.0f} images/s at {stage.side}"
+            for stage, s in zip(shares, epoch_s)
         )
         print(f"--minutes {minutes:g}: {speeds}, so --resolutions {budget.written(stages)}")
     return stages
