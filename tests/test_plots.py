@@ -187,7 +187,7 @@ def test_findings_above_figures_are_what_the_rows_say(made):
     assert "w8a8 at 256" in finding(row_figures.input_sizes)
     assert finding(row_figures.input_sizes).endswith("than FP32 at 128")
     curves = finding(study_figures.training_curves)
-    assert "80.00 % of held-out images right after 0.2 hours; each fall is a change" in curves
+    assert "80.00 % of held-out images right after 12 minutes on a CPU" in curves
     assert "2 of 3 tensors make 98 % (w8a8-early)" in finding(study_figures.layers)
     assert "linear layers from 2.0 to 1.0 ms" in finding(study_figures.milliseconds)
     waterfall = finding(study_figures.waterfall)
@@ -197,11 +197,8 @@ def test_findings_above_figures_are_what_the_rows_say(made):
 def test_findings_are_not_claimed_where_the_rows_do_not_show_them(tree):
     folder = tree / "results" / "mobilevit_xxs"
     change(folder / "w8a8@openvino.json", score={"accuracy_pct": 80.0})
-    log = tree / "checkpoints" / "mobilevit_xxs" / "log.csv"
-    log.write_text(log.read_text().replace("2,256,128", "2,64,64"))  # a fall at the same size
     found = load(tree)
     assert "faster" not in row_figures.input_sizes(found).get_suptitle()
-    assert "each fall" not in study_figures.training_curves(found).get_suptitle()
 
 
 def test_without_results_there_is_no_figure_and_tables_say_so(tmp_path):

@@ -67,23 +67,20 @@ def draw_chain(axis, chain, shades) -> None:
         axis.axvspan(start, stop, color=shades[size], linewidth=0)
         side, window = size
         label = f"{side}" if window == side else f"{window} of {side}"
-        at = ((start + stop) / 2, 0.03)
-        how = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        at = (stop, 0.03)  # where curves are high
+        how = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
         axis.annotate(label, at, rotation=90, fontsize=style.SMALL, **how)
     axis.set_xlim(0, end)
 
 
 def training_finding(chains, minutes) -> str:
-    """How far the longest training came, and whether accuracy fell only where sizes changed."""
-    i = max(range(len(chains)), key=minutes.__getitem__)
-    last, log = chains[i][-1], [row for run in chains[i] for row in run["log"]]
-    falls = [(a, b) for a, b in zip(log, log[1:]) if b["val_accuracy_pct"] < a["val_accuracy_pct"]]
-    explained = falls and all(size_of(a) != size_of(b) for a, b in falls)
+    """How far the best network came, in what time, on what."""
+    i = max(range(len(chains)), key=lambda i: chains[i][-1]["val_accuracy_pct"])
+    last, time = chains[i][-1], minutes[i]
+    took = f"{time:.0f} minutes" if time < 120 else f"{time / 60:.1f} hours"
     return (
         f"{short_name(last['model'])} gets {last['val_accuracy_pct']:.2f} % of held-out images "
-        f"right after {minutes[i] / 60:.1f} hours"
-        + "; each fall is a change of image side or window"
-        * bool(explained)
+        f"right after {took} on {last['hardware'].split(',')[0]}"
     )
 
 
@@ -207,7 +204,10 @@ def waterfall(found: Results):
         start, stop = sorted((low - step, low))
         to_left = stop > 60  # where FP32's line would cross a text to the right
         at, align = (start, "right") if to_left else (stop, "left")
-        axis.annotate(f" {low:.2f} %{gain} ", (at, y), va="center", ha=align)
+        colour = None
+        if to_left and not y:  # the first bar has no room to its left
+            at, colour = stop, "white"
+        axis.annotate(f" {low:.2f} %{gain} ", (at, y), va="center", ha=align, color=colour)
     if "fp32" in means:
         axis.axvline(means["fp32"], color=style.DARK, linestyle=(0, (4, 3)), linewidth=1)
         at = (means["fp32"], len(steps) - 0.3)
