@@ -118,9 +118,9 @@ def test_tables_of_runs_and_studies(made):
     assert "| then 64:1, 128/256:1, 256:1 | Muon, BF16 |" in went_on
     for name in ("per-layer", "per-layer-fx"):
         lines = blocks[name].splitlines()[2:]
-        assert lines == ["| input of stem.conv | 0.5000 |", "| input of head | 0.1000 |",
-                         "| the other 1 together | 0.0000 |",
-                         "| all together | 0.7000 |"]  # fmt: skip
+        assert lines == ["| input of stem.conv | 0.500000 |", "| input of head | 0.100000 |",
+                         "| the other 1 together | 0.000000 |",
+                         "| all together | 0.700000 |"]  # fmt: skip
     assert "| AdaRound by block | w4 | 89.00 ± 1.41 | -1.00 | 0 ± 0 | 2 |" in blocks["ablation"]
     assert "| int8-nncf | nncf 3 | 5.0 | 0.25 | 0.50 | - | - | - |" in blocks["speeds"]
     assert "| FP32 | torch-eager 1 | 20.0 | 1.00 | 1.00 | 40.0 | 1.00 | 1.00 |" in blocks["speeds"]

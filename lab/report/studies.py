@@ -154,7 +154,7 @@ def per_layer_table(report: dict | None) -> str:
         shown.append((report["noise_of_rest"], f"the other {len(noises) - largest} together"))
     shown.append((report["noise_of_all"], "all together"))
     return markdown(
-        [{"Quantized": cell(what), "Noise in the logits": f"{x:.4f}"} for x, what in shown]
+        [{"Quantized": cell(what), "Noise in the logits": f"{x:.6f}"} for x, what in shown]
     )
 
 

@@ -98,7 +98,7 @@ def layers(found: Results):
         shown = noises_of(report)[: report["largest"]]
         for y, (noise, kind, _) in enumerate(shown):
             axis.barh(y, noise, color=colours.get(kind, style.GREY))
-            axis.annotate(f" {noise:.4f}", (noise, y), va="center", fontsize=style.SMALL)
+            axis.annotate(f" {noise:.6f}", (noise, y), va="center", fontsize=style.SMALL)
         axis.set_yticks(range(len(shown)), [tensor for *_, tensor in shown])
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
