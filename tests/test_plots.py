@@ -157,7 +157,7 @@ def test_times_of_recipes_that_changed_since_are_left_out(tree):
     [
         {"task": "synthetic"},
         {"split": "held-out", "n_images": 2000},
-        {"img_size": 128},
+        {"img_size": 128, "adapt_images": 256},
         {"n_images": 100},
         {"seed": 1},
         {"latency_runs": 5},

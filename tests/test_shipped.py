@@ -12,7 +12,7 @@ from lab.engines.registry import ENGINES, row_kind
 from lab.models.checkpoint import load_checkpoint, model_from_checkpoint
 from lab.report.figures import FIGURES
 from lab.report.results import load_results
-from lab.report.rows import read_row, row_path
+from lab.report.rows import read_row, row_path, setting
 from lab.report.tables import accuracy, agreement_pct, simulated_row
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
@@ -37,7 +37,8 @@ def found():
 
 
 def fp32_row(checkpoint):
-    return read_row(ROOT / "results" / checkpoint.parent.name / "fp32@torch-eager.json")
+    name = f"fp32{setting(load_checkpoint(checkpoint)['img_size'], seed=0)}@torch-eager.json"
+    return read_row(ROOT / "results" / checkpoint.parent.name / name)
 
 
 def test_something_is_shipped():

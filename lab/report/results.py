@@ -43,7 +43,7 @@ class Results:
     @property
     def ablation(self) -> list[dict]:
         """The simulated rows on held-out images, and FP32's."""
-        usual = {"split": "held-out", "img_size": PUBLISHED["img_size"], "engine": "torch-eager"}
+        usual = {"split": "held-out", "adapt_images": None, "engine": "torch-eager"}
         return [row for row in self.every_row if usual.items() <= row.items()]
 
     @property

@@ -217,7 +217,7 @@ def pareto(found: Results):
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.08, y=0.1)
     axis.set(xlabel="size of the file, MB", ylabel="test accuracy, %")
-    axis.legend(loc="upper right")
+    axis.legend(loc="center right")
     return fig
 
 

@@ -66,7 +66,9 @@ ROW = record(
     }
 )
 FULL = {"test": 10_000, "held-out": 2_000}  # images of a split of CIFAR-10
-PUBLISHED = {"split": "test", "img_size": 256, "seed": 0}  # of the rows in the main tables
+# Of the rows in the main tables: at the side that the network was trained at.
+PUBLISHED = {"split": "test", "adapt_images": None, "seed": 0}
+USUAL_SIDE = 256  # pixels; file names tell others
 
 
 def read_row(path) -> dict:
@@ -83,7 +85,7 @@ def read_row(path) -> dict:
 
 def setting(img_size: int, seed: int) -> str:
     """What a file's name says of image size and seed where they are not the usual ones."""
-    size = "" if img_size == PUBLISHED["img_size"] else f"-{img_size}"
+    size = "" if img_size == USUAL_SIDE else f"-{img_size}"
     return size + (f"-seed{seed}" if seed else "")
 
 

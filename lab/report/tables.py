@@ -280,8 +280,9 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
 
 
 def headline_rows(rows: list[dict]) -> list[dict]:
-    """Of each model the rows of HEADLINE, in that order."""
-    shown = [row for row in rows if method(row) in HEADLINE]
+    """Of each model that has others than FP32's the rows of HEADLINE, in that order."""
+    of_ours = {row["model"] for row in rows if method(row) in HEADLINE and not is_baseline(row)}
+    shown = [row for row in rows if method(row) in HEADLINE and row["model"] in of_ours]
     return sorted(shown, key=lambda r: (model_order(r["model"]), HEADLINE.index(method(r))))
 
 
