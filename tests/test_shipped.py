@@ -114,4 +114,5 @@ def test_shipped_weights_predict_what_their_row_says(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
 def test_shipped_checkpoints_state_the_accuracy_of_their_row(path):
     checkpoint = load_checkpoint(path)
-    assert abs(checkpoint["test_accuracy_pct"] - accuracy(fp32_row(path))) <= 0.02  # 2 images
+    apart = abs(checkpoint["test_accuracy_pct"] - accuracy(fp32_row(path)))
+    assert round(apart, 3) <= 0.02  # 2 images, on other hardware
