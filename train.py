@@ -202,8 +202,7 @@ def stages_that_fit(
     def seconds(trial: Run, share: Stage, batches) -> tuple[float, float]:
         """What a step and a validation of `share` take."""
         world, model = trial.world, trial.model
-        wait = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-        how = (wait, world, 60 * minutes)
+        how = (world, 60 * minutes)
         some = val[: max(world.size, len(val) // 8)]  # on a CPU, all would take half a minute
         before = copy.deepcopy(model.state_dict())
         network.train()

@@ -56,6 +56,14 @@ def _command() -> str:
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def wait_for(device_type: str) -> None:
+    """Return when what was asked of a device of this type is done; on a CPU that is always so."""
+    import torch  # as in cpu_name
+
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+
+
 def cpu_name() -> str:
     """Name and widest vector instructions, for example "AMD EPYC, AVX512 with VNNI"."""
     import torch  # takes seconds, and this module is imported before it

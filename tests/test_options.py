@@ -215,3 +215,14 @@ def test_timm_weights_are_loaded_up_to_the_classifier(monkeypatch):
         model.stages[4][1].layers[2].ffn[2].bias, source.stages[4][1].transformer[2].mlp.fc2.bias
     )
     assert torch.equal(model.classifier.weight, classifier)
+
+
+def test_muon_leaves_tables_that_are_no_weights_of_layers_to_adamw():
+    model = nn.Module()
+    model.positions = nn.Parameter(torch.zeros(4, 6))
+    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    model.positions.grad = gradient.clone()
+    build_optimizer(model, "muon", lr=0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(
+        -model.positions.detach(), 0.1 * gradient.sign(), rtol=1e-4, atol=1e-4
+    )

@@ -25,7 +25,6 @@ ROWS = sorted(Path(ROOT, "results").rglob("*@*.json"))
 N = 100  # images
 AGREEMENT_PCT, POINTS_APART = 99.5, 0.1  # wanted of an engine and the simulation
 MISSES = {  # what was got where one of them was not
-    ("mobilevit_xxs", "w4a8@openvino"): (99.67, 0.11),
     ("mobilevit_xs", "w8a8@onnxruntime"): (99.48, 0.02),
     ("mobilevit_s", "w4a8@openvino"): (99.49, 0.05),
 }

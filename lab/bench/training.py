@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from lab import machine
 from lab.bench.published import training_batches
 from lab.cli import BadInput
 from lab.models import build
@@ -172,12 +173,11 @@ def trainer(
 
 
 def images_per_s(step, batch_size: int, device: str, seconds: float) -> float:
-    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(2):  # the first to warm up, the second to know how long one takes
-        finish()
+        machine.wait_for(device)
         began = time.perf_counter()
         step()
-        finish()
+        machine.wait_for(device)
     # Without a wait after each step, which would leave a GPU idle.
     at_once = max(1, int(0.1 / (time.perf_counter() - began)))
     n, began = 0, time.perf_counter()
@@ -185,7 +185,7 @@ def images_per_s(step, batch_size: int, device: str, seconds: float) -> float:
         for _ in range(at_once):
             step()
             n += batch_size
-        finish()
+        machine.wait_for(device)
     return n / (time.perf_counter() - began)
 
 

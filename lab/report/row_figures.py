@@ -321,14 +321,11 @@ def sizes_finding(rows) -> str:
                 f"Quantize first, then shrink: w8a8 at {row['img_size']} is faster and more "
                 f"accurate than FP32 at {max(beaten)}"
             )
-    by_recipe = {
-        name: {row["img_size"]: row for row in rows if row["recipe"]["name"] == name}
-        for name in ("fp32", "w8a8")
-    }
+    at = {(row["model"], row["img_size"], row["recipe"]["name"]): row for row in rows}
     both = [
-        (by_recipe["fp32"][side], row)
-        for side, row in by_recipe["w8a8"].items()
-        if side in by_recipe["fp32"]
+        (at[model, side, "fp32"], row)
+        for (model, side, recipe), row in at.items()
+        if recipe == "w8a8" and (model, side, "fp32") in at
     ]
     gains = [tables.speed_up(b) / tables.speed_up(a) for a, b in both]
     if gains and min(gains) > 1 and all(accuracy(b) > accuracy(a) - 0.2 for a, b in both):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lab import machine
 from lab.cli import BadInput
 from lab.models.checkpoint import read_tensors
 from lab.schema import record, text
@@ -15,10 +16,8 @@ TRIAL = 0.005  # of the time, at least, that the steps take by which a stage is 
 MARGIN = 0.01  # of the time, for what is not measured: files, loader processes
 
 
-def seconds_each(
-    act: Callable[[], None], finish: Callable[[], None], world: World, budget_s
-) -> float:
-    """Seconds that `act` takes, once it is warm; `finish` waits for a device to be done.
+def seconds_each(act: Callable[[], None], world: World, budget_s: float) -> float:
+    """Seconds that `act` takes on the device of `world`, once it is warm.
 
     It is called twice as often each time, until that takes a fixed share of `budget_s`: the same
     for a step of seconds and for one of milliseconds. What is compiled or allocated at first falls
@@ -28,11 +27,11 @@ def seconds_each(
     act()
     while seconds < TRIAL * budget_s:
         calls *= 2
-        finish()
+        machine.wait_for(world.device.type)
         began = time.perf_counter()
         for _ in range(calls):
             act()
-        finish()
+        machine.wait_for(world.device.type)
         # Processes must agree on how often they call.
         seconds = world.max(round(1e6 * (time.perf_counter() - began))) / 1e6
     return seconds / calls

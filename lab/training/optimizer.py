@@ -37,7 +37,8 @@ class Muon(torch.optim.AdamW):
 
     The averaged gradient of each is replaced by nearly the closest matrix whose singular values are
     all alike. Its elements are then as large as those of AdamW's updates at the same rate (Liu et
-    al., arXiv:2502.16982, section 2.2). Depthwise kernels and whatever is no matrix stay AdamW's.
+    al., arXiv:2502.16982, section 2.2). Depthwise kernels, whatever is no matrix, and groups with
+    `matrices` False stay AdamW's.
 
     Matrices of one shape are made orthogonal together: a network has a hundred small ones, and one
     at a time they would cost a GPU more than the network does.
@@ -51,6 +52,8 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         """Update all parameters; the gradients of the matrices are used up by it."""
         for group in self.param_groups:
+            if not group.get("matrices", True):
+                continue
             matrices = [p for p in group["params"] if p.grad is not None and _is_matrix(p)]
             if matrices:
                 self._step_of_matrices(matrices, group["lr"], group["weight_decay"])
@@ -96,6 +99,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float)
     """The optimizer `name`, of OPTIMIZERS, of a model's parameters; sgd has Nesterov's momentum."""
     groups = weight_groups(model, weight_decay)
     if name == "muon":
+        groups[1]["matrices"] = False  # class tokens and positions have dimensions, too
         return Muon(groups, lr)
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, fused=True)
