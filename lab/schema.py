@@ -25,8 +25,9 @@ def _require(ok: bool, value, where: str, expected: str) -> None:
 
 
 def text(value, where: str) -> None:
-    """A string."""
-    _require(isinstance(value, str), value, where, "text")
+    """A string that can be written to a file: no half of a surrogate pair, which JSON can hold."""
+    ok = isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    _require(ok, value, where, "text")
 
 
 def flag(value, where: str) -> None:

@@ -76,6 +76,7 @@ def folder(path):
         (ROW, lambda path: path.write_text("[" * 10_000 + "]" * 10_000), "cannot read"),
         (ROW, folder, "cannot read"),
         (ROW, without("kind"), "lacks kind"),
+        (ROW, lambda path: change(path, cpu="\ud800"), "should be text"),
         (ROW, lambda path: change(path, predictions=[0]), "predictions should be 10000"),
         (ROW, lambda path: change(path, score={"accuracy_pct": float("nan")}), "is nan"),
         (ROW, lambda path: change(path, size_bytes="1"), "size_bytes is '1'"),
