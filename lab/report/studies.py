@@ -29,6 +29,7 @@ ABLATION = (  # the order of the recipes on held-out images; others follow by na
     *("w8a8", "w8a8-equalized", "w8a8-nearest", "w8a8-replace", "w8a8-minmax"),
     *("w8a8-percentile", "w8a8-kl", "w8a8-tensor", "w8a8-norms", "w8a8-silu"),
     *("w8a7", "w8a8-early"),
+    *("as-fx", "as-fx-8bit", "as-fx-silu", "as-fx-early", "as-fx-shift"),
 )
 CONTENDERS = {  # of lab.bench train
     "timm": "timm {timm}",

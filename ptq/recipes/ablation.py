@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ptq.formats import Uniform
 from ptq.recipe import LayerSpec, Recipe
-from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, W8A8_STEPS, layers
+from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, CORES, W8A8_STEPS, layers, weights
 
 
 def _w4(name: str, title: str, *steps: str, units: str | None = None, **changes) -> Recipe:
@@ -17,8 +17,19 @@ def _w8a8(name: str, title: str, specs=(), steps=W8A8_STEPS, **changes) -> Recip
     return Recipe(f"w8a8-{name}", title, specs, steps, **CALIBRATED)
 
 
-def _pointwise(pattern: str) -> LayerSpec:
-    return LayerSpec(pattern, input=Uniform(8, symmetric=False), kind="pointwise")
+def _pointwise(pattern: str, bits: int = 8) -> LayerSpec:
+    return LayerSpec(pattern, input=Uniform(bits, symmetric=False), kind="pointwise")
+
+
+SILU = r".*\.act|.*\.ffn\.1"
+
+
+def _fx(name, title, *kept: LayerSpec, bits=7, silu=True, steps=("nearest", "calibrate")) -> Recipe:
+    """What torch FX rounds, simulated: inputs of all layers, and of SiLU, but nothing within
+    attention; layers of `kept` keep their inputs in float."""
+    every = LayerSpec(".*", weights(8), Uniform(bits, symmetric=False))
+    specs = (*kept, LayerSpec(CORES), every, *([_pointwise(SILU, bits)] if silu else []))
+    return Recipe(f"as-fx{name}", title, specs, steps, **CALIBRATED)
 
 
 ABLATION = (
@@ -61,7 +72,12 @@ ABLATION = (
     _w8a8(
         "silu",
         "with 8-bit inputs of SiLU, too",
-        (*layers(8, 8), _pointwise(r".*\.act|.*\.ffn\.1")),
+        (*layers(8, 8), _pointwise(SILU)),
     ),
     Recipe("w8a7", "with 7 bits for activations", layers(8, 7), W8A8_STEPS, **CALIBRATED),
+    _fx("", "what torch FX rounds, in 7 bits"),
+    _fx("-8bit", "in 8 bits", bits=8),
+    _fx("-silu", "without the inputs of SiLU", silu=False),
+    _fx("-early", "without the first five layers", layers(8, 8)[0]),
+    _fx("-shift", "with norms shifted", steps=W8A8_STEPS),
 )
