@@ -1,12 +1,17 @@
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from small import draw
 
+import train
+from lab.bench.forked import Outcome, become, command
 from mobilevit import MobileViT
 from ptq.methods.norms import replace_norms
 
@@ -26,7 +31,14 @@ SYNTHETIC = (
     "crop-flip",
 )
 
+TIMEOUT_S = 300
+
 torch.set_num_threads(1)  # two busy thread pools on two cores slow each other many times
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+FORKS = None
+if "forkserver" in multiprocessing.get_all_start_methods():
+    FORKS = multiprocessing.get_context("forkserver")
+    FORKS.set_forkserver_preload(["train", "quantize", "plots", "conftest"])
 
 
 def start(*args, module=(), group=False, **env):
@@ -36,22 +48,50 @@ def start(*args, module=(), group=False, **env):
         [sys.executable, *module, *map(str, args)],
         cwd=ROOT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=group,
     )
 
 
-def run(*args, code=0, **kwargs):
-    """Run a script to its end, require its exit code, return (stdout, stderr)."""
-    process = start(*args, **kwargs)
+def run(*args, code=0, module=(), **env):
+    """Run a script to its end, require its exit code, return (stdout, stderr).
+
+    In a process forked from one that has imported the scripts already, where there is such a thing:
+    importing torch anew takes longer than most tests. `module`: in a fresh one, by way of that.
+    """
+    outcome = fresh(*args, module=module, **env) if module or not FORKS else forked(args, env)
+    assert outcome.code == code, f"exit code {outcome.code}\n{outcome.out}\n{outcome.err}"
+    return outcome.out, outcome.err
+
+
+def fresh(*args, **how) -> Outcome:
+    """How a script ends in a process of its own."""
+    process = start(*args, **how)
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()  # nothing to one that has ended
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
+    return Outcome(process.returncode, out, err)
+
+
+def forked(args, env) -> Outcome:
+    """How a script ends in a process that need not import it."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = FORKS.Process(target=_script, args=(list(map(str, args)), *files, env))
+        process.start()
+        process.join(TIMEOUT_S)
+        process.kill()  # nothing to one that has ended
+        process.join()
+        return Outcome(process.exitcode, *(f.read_text(errors="replace") for f in files))
+
+
+def _script(argv, out, err, env):
+    os.chdir(ROOT)
+    train.BEGAN = time.monotonic()  # not when it was imported
+    become(command(argv), out, err, env)
 
 
 def fails_with_one_line(*args, says, **kwargs):

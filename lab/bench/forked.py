@@ -72,7 +72,8 @@ def forked(function: Callable[[], object], folder: Path, env=(), kill_after_s=No
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _child(function, out, err, dict(env))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+        become(function, out, err, dict(env))
     status = _wait(pid, TIMEOUT_S if kill_after_s is None else kill_after_s)
     if status is None:
         os.kill(pid, signal.SIGKILL)
@@ -83,12 +84,12 @@ def forked(function: Callable[[], object], folder: Path, env=(), kill_after_s=No
     return Outcome(code, *(path.read_text(errors="replace") for path in (out, err)))
 
 
-def _child(function, out: Path, err: Path, env: dict[str, str]):
+def become(function: Callable[[], object], out: Path, err: Path, env: dict[str, str]):
+    """Go on as a process that runs `function` alone, with its output in files, and ends with it."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="replace") for number in (1, 2))
     os.environ |= env
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     code = 1
     try:
         function()
