@@ -116,14 +116,14 @@ def resize_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm and, unless `act` is false, SiLU."""
+    """Convolution without bias, batch norm and an activation."""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, dilation=1, groups=1, act=True):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, dilation=1, groups=1, act=nn.SiLU):
         super().__init__()
         padding = dilation * (kernel // 2)
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias=False)
         self.norm = nn.BatchNorm2d(c_out)
-        self.act = nn.SiLU() if act else nn.Identity()
+        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -140,7 +140,7 @@ class MV2(nn.Module):
         hidden = c_in * expansion
         self.expand = ConvNorm(c_in, hidden)
         self.depthwise = ConvNorm(hidden, hidden, 3, stride, dilation, groups=hidden)
-        self.project = ConvNorm(hidden, c_out, act=False)
+        self.project = ConvNorm(hidden, c_out, act=nn.Identity)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
