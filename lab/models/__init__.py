@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from lab.cli import BadInput
+from lab.models.deeplab import DeepLab
 from lab.models.resnet import resnet18
 from lab.models.vit import VARIANTS as VIT
 from lab.models.vit import ViT
@@ -18,6 +19,7 @@ from mobilevit import VARIANTS, MobileViT
 # name -> function from settings (num_classes and what else the network takes) to the network
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS},
+    **{f"deeplab_mobilevit_{variant}": partial(DeepLab, variant) for variant in VARIANTS},
     **{variant: partial(ViT, variant) for variant in VIT},
     "resnet18": resnet18,
 }
