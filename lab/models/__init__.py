@@ -25,6 +25,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
 # name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
+# name -> the task that the network is made for, where that is not to classify
+TASK_OF: dict[str, str] = {}
 IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()} | {"resnet18": 32}
 
 NAMES = ", ".join((*MODELS, *SHORT))
@@ -54,6 +56,18 @@ def require_img_size(model: nn.Module, img_size: int, where: str) -> None:
     if fixed != img_size:
         sizes = f"{fixed}x{fixed} pixels, not {img_size}x{img_size}"
         raise BadInput(f"{where}: the network takes images of {sizes}")
+
+
+def require_task(name: str, task: str) -> None:
+    """Raise BadInput unless the network `name` gives the answers that `task` asks for."""
+    ours = TASK_OF.get(name)
+    if ours != (task if task in TASK_OF.values() else None):
+        fitting = [other for other in MODELS if TASK_OF.get(other) == task]
+        raise BadInput(
+            f"--task {task} is not for {name}: choose from {', '.join(fitting)}"
+            if fitting
+            else f"{name} is for --task {ours}, not for {task}"
+        )
 
 
 def require_mobilevit(name: str, option: str) -> None:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from lab.cli import BadInput
+from lab.tasks import classification
 from lab.tasks.batches import balanced_subset
 from lab.tasks.photo import read_photo
 
+objective = classification
 CALIBRATION_SHARE = 5  # every fifth image
 MAX_CALIBRATION = 1000  # images
 _SPLIT_SEED = 0

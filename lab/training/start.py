@@ -12,6 +12,7 @@ from lab.models import build, require_img_size, require_mobilevit
 from lab.models.checkpoint import load_checkpoint, load_weights, network
 from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
+from lab.tasks.batches import split
 
 
 def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> int | None:
@@ -40,6 +41,23 @@ def fresh_model(
     return model
 
 
+def training_data(task, data_dir, val_size: int | None, n_processes: int):
+    """The images of `task` to train on, and those to choose weights on.
+
+    The latter are `val_size` of the former, held out, or the task's own if that is None.
+    """
+    data = task.load(data_dir, train=True)
+    if val_size is None:
+        return data, task.load_val(data_dir)
+    if not n_processes <= val_size < len(data):
+        raise BadInput(
+            f"--val-size {val_size} leaves nothing to some of {n_processes} processes, or none "
+            f"of {len(data)} images to train on"
+        )
+    train, val = split(data.labels, val_size)
+    return data[train], data[val]
+
+
 def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
     """Give `model`, the network `name`, the weights to start from, if any.
 
@@ -61,10 +79,10 @@ def load_start(model, name, *, init=None, widened=None, pretrained=False, task, 
         load_timm(model, name)
 
 
-def checkpoint_for(path, task: str, val_size: int) -> dict:
+def checkpoint_for(path, task: str, val_size: int | None) -> dict:
     """A checkpoint that was trained on no image that a run with `val_size` holds out."""
     checkpoint = load_checkpoint(path)
-    if checkpoint["task"] == task:
+    if checkpoint["task"] == task and val_size is not None:  # else nothing of it is held out
         held_out = checkpoint["config"].get("val_size")
         if held_out is None:
             raise BadInput(f"{path} does not say how many training images it held out: val_size")
