@@ -55,6 +55,7 @@ from lab.training.start import (
     fresh_model,
     heads_to_build,
     load_start,
+    network_settings,
     require_memory,
     require_no_run,
     training_data,
@@ -109,7 +110,8 @@ def train(args, world: World) -> int:
 
     per_epoch = batches_of(stages).steps_per_epoch
     sides = [stage.side for stage in stages]
-    model = fresh_model(args.model, len(data.classes), heads, args.seed, sides)
+    settings = network_settings(args.settings)
+    model = fresh_model(args.model, len(data.classes), heads, args.seed, sides, **settings)
     if not args.resume:
         source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
         load_start(model, args.model, **source, task=args.task, val_size=args.val_size)

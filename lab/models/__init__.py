@@ -12,6 +12,7 @@ from torch import nn
 from lab.cli import BadInput
 from lab.models.deeplab import DeepLab
 from lab.models.resnet import resnet18
+from lab.models.ssdlite import SSDLite
 from lab.models.vit import VARIANTS as VIT
 from lab.models.vit import ViT
 from mobilevit import VARIANTS, MobileViT
@@ -19,6 +20,7 @@ from mobilevit import VARIANTS, MobileViT
 # name -> function from settings (num_classes and what else the network takes) to the network
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS},
+    **{f"ssdlite_mobilevit_{variant}": partial(SSDLite, variant) for variant in VARIANTS},
     **{f"deeplab_mobilevit_{variant}": partial(DeepLab, variant) for variant in VARIANTS},
     **{variant: partial(ViT, variant) for variant in VIT},
     "resnet18": resnet18,
@@ -26,8 +28,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
 # name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
 # name -> the task that the network is made for, where that is not to classify
-TASK_OF: dict[str, str] = {}
+TASK_OF = {name: "detection" for name in MODELS if name.startswith("ssdlite")}
 IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()} | {"resnet18": 32}
+IMG_SIZES |= {name: 320 for name in MODELS if name.startswith("ssdlite")}
 
 NAMES = ", ".join((*MODELS, *SHORT))
 

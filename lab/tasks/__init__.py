@@ -19,6 +19,6 @@ An objective, such as lab.tasks.classification, has
     written     a score in words
 """
 
-from lab.tasks import cifar10, imagefolder, synthetic
+from lab.tasks import cifar10, coco, imagefolder, synthetic
 
-TASKS = {"cifar10": cifar10, "synthetic": synthetic, "imagefolder": imagefolder}
+TASKS = {"cifar10": cifar10, "synthetic": synthetic, "imagefolder": imagefolder, "detection": coco}

@@ -10,7 +10,7 @@ from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
 
 EVAL_BATCH = {"cpu": CPU_BATCH, "cuda": 200}  # images of at most 256x256
-TRAINABLE = ("cifar10", "synthetic")  # the tasks that train.py knows
+TRAINABLE = ("cifar10", "synthetic", "detection")  # the tasks that train.py knows
 
 
 def judged(model, data, img_size: int, task, device: torch.device) -> tuple[Tensor, ...]:

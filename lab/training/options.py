@@ -46,6 +46,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     network = p.add_argument_group("network")
     add = network.add_argument
     add("--model", default="mobilevit_xxs", type=registered, help=f"a network: {NAMES}")
+    help = "what else the network takes: NAME=NUMBER or NAME=NUMBER,NUMBER,..."
+    add("--settings", nargs="+", metavar="NAME=NUMBER", help=help)
     add("--heads", type=at_least(1), help="attention heads in every block, not the variant's")
     add = network.add_mutually_exclusive_group().add_argument
     add("--init", metavar="CHECKPOINT", help="start from these weights")
