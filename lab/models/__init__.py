@@ -79,6 +79,12 @@ def require_mobilevit(name: str, option: str) -> None:
         raise BadInput(f"{option} is for MobileViT, not for {name}")
 
 
+def require_heads(name: str) -> None:
+    """Raise BadInput for a network whose attention heads can't be chosen."""
+    if "mobilevit" not in name:
+        raise BadInput(f"--heads is for MobileViT, not for {name}")
+
+
 def build(name: str, **settings) -> nn.Module:
     """The network `name` with fresh weights; ValueError for settings that it does not take."""
     try:

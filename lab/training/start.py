@@ -8,7 +8,7 @@ from torch import nn
 
 from lab import machine
 from lab.cli import BadInput
-from lab.models import build, require_img_size, require_mobilevit
+from lab.models import build, require_heads, require_img_size, require_mobilevit
 from lab.models.checkpoint import load_checkpoint, load_state, load_weights, network
 from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
@@ -32,7 +32,7 @@ def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> i
     """Attention heads that the network `name` is asked to have; None: its own. BadInput for a start
     that it does not know."""
     if heads is not None:
-        require_mobilevit(name, "--heads")
+        require_heads(name)
     if widened:
         require_mobilevit(name, "--widen")
     return timm_layout(name).heads if pretrained else heads
