@@ -6,6 +6,8 @@
     python train.py --model xxs --resume                            # go on where it stopped
     python train.py --finish --output runs/mobilevit_xxs            # end it where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
+    python train.py --eval --weights mobilevit_s.pt --model s --task imagefolder \\
+        --data-dir imagenet/val                         # others' weights beside the paper's numbers
     python train.py --task synthetic --img-size 64 --epochs 3 --batch-size 32 \\
         --warmup-epochs 0.5 --augment none              # smoke run, no download, under a minute
     torchrun --nproc-per-node=2 train.py ...                          # data-parallel
@@ -46,7 +48,7 @@ from lab.tasks.augment import Augmentation
 from lab.tasks.batches import TrainBatches
 from lab.training import budget
 from lab.training.distributed import World, leave_process_group
-from lab.training.evaluation import test_score
+from lab.training.evaluation import test_score, weights_score
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, parse_args
 from lab.training.run import Run, finish, hardware, tensorboard_writer
@@ -78,6 +80,9 @@ class StepOptions(NamedTuple):
 def main() -> int:
     args = parse_args(__doc__)
     machine.keep_freed_memory()
+    if args.weights:
+        print(weights_score(args.weights, args.model, args.heads, args.data_dir, args.device))
+        return 0
     if args.eval:
         _, in_words = test_score(args.checkpoint, args.data_dir, args.device)
         print(f"{args.checkpoint}: test {in_words}")
@@ -106,10 +111,10 @@ def train(args, world: World) -> int:
         augment = Augmentation(args.augment, args.erase, args.mixup, args.cutmix, args.jpeg)
         by_epoch = [stage for stage in stages for _ in range(math.ceil(stage.epochs))]
         how = (args.batch_size, args.seed, augment, world.rank, world.size, by_epoch)
-        return TrainBatches(task.objective.batch, data, *how)
+        return TrainBatches(task.objective.batch, data, *how, args.multi_scale)
 
-    per_epoch = batches_of(stages).steps_per_epoch
-    sides = [stage.side for stage in stages]
+    sampler = batches_of(stages).sampler
+    sides = [stage.scaled(scale).side for stage in stages for scale in sampler.scales]
     settings = network_settings(args.settings)
     model = fresh_model(args.model, len(data.classes), heads, args.seed, sides, **settings)
     if not args.resume:
@@ -140,10 +145,11 @@ def train(args, world: World) -> int:
             ema=averaged(model, args.ema_decay),
             optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
             scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
-            schedule=Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr),
-            steps_per_epoch=per_epoch,
+            schedule=Schedule(
+                stages, sampler.steps_per_epoch, args.lr, args.warmup_epochs, args.min_lr
+            ),
+            sampler=sampler,
             validate_every=args.validate_every,
-            batch_size=args.batch_size,
             about={
                 "model": args.model,
                 "settings": settings_of(model),
@@ -215,14 +221,14 @@ def stages_that_fit(
         steps = range(len(trial.schedule))
         batches = iter(loader(batches_of([stage]), steps, workers, trial.world))
         step_s, of_validation = seconds(trial, share, batches)
-        epoch_s.append(trial.steps_per_epoch * step_s)
+        epoch_s.append(trial.sampler.steps_per_epoch * step_s)
         validation_s.append(of_validation)
     spent_s = trial.world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
     available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
     stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
     if trial.world.rank == 0:
         speeds = ", ".join(
-            f"{trial.steps_per_epoch * trial.batch_size / s:.0f} images/s at {stage.side}"
+            f"{trial.sampler.seen(trial.sampler.steps_per_epoch) / s:.0f} images/s at {stage.side}"
             for stage, s in zip(shares, epoch_s)
         )
         print(f"--minutes {minutes:g}: {speeds}, so --resolutions {budget.written(stages)}")
@@ -297,7 +303,7 @@ def step(
 
     `network` is the run's model as it is called: compiled, or parallel over processes.
     """
-    task, device, stage = run.task, run.world.device, run.schedule.stage(run.step)
+    task, device, stage = run.task, run.world.device, run.stage()
     images = images.to(device, non_blocking=True)
     x = task.to_input(images, stage.side)
     targets = targets.to(device, non_blocking=True)

@@ -26,11 +26,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
 }
 SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
-# name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
 # name -> the task that the network is made for, where that is not to classify
-TASK_OF = {name: "detection" for name in MODELS if name.startswith("ssdlite")}
+TASK_OF = {
+    **{f"ssdlite_mobilevit_{variant}": "detection" for variant in VARIANTS},
+    **{f"deeplab_mobilevit_{variant}": "segmentation" for variant in VARIANTS},
+}
+# name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
 IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()} | {"resnet18": 32}
-IMG_SIZES |= {name: 320 for name in MODELS if name.startswith("ssdlite")}
+IMG_SIZES |= {name: {"detection": 320, "segmentation": 512}[task] for name, task in TASK_OF.items()}
 
 NAMES = ", ".join((*MODELS, *SHORT))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lab.cli import BadInput
 from lab.models import (
+    TASK_OF,
     build,
     default_img_size,
     full_name,
@@ -30,7 +31,7 @@ from lab.models import (
 )
 from lab.models.checkpoint import FORMAT, load_state, read_tensors, tensor, without_prefix
 from lab.schema import mapping
-from lab.tasks import cifar10
+from lab.tasks import TASKS, cifar10
 from mobilevit import VARIANTS, from_timm
 
 # Where scripts keep the state dict in what they save. Averaged weights come first: where a file
@@ -62,7 +63,6 @@ class Family:
     names: tuple[str, ...]
     layouts: tuple[Layout, ...]
     classifier: str = "classifier"  # name of the last layer
-    task: str = "imagefolder"  # what they are for
 
 
 CIFAR10 = {"mean": cifar10.MEAN, "std": cifar10.STD}
@@ -103,7 +103,6 @@ FAMILIES = (
             Layout("transformers", mobilevit_names.deeplab_from_transformers, heads=4, bgr=True),
             Layout("ml-cvnets", mobilevit_names.deeplab_from_cvnets, heads=4, bgr=True),
         ),
-        task="segmentation",
     ),
     # timm's default weights: of vit_* from Google ("augreg"), of deit_* from Facebook.
     _vits("vit_cifar", CIFAR10),
@@ -171,7 +170,8 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
 
     `classes` are the names of its classes, by default "class 0" and so on.
     """
-    settings = settings_of(network)
+    settings, task = settings_of(network), TASK_OF.get(name, "imagefolder")
+    metric = TASKS[task].objective.METRIC
     n = settings["num_classes"]
     classes = [f"class {k}" for k in range(n)] if classes is None else list(classes)
     if len(classes) != n:
@@ -180,12 +180,12 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
         "format": FORMAT,
         "model": name,
         "settings": settings,
-        "task": family_of(name).task,
+        "task": task,
         "classes": classes,
         "img_size": default_img_size(name),
         "state_dict": network.state_dict(),
-        "val_accuracy_pct": None,
-        "test_accuracy_pct": None,
+        f"val_{metric}": None,
+        f"test_{metric}": None,
         "epoch": 0,
         "config": {"weights": str(source), "layout": layout.name},
         "normalize": {"mean": list(layout.mean), "std": list(layout.std)},

@@ -19,6 +19,12 @@ An objective, such as lab.tasks.classification, has
     written     a score in words
 """
 
-from lab.tasks import cifar10, coco, imagefolder, synthetic
+from lab.tasks import cifar10, coco, imagefolder, masks, synthetic
 
-TASKS = {"cifar10": cifar10, "synthetic": synthetic, "imagefolder": imagefolder, "detection": coco}
+TASKS = {
+    "cifar10": cifar10,
+    "synthetic": synthetic,
+    "imagefolder": imagefolder,
+    "detection": coco,
+    "segmentation": masks,
+}

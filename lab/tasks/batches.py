@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks.augment import DRAWS, Augmentation
+from lab.tasks.sampler import Sampler
 
 # The same for every run, so that no run trains on images that another one holds out.
 _SPLIT_SEED = 0
@@ -57,7 +58,8 @@ class TrainBatches(torch.utils.data.Dataset):
     Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
     last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
     share b = batch_size / world of the batch that a single process would get. `stages` has the
-    lab.training.schedule.Stage of every epoch.
+    lab.training.schedule.Stage of every epoch; with `multi_scale`, its sides and the batch size
+    change from step to step (see lab.tasks.sampler).
     """
 
     def __init__(
@@ -70,31 +72,34 @@ class TrainBatches(torch.utils.data.Dataset):
         rank: int = 0,
         world: int = 1,
         stages: list | None = None,
+        multi_scale: bool = False,
     ):
         if not 0 < batch_size <= len(data):
             raise BadInput(f"batch size {batch_size} is not within 1 to {len(data)} images")
+        self.sampler = Sampler(len(data), batch_size, seed, multi_scale)
         divisor = 2 * world if augment.mixes else world  # images mix within a process, by halves
-        if batch_size % divisor:
-            raise BadInput(
-                f"batch size {batch_size} does not divide by {divisor}: {world} processes"
-                + (", which mix images in pairs" if augment.mixes else "")
-            )
-        self.make = make
-        self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
+        for size in self.sampler.sizes:
+            if size % divisor:
+                raise BadInput(
+                    f"batch size {size} does not divide by {divisor}: {world} processes"
+                    + (", which mix images in pairs" if augment.mixes else "")
+                )
+        if not self.sampler.rounds:
+            raise BadInput(f"batches of {self.sampler.sizes} images are more than {len(data)}")
+        self.make, self.data, self.seed, self.augment = make, data, seed, augment
         self.rank, self.world, self.stages = rank, world, stages
-        self.steps_per_epoch = len(data) // batch_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        epoch, batch = divmod(step, self.steps_per_epoch)
+        epoch, first, end = self.sampler.place(step)
         order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch))
-        indices = order[batch * self.batch_size :][: self.batch_size]
+        indices = order[first:end]
         # Drawn for the whole batch and then shared out, so that `world` changes no image.
         draws = torch.randint(
-            2**31, (self.batch_size, DRAWS), generator=_generator(self.seed, 0, step)
+            2**31, (len(indices), DRAWS), generator=_generator(self.seed, 0, step)
         )
         share = slice(self.rank, None, self.world)
         rng = np.random.default_rng((self.seed, 1, step))
-        stage = self.stages[epoch] if self.stages else None
+        stage = self.stages[epoch].scaled(self.sampler.scale(step)) if self.stages else None
         return self.make(self.data, indices[share], draws[share], rng, self.augment, stage)
 
 

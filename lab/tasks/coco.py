@@ -19,10 +19,11 @@ from torch import Tensor
 from lab.cli import BadInput
 from lab.files import read_json
 from lab.schema import integer, number, one_of, record, sequence, text
-from lab.tasks import detection
-from lab.tasks.photo import read_photo
+from lab.tasks import detection, photo
+from lab.tasks.photo import read_photo, squares
 
 objective = detection
+to_input = photo.to_input
 MAX_SIDE = 10**5  # pixels of an image
 
 COCO = record(
@@ -82,17 +83,7 @@ class Scenes:
 
         The files are decoded here, anew with every call.
         """
-        from torchvision.transforms.v2.functional import resize  # two seconds, see cifar10
-
-        side = [img_size, img_size]
-        images = [resize(self.picture(i), side, antialias=True) for i in range(len(self))]
-        return to_input(torch.stack(images).to(device), img_size)
-
-
-def to_input(images: Tensor, img_size: int) -> Tensor:
-    """uint8 [b, 3, S, S] -> the model's float input, channels-last: pixels in [0, 1], as the
-    paper's code has them, but red first."""
-    return (images / 255).contiguous(memory_format=torch.channels_last)
+        return squares([self.picture(i) for i in range(len(self))], img_size, device)
 
 
 def load(data_dir, train: bool) -> Scenes:

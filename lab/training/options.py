@@ -19,7 +19,7 @@ OF_CLASSIFICATION = ("val_size", "erase", "jpeg", "mixup", "cutmix", "label_smoo
 # Options that a resumed run may be given anew, and those that are not about a run.
 NOT_IN_CONFIG = (
     *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
-    *("eval", "checkpoint", "finish"),
+    *("eval", "checkpoint", "weights", "finish"),
 )
 
 
@@ -27,7 +27,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     """The options of train.py, whose docstring is `doc`, complete and checked."""
     p = cli.parser(doc)
     add = p.add_argument_group("data").add_argument
-    add("--task", choices=TRAINABLE, default="cifar10", help="synthetic needs no download")
+    help = "synthetic needs no download; imagefolder is for --eval --weights"
+    add("--task", choices=(*TRAINABLE, "imagefolder"), default="cifar10", help=help)
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     help = "training images held out to choose on (default: 2000; synthetic: 200)"
     add("--val-size", type=at_least(1), help=help)
@@ -70,6 +71,9 @@ def parse_args(doc: str) -> argparse.Namespace:
     )
     add("--resolutions", help=help)
     add("--batch-size", type=at_least(1), default=128, help="images a step, over all processes")
+    help = "sides from 5/8 to 5/4 of the schedule's, drawn anew each step, in batches of equal cost"
+    # None, as runs have it that began before there was this option.
+    add("--multi-scale", action="store_true", default=None, help=help)
     add("--lr", type=above(0, 10), default=2e-3, help="peak learning rate")
     add("--min-lr", type=within(0, 10), default=0.0, help="floor that the cosine falls to")
     help = "epochs from one validation to the next"
@@ -109,8 +113,11 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--finish", action="store_true", help=help)
     add("--max-minutes", type=above(0), help="stop cleanly after this time, to be resumed")
     add("--tensorboard", action="store_true", help="also log to --output/tensorboard")
-    add("--eval", action="store_true", help="print --checkpoint's test accuracy and stop")
+    help = "print what --checkpoint, or --weights, reaches on the test images and stop"
+    add("--eval", action="store_true", help=help)
     add("--checkpoint", help="the checkpoint for --eval")
+    help = "mere weights of --model for --eval, ours or others', on --task imagefolder"
+    add("--weights", metavar="FILE", help=help)
     why = "is not known: the best epoch is kept anyway, and --epochs or --max-minutes end a run"
     cli.refused(p, "--patience", why=why)
 
@@ -126,10 +133,13 @@ def parse_args(doc: str) -> argparse.Namespace:
 
 def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that exclude each other; make one schedule of --resolutions or the others."""
-    if args.eval != (args.checkpoint is not None):
-        p.error("--eval and --checkpoint go together")
-    for option, named in (("eval", "checkpoint"), ("finish", "output")):
-        taken = (option, named, "data_dir", "device")
+    if [args.checkpoint, args.weights].count(None) != (1 if args.eval else 2):
+        p.error("--eval goes with --checkpoint or --weights, and these with --eval")
+    if (args.task == "imagefolder") != bool(args.weights):
+        p.error("--task imagefolder and --weights go together: photos are not trained on")
+    which = ("weights", "model", "heads", "task") if args.weights else ("checkpoint",)
+    for option, named, *more in (("eval", *which), ("finish", "output")):
+        taken = (option, named, *more, "data_dir", "device")
         other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
         if vars(args)[option] and other:
             excluded = other[0].replace("_", "-")
@@ -151,8 +161,14 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             p.error(f"--resolutions with windows is not for --task {args.task}")
     if args.min_lr > args.lr:
         p.error("--min-lr must not be above --lr")
+    if args.batch_size == 1 and args.task == "segmentation":
+        p.error("--batch-size 1 is not for DeepLab: batch norms see one value of a whole image")
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
+    if args.multi_scale and any(s.side % 8 or s.side * 5 / 8 < MIN_IMG_SIZE for s in stages):
+        p.error("--multi-scale needs sides that 8 divides, of at least 56 pixels")
+    if args.multi_scale and args.batch_size < 16:
+        p.error("--multi-scale needs batches of at least 16 images")
     if args.pretrained and args.heads is not None:
         p.error("--pretrained excludes --heads")
 

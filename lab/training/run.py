@@ -28,9 +28,10 @@ from lab.models.checkpoint import (
 )
 from lab.schema import Schema, integer, mapping, number, record, sequence, text
 from lab.tasks import TASKS
+from lab.tasks.sampler import Sampler
 from lab.training.distributed import World
 from lab.training.evaluation import judged, test_score, trained_task
-from lab.training.schedule import Schedule
+from lab.training.schedule import Schedule, Stage
 
 
 def numeral(value, where: str) -> None:
@@ -77,9 +78,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
-    steps_per_epoch: int
+    sampler: Sampler
     validate_every: int  # epochs
-    batch_size: int  # over all processes
     about: dict
     config: dict
     tensorboard: object = None  # a SummaryWriter
@@ -98,6 +98,10 @@ class Run:
         """The module of its task."""
         return TASKS[self.about["task"]]
 
+    def stage(self) -> Stage:
+        """The stage that the next step is in, with the sides of the step's images."""
+        return self.schedule.stage(self.step).scaled(self.sampler.scale(self.step))
+
     @property
     def validation_due(self) -> bool:
         """True when the steps up to a validation are done, but not yet validated and logged."""
@@ -105,7 +109,7 @@ class Run:
 
     def validations_due(self, step: int) -> int:
         """Validations up to `step`; there is one at the end, too."""
-        interval = self.validate_every * self.steps_per_epoch
+        interval = self.validate_every * self.sampler.steps_per_epoch
         if step == len(self.schedule):
             return math.ceil(step / interval)
         return step // interval
@@ -130,11 +134,13 @@ class Run:
             self.task.objective,
         )
         loss, right, _ = world.sum(self.sums).tolist()
-        interval = self.validate_every * self.steps_per_epoch
-        n = (self.step % interval or interval) * self.batch_size  # the last can be short
+        per_epoch = self.sampler.steps_per_epoch
+        interval = self.validate_every * per_epoch
+        before = self.step - (self.step % interval or interval)  # the last can be short
+        n = self.sampler.seen(self.step) - self.sampler.seen(before)
         score = self.evaluate(val, stage.img_size)
         row = {
-            "epoch": math.ceil(self.step / self.steps_per_epoch),
+            "epoch": math.ceil(self.step / per_epoch),
             "img_size": stage.img_size,
             "window": stage.side,
             "lr": f"{self.schedule.lr(self.step - 1):.3g}",
@@ -220,7 +226,7 @@ class Run:
             n = len(state["history"])
             raise BadInput(f"{path} logs {n} validations at step {state['step']}")
         logged = [line["epoch"] for line in state["history"]]
-        last = math.ceil(len(self.schedule) / self.steps_per_epoch)
+        last = math.ceil(len(self.schedule) / self.sampler.steps_per_epoch)
         due = [min((i + 1) * self.validate_every, last) for i in range(len(logged))]
         if logged != due:
             raise BadInput(f"{path}: history has the epochs {logged}, but should have {due}")
