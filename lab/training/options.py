@@ -134,7 +134,7 @@ def parse_args(doc: str) -> argparse.Namespace:
 def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that exclude each other; make one schedule of --resolutions or the others."""
     if [args.checkpoint, args.weights].count(None) != (1 if args.eval else 2):
-        p.error("--eval goes with --checkpoint or --weights, and these with --eval")
+        p.error("--eval and one of --checkpoint and --weights go together")
     if (args.task == "imagefolder") != bool(args.weights):
         p.error("--task imagefolder and --weights go together: photos are not trained on")
     which = ("weights", "model", "heads", "task") if args.weights else ("checkpoint",)
