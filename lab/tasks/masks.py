@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.cli import BadInput
-from lab.tasks import segmentation, photo
+from lab.tasks import photo, segmentation
 from lab.tasks.photo import read_photo, squares
 from lab.tasks.segmentation import IGNORED, OUTSIDE
 
