@@ -159,12 +159,14 @@ def test_what_is_found_by_a_loop():
     scores = softmax(outputs[0, :, 4:-4], 1)
     expected = []
     for kind in range(1, scores.shape[1]):
-        order = [i for i in scores[:, kind].argsort(descending=True) if scores[i, kind] > 0.01]
+        order = scores[:, kind].argsort(descending=True)[:400]
+        order = order[scores[order, kind] > 0.01]
+        overlaps = (box_iou(corners[order], corners[order]) > 0.5).tolist()
         kept = []
-        for i in order[:400]:
-            if all(box_iou(corners[None, i], corners[None, j]).item() <= 0.5 for j in kept):
+        for i in range(len(order)):
+            if not any(overlaps[i][j] for j in kept):
                 kept.append(i)
-        expected += [(scores[i, kind].item(), *corners[i].tolist(), kind - 1) for i in kept]
+        expected += [(scores[i, kind].item(), *corners[i].tolist(), kind - 1) for i in order[kept]]
     expected = torch.tensor(sorted(expected, reverse=True)[:200])
     torch.testing.assert_close(found, expected[:, [1, 2, 3, 4, 0, 5]])
     outputs[..., 4] += 100
