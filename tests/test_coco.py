@@ -114,7 +114,7 @@ def test_boxes_stay_on_their_objects(scenes):
                 y, x = coloured.nonzero(as_tuple=True)
                 edges = (x.min(), y.min(), x.max() + 1, y.max() + 1)
                 for edge, ours in zip(edges, (x1, y1, x2, y2)):
-                    assert abs(edge - ours * image.shape[-1]) <= 2
+                    assert abs(edge - ours * image.shape[-1]) <= 4  # blurred by enlarging
     assert len(shapes) > 5  # crops of many shapes
 
 
@@ -185,6 +185,8 @@ def test_a_detector_learns_and_is_judged(scenes, checkpoint, tmp_path):
         "train.py", "--eval", "--checkpoint", tmp_path / "out" / "best.pth", "--data-dir", scenes
     )
     assert line.split("test ")[1] == out.splitlines()[-1].split("test ")[1] + "\n"
+    path = tmp_path / "out" / "best.pth"
+    fails_with_one_line("quantize.py", "--checkpoint", path, says="only classifiers are measured")
     save_checkpoint(tmp_path / "a.pth", {k: v for k, v in best.items() if k != "val_map50_pct"})
     with pytest.raises(BadInput, match="a.pth lacks val_map50_pct"):
         load_checkpoint(tmp_path / "a.pth")
@@ -206,6 +208,15 @@ def test_a_detector_learns_and_is_judged(scenes, checkpoint, tmp_path):
 def test_options_that_are_not_for_detection_are_refused(flags, says, scenes, tmp_path):
     detects = ("--task", "detection", "--data-dir", scenes, "--model", "ssdlite_mobilevit_xxs")
     fails_with_one_line(
-        "train.py", *detects, "--batch-size", "6", *flags, "--output", tmp_path / "out", says=says
+        "train.py",
+        *detects,
+        "--warmup-epochs",
+        "0.5",
+        "--batch-size",
+        "6",
+        *flags,
+        "--output",
+        tmp_path / "out",
+        says=says,
     )
     assert not (tmp_path / "out").exists()

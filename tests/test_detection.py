@@ -36,7 +36,7 @@ def test_outputs_end_with_their_anchors(first_stride, n):
 
 
 def test_a_prediction_stands_beside_the_anchor_of_its_cell():
-    """Moving the image by one cell moves what is found by one cell's anchors."""
+    """Outputs are in the order of the anchors: by cell, then by shape."""
     model = SSDLite("xxs", 2)
     head = model.heads[1][1]  # of the map of 10x10
     with torch.no_grad():
@@ -88,8 +88,8 @@ def test_offsets_are_torchvisions():
     offsets = boxes.encode(targets[0, :, :4], anchor)
     torch.testing.assert_close(offsets, coder.encode_single(targets[0, :, :4], corners))
     torch.testing.assert_close(boxes.decode(offsets, anchor), targets[0, :, :4])
-    outside = coder.decode_single(9 * offsets, corners)
-    torch.testing.assert_close(boxes.decode(9 * offsets, anchor), outside.clamp(0, 1))
+    outside = coder.decode_single(2 * offsets, corners)
+    torch.testing.assert_close(boxes.decode(2 * offsets, anchor), outside.clamp(0, 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -187,7 +187,7 @@ def test_average_precision_by_hand():
     left, right = (0.0, 0.0, 0.4, 0.4), (0.5, 0.5, 1.0, 1.0)
     targets = torch.tensor([[(*left, 0, 0), (*right, 1, 0)], [(*left, 0, 0), (*right, 0, 1)]])
     none = (0.45, 0.0, 0.5, 0.05)
-    half = (0.0, 0.0, 0.4, 0.24)  # overlaps `left` by 0.6
+    half = (0.0, 0.0, 0.4, 0.25)  # overlaps `left` by 0.625
     inside = (0.6, 0.6, 0.9, 0.9)  # of the crowd: neither right nor wrong
     found = found_in(
         [(none, 0.9, 0), (left, 0.8, 0), (right, 0.7, 1)], [(half, 0.6, 0), (inside, 0.95, 0)]

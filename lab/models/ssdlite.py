@@ -11,7 +11,6 @@ paper gives none. Anchors are (cx, cy, w, h), in fractions of the image's sides.
 Shapes in comments: B images, A anchors over all maps, K classes with the background.
 """
 
-import functools
 from math import sqrt
 
 import torch
@@ -102,9 +101,9 @@ def separable(channels: int, pointwise: nn.Module, stride: int = 1) -> nn.Sequen
 @torch.fx.wrap
 def with_anchors(outputs: Tensor, sides: list[tuple[int, int]], first_stride: int) -> Tensor:
     """[B, A, 4 + K] -> [B, A, 4 + K + 4]: each row followed by its anchor."""
-    sides = tuple((int(height), int(width)) for height, width in sides)
+    sides = [(int(height), int(width)) for height, width in sides]
     boxes = anchors(sides, FIRST_SCALE[first_stride]).to(outputs.device)
-    return torch.cat((outputs, boxes.expand(len(outputs), -1, -1)), dim=2)
+    return torch.cat((outputs, boxes.expand(outputs.shape[0], -1, -1)), dim=2)
 
 
 def boxes_per_cell(ratios: tuple[int, ...]) -> int:
@@ -112,15 +111,15 @@ def boxes_per_cell(ratios: tuple[int, ...]) -> int:
     return 2 + 2 * len(ratios)
 
 
-@functools.cache
-def anchors(sides: tuple[tuple[int, int], ...], first_scale: float) -> Tensor:
+def anchors(sides: list[tuple[int, int]], first_scale: float) -> Tensor:
     """The anchors [A, 4] of maps of `sides` (height, width), as (cx, cy, w, h) within 0 and 1.
 
     Map by map, row by row, cell by cell. Scales rise evenly from `first_scale` to LAST_SCALE; a
     cell has a square of its map's scale, one of the mean of that and the next map's, and of the
     former's area a wide and a tall box for each ratio.
     """
-    scales = torch.linspace(first_scale, LAST_SCALE, len(sides) + 1).tolist()
+    rise = (LAST_SCALE - first_scale) / len(sides)
+    scales = [first_scale + i * rise for i in range(len(sides) + 1)]
     boxes = []
     for i, (height, width) in enumerate(sides):
         between = sqrt(scales[i] * scales[i + 1])

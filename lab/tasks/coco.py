@@ -78,6 +78,11 @@ class Scenes:
             raise BadInput(f"{self.files[i]} has {there} pixels, its annotations say {said}")
         return image
 
+    @property
+    def has_objects(self) -> Tensor:
+        """Whether there is anything to learn in a picture, bool [N]."""
+        return ((self.labels[..., 4] >= 0) & (self.labels[..., 5] == 0)).any(1)
+
     def inputs(self, img_size: int, device="cpu") -> Tensor:
         """All pictures as the network's input, float32 [N, 3, S, S], stretched to squares.
 
@@ -91,10 +96,7 @@ def load(data_dir, train: bool) -> Scenes:
     if not train:
         return _read(data_dir, "test")
     scenes = _read(data_dir, "train")
-    seen = ((scenes.labels[..., 4] >= 0) & (scenes.labels[..., 5] == 0)).any(1)
-    if not seen.any():
-        raise BadInput(f"{Path(data_dir, 'train.json')} has no box of any area")
-    return scenes[seen.nonzero().flatten()]
+    return scenes[scenes.has_objects.nonzero().flatten()]
 
 
 def load_val(data_dir) -> Scenes:
@@ -138,7 +140,10 @@ def _read(data_dir, part: str) -> Scenes:
         if found:
             row[: len(found)] = torch.tensor(found)
     sizes = torch.tensor([[image["height"], image["width"]] for image in images])
-    return Scenes(files, sizes, labels, tuple(names[category] for category in sorted(names)))
+    scenes = Scenes(files, sizes, labels, tuple(names[category] for category in sorted(names)))
+    if not scenes.has_objects.any():
+        raise BadInput(f"{path} has no box of any area that is no crowd's")
+    return scenes
 
 
 def _fractions(bbox: list[float], width: int, height: int) -> tuple[float, ...] | None:
