@@ -3,7 +3,8 @@
 >>> network, layout = read_weights("model.safetensors", "mobilevit_s")
 >>> save_checkpoint("mine.pth", as_checkpoint(network, "mobilevit_s", layout))
 
-MobileViT is read as timm, Hugging Face transformers and Apple's ml-cvnets name it. All compute the
+MobileViT is read as timm, Hugging Face transformers and Apple's ml-cvnets name it, and under the
+heads of DeepLab and SSDLite as far as these have such networks. All compute the
 same; they differ in names, in attention heads (those three have four in every block) and in the
 order of the colours that the weights were trained on. A network read here always takes RGB. ViT is
 read as timm and transformers name it. Names and colours: the projects' code, of ml-cvnets its v0.1.
@@ -63,6 +64,7 @@ class Family:
     names: tuple[str, ...]
     layouts: tuple[Layout, ...]
     classifier: str = "classifier"  # name of the last layer
+    num_classes: Callable[[int], int] = int  # of as many rows of its weights
 
 
 CIFAR10 = {"mean": cifar10.MEAN, "std": cifar10.STD}
@@ -99,10 +101,20 @@ FAMILIES = (
         "DeepLab",
         tuple(f"deeplab_{full_name(variant)}" for variant in VARIANTS),
         (
-            Layout("lab/models/deeplab.py", dict, **CIFAR10),
+            Layout("lab/models/deeplab.py", dict),
             Layout("transformers", mobilevit_names.deeplab_from_transformers, heads=4, bgr=True),
             Layout("ml-cvnets", mobilevit_names.deeplab_from_cvnets, heads=4, bgr=True),
         ),
+    ),
+    Family(
+        "SSDLite",
+        tuple(f"ssdlite_{full_name(variant)}" for variant in VARIANTS),
+        (
+            Layout("lab/models/ssdlite.py", dict),
+            Layout("ml-cvnets", mobilevit_names.ssd_from_cvnets, heads=4, bgr=True),
+        ),
+        classifier="heads.5",
+        num_classes=lambda rows: rows // 4 - 5,  # of 4 boxes, each 4 offsets, background, classes
     ),
     # timm's default weights: of vit_* from Google ("augreg"), of deit_* from Facebook.
     _vits("vit_cifar", CIFAR10),
@@ -131,7 +143,7 @@ def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
     """The network `name` with the weights in a file, in evaluation mode, and the file's layout.
 
     The file is .safetensors or a torch file of tensors: a state dict, as it is or under one of the
-    names in WRAPPERS. The number of classes is that of the classifier's rows. `heads` overrides
+    names in WRAPPERS. The number of classes follows from the classifier's rows. `heads` overrides
     the attention heads of a MobileViT's layout. Raises BadInput for everything that does not fit.
     """
     if heads is not None:
@@ -147,7 +159,9 @@ def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
         if counter.endswith(".num_batches_tracked"):  # not needed, and often left out
             state.setdefault(counter, torch.tensor(0))
     heads = layout.heads if heads is None else heads
-    settings = {"num_classes": len(classifier)} | ({} if heads is None else {"heads": heads})
+    settings = {"num_classes": family.num_classes(len(classifier))} | (
+        {} if heads is None else {"heads": heads}
+    )
     try:
         network = build(name, **settings)
     except ValueError as error:
@@ -235,7 +249,7 @@ def _recognised(state: dict, expected: dict, family: Family, path) -> tuple[Layo
 def _require_variant(state: dict, name: str, family: Family, path) -> None:
     """Raise BadInput if the shapes are those of another network of the kind than `name`."""
 
-    last = f"{family.classifier}."
+    last = family.classifier.split(".")[0] + "."
 
     def fits(variant: str) -> bool:
         body = {n: s for n, s in _shapes(variant).items() if not n.startswith(last)}

@@ -1,4 +1,4 @@
-"""MobileViT's tensors as transformers and ml-cvnets name them, alone and under the head of DeepLab.
+"""MobileViT's tensors as transformers and ml-cvnets name them, alone and under other heads.
 
 Each function takes a state dict of that project and returns one with our names.
 """
@@ -67,6 +67,16 @@ _DEEPLAB_FROM_CVNETS = (
     (r"^seg_head\.(classifier\.)?classifier\.block\.conv\.", "classifier."),  # v0.1 has it twice
     (r"\.block\.", "."),
 )
+_SSD_FROM_CVNETS = (
+    (r"^extra_layers\.os_-1\.1\.block\.conv\.", "whole."),
+    *((rf"^extra_layers\.os_{stride}\.", f"extra.{i}.") for i, stride in enumerate((64, 128, 256))),
+    (r"^ssd_heads\.(\d)\.proj_layer\.block\.", r"projections.\1."),
+    (r"^ssd_heads\.5\.loc_cls_layer\.block\.conv\.", "heads.5."),
+    (r"^ssd_heads\.(\d)\.loc_cls_layer\.pw_conv\.block\.conv\.", r"heads.\1.1."),
+    (r"^ssd_heads\.(\d)\.loc_cls_layer\.", r"heads.\1."),
+    (r"\.dw_conv\.block\.", ".0."),
+    (r"\.pw_conv\.block\.", ".1."),
+)
 
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,6 +99,11 @@ def deeplab_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def deeplab_from_cvnets(state: dict[str, Tensor]) -> dict[str, Tensor]:
     body, head = _parted(state, "encoder.")
     return _on_backbone(from_cvnets(body), renamed(head, _DEEPLAB_FROM_CVNETS))
+
+
+def ssd_from_cvnets(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    body, head = _parted(state, "encoder.")
+    return _on_backbone(from_cvnets(body), renamed(head, _SSD_FROM_CVNETS))
 
 
 def _parted(state: dict, prefix: str) -> tuple[dict, dict]:
