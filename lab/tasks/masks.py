@@ -123,7 +123,7 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise BadInput(f"no file at {path}: lab/tasks/masks.py says what --data-dir holds")
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not text: {error}") from error
     return [line for line in lines if line]
