@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ptq
 from lab.cli import BadInput
 from lab.files import sha256
-from lab.models import require_img_size, run_name
+from lab.models import TASK_OF, require_img_size, require_task, run_name
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS, classification
@@ -146,7 +146,8 @@ def load_subject(
     """
     path = Path(path)
     if weights_of:
-        task = task or "imagefolder"
+        task = task or TASK_OF.get(weights_of, "imagefolder")
+        require_task(weights_of, task)
         model, layout = read_weights(path, weights_of, heads)
     else:
         model, checkpoint = model_from_checkpoint(path)
