@@ -70,8 +70,8 @@ def scene(b=3, n=6, seed=0, n_classes=4):
     kinds = torch.randint(n_classes, (b, n, 1), generator=generator).float()
     targets = torch.cat((corners, kinds, torch.zeros(b, n, 1)), 2)
     targets[0, 4:, 4] = -1
-    targets[1, 2, 5] = 1
-    targets[2, :, 4] = -1
+    targets[-2, 2, 5] = 1
+    targets[-1, :, 4] = -1
     outputs = torch.randn(b, len(anchor), 5 + n_classes, generator=generator)
     return torch.cat((outputs, anchor.expand(b, -1, -1)), 2), targets
 
@@ -152,7 +152,7 @@ def test_an_empty_batch_has_a_finite_loss():
 
 
 def test_what_is_found_by_a_loop():
-    outputs, _ = scene(b=1)
+    outputs, _ = scene(b=2)
     outputs[..., 4:-4] *= 3
     found = boxes.detections(outputs)[0]
     corners = boxes.decode(outputs[0, :, :4], outputs[0, :, -4:])
@@ -197,7 +197,8 @@ def test_average_precision_by_hand():
     assert precision[0, :3].tolist() == pytest.approx([2 / 3] * 3)
     # From 0.65 on `half` is wrong: half of the objects are found, at a precision of 1/2.
     assert precision[0, 3:].tolist() == pytest.approx([0.5 * 51 / 101] * 7)
-    assert precision[1].tolist() == [1] * 10 and precision[2].tolist() == [-1] * 10
+    assert precision[1].tolist() == pytest.approx([1] * 10)
+    assert precision[2].tolist() == [-1] * 10
     score = detection.score(found, targets, torch.tensor([3.0, 1]), torch.tensor([2, 0]), "abc")
     assert score["loss"] == 2 and score["ap50_pct"] == pytest.approx({"a": 200 / 3, "b": 100})
     assert score["map50_pct"] == pytest.approx(250 / 3)
@@ -205,10 +206,9 @@ def test_average_precision_by_hand():
     assert detection.average_precision(torch.zeros(2, 200, 6), targets, 2)[0].tolist() == [0] * 10
 
 
-@pytest.mark.parametrize("first_stride", [8, 16])
-def test_fx_and_export_with_any_batch(first_stride):
+def test_fx_and_export_with_any_batch():
     torch.manual_seed(0)
-    model = SSDLite("xxs", 3, first_stride=first_stride).eval()
+    model = SSDLite("xxs", 3, first_stride=8).eval()
     example, x = torch.randn(2, 3, 96, 64), torch.randn(3, 3, 96, 64)
     expected = model(x)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)

@@ -98,7 +98,7 @@ def _losses(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     of_classes = F.cross_entropy(logits.transpose(1, 2), kinds, reduction="none")  # [b, A]
     n = positive.sum(1)
     hardness = of_classes.detach().masked_fill(positive, -torch.inf)
-    rank = hardness.argsort(1, descending=True, stable=True).argsort(1)
+    rank = hardness.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     learnt = positive | (rank < NEGATIVES * n[:, None])
     sums = (of_classes * learnt).sum(1).index_add(0, image, of_offsets)
     right = ((logits.argmax(2) == kinds) & positive).sum(1)
