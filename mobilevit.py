@@ -8,8 +8,8 @@ Mobile-friendly Vision Transformer", ICLR 2022 (arXiv:2110.02178).
 The network has no positional embedding and global pooling at its end, so one set of weights takes
 any image of at least 32 x 32 pixels.
 
-Shapes in comments: B images, C channels, H x W feature map, P = 4 pixels in a patch, N patches,
-d transformer width, h attention heads.
+Shapes in comments: B images, C channels, H x W feature map, P = p*p pixels in a patch (4 unless
+asked otherwise), N patches, d transformer width, h attention heads.
 """
 
 import re
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATCH = 2  # side of a patch in feature-map pixels (paper, section 3.2: h = w = 2)
 MIN_IMG_SIZE = 32  # the network halves the side five times
+MAX_PATCH = 32  # side of a patch in pixels of a feature map
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ VARIANTS = {
 }  # fmt: skip
 
 
+# Pixels of the image for one of the last map -> stride and dilation of the MV2 blocks that begin
+# stages 3, 4 and 5. A stride given up dilates the depthwise convolutions after it, not its own, and
+# never those of a MobileViT block: so the authors' code has it, and the paper leaves it open.
+STRIDES = {
+    32: ((2, 1), (2, 1), (2, 1)),
+    16: ((2, 1), (2, 1), (1, 1)),
+    8: ((2, 1), (1, 1), (1, 2)),
+}
+
+
 # The functions below look at sizes, which symbolic tracing does not know yet; torch.fx keeps
 # each as one node.
 
@@ -72,29 +82,29 @@ def check_images(x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def fit_patches(x: Tensor) -> Tensor:
-    """Stretch a feature map [B, C, H, W] so that H and W are multiples of the patch side."""
+def fit_patches(x: Tensor, p: int) -> Tensor:
+    """Stretch a feature map [B, C, H, W] so that H and W are multiples of the patch side p."""
     H, W = int(x.shape[-2]), int(x.shape[-1])
-    fitted = (H + H % PATCH, W + W % PATCH)
+    fitted = (H + -H % p, W + -W % p)
     return x if fitted == (H, W) else F.interpolate(x, fitted, mode="bilinear")
 
 
 @torch.fx.wrap
-def unfold(x: Tensor) -> Tensor:
+def unfold(x: Tensor, p: int) -> Tensor:
     """[B, d, H, W] -> [B*P, N, d]: one sequence per pixel position within a patch.
 
     Attention then mixes the pixels that share a position, across all patches (paper, eq. 1).
     """
     d, H, W = x.shape[1:]
-    x = x.permute(0, 2, 3, 1).reshape(-1, H // PATCH, PATCH, W // PATCH, PATCH, d)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, H * W // PATCH**2, d)
+    x = x.permute(0, 2, 3, 1).reshape(-1, H // p, p, W // p, p, d)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, H * W // p**2, d)
 
 
 @torch.fx.wrap
-def fold(tokens: Tensor, like: Tensor) -> Tensor:
+def fold(tokens: Tensor, like: Tensor, p: int) -> Tensor:
     """[B*P, N, d] -> [B, d, H, W], the inverse of `unfold` for a map of `like`'s H and W."""
     d, (H, W) = tokens.shape[-1], like.shape[-2:]
-    x = tokens.reshape(-1, PATCH, PATCH, H // PATCH, W // PATCH, d)
+    x = tokens.reshape(-1, p, p, H // p, W // p, d)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, H, W, d).permute(0, 3, 1, 2)
 
 
@@ -106,13 +116,14 @@ def resize_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm and, unless `act` is false, SiLU."""
+    """Convolution without bias, batch norm and an activation."""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1, act=True):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, dilation=1, groups=1, act=nn.SiLU):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias=False)
         self.norm = nn.BatchNorm2d(c_out)
-        self.act = nn.SiLU() if act else nn.Identity()
+        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -124,12 +135,12 @@ class MV2(nn.Module):
     1x1 expansion, 3x3 depthwise, linear 1x1 projection; a residual where the shapes allow it.
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int):
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int, dilation: int = 1):
         super().__init__()
         hidden = c_in * expansion
         self.expand = ConvNorm(c_in, hidden)
-        self.depthwise = ConvNorm(hidden, hidden, kernel=3, stride=stride, groups=hidden)
-        self.project = ConvNorm(hidden, c_out, act=False)
+        self.depthwise = ConvNorm(hidden, hidden, 3, stride, dilation, groups=hidden)
+        self.project = ConvNorm(hidden, c_out, act=nn.Identity)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,8 +190,9 @@ class TransformerLayer(nn.Module):
 class MobileViTBlock(nn.Module):
     """Local features by convolution, global ones by attention across patches (section 3.1)."""
 
-    def __init__(self, channels: int, dim: int, layers: int, heads: int):
+    def __init__(self, channels: int, dim: int, layers: int, heads: int, patch: int = 2):
         super().__init__()
+        self.patch = patch
         self.local = ConvNorm(channels, channels, kernel=3)
         self.to_tokens = nn.Conv2d(channels, dim, 1, bias=False)
         self.layers = nn.Sequential(*(TransformerLayer(dim, heads) for _ in range(layers)))
@@ -189,69 +201,94 @@ class MobileViTBlock(nn.Module):
         self.fuse = ConvNorm(2 * channels, channels, kernel=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fit_patches(self.to_tokens(self.local(x)))  # [B, d, H, W]
-        tokens = self.norm(self.layers(unfold(y)))  # [B*P, N, d]
-        y = self.project(resize_like(fold(tokens, y), x))  # [B, C, H, W]
+        y = fit_patches(self.to_tokens(self.local(x)), self.patch)  # [B, d, H, W]
+        tokens = self.norm(self.layers(unfold(y, self.patch)))  # [B*P, N, d]
+        y = self.project(resize_like(fold(tokens, y, self.patch), x))  # [B, C, H, W]
         return self.fuse(torch.cat((x, y), dim=1))
 
 
 class MobileViT(nn.Module):
     """MobileViT of the given variant: images [B, 3, H, W] -> logits [B, num_classes].
 
-    `heads` overrides the variant's attention heads in stages 3, 4 and 5: one number for all three
-    or three numbers. Raises ValueError for an unknown variant or heads that do not divide the
-    transformer width.
+    `heads` overrides the variant's attention heads in stages 3, 4 and 5, `patches` is the side of
+    a patch there, in pixels of the feature map: one number for all three or three numbers.
+    `output_stride` is 32, or 16 or 8 for larger maps at the end. With `num_classes` None there are
+    only `features`, for networks that build on them. Raises ValueError for what none of this is,
+    and for heads that do not divide the transformer width.
     """
 
-    def __init__(self, variant: str, num_classes: int = 10, heads=None):
+    def __init__(
+        self, variant: str, num_classes: int | None = 10, heads=None, patches=2, output_stride=32
+    ):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
-        if num_classes < 1:
+        if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if output_stride not in STRIDES:
+            raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         v = VARIANTS[variant]
-        heads = v.heads if heads is None else (heads,) * 3 if isinstance(heads, int) else heads
-        self.variant, self.num_classes, self.heads = variant, num_classes, tuple(heads)
-        if len(self.heads) != 3:
-            raise ValueError(f"heads must be one number or three, got {list(self.heads)}")
+        self.variant, self.num_classes, self.output_stride = variant, num_classes, output_stride
+        self.heads = _three("heads", v.heads if heads is None else heads)
+        self.patches = _three("patches", patches)
+        if not all(1 <= p <= MAX_PATCH for p in self.patches):
+            raise ValueError(f"patches must be 1 to {MAX_PATCH}, got {list(self.patches)}")
         for dim, h in zip(v.dims, self.heads):
             if h < 1 or dim % h:
                 raise ValueError(f"{h} heads do not divide the transformer width {dim}")
 
-        c1, c2, c3, c4, c5 = v.stages
+        c1, c2, *_ = v.stages
         self.stem = ConvNorm(3, v.stem, kernel=3, stride=2)
-        self.stages = nn.Sequential(
+        stages = [
             nn.Sequential(MV2(v.stem, c1, 1, v.expansion)),
             nn.Sequential(
                 MV2(c1, c2, 2, v.expansion),
                 MV2(c2, c2, 1, v.expansion),
                 MV2(c2, c2, 1, v.expansion),
             ),
-            *(
-                nn.Sequential(
-                    MV2(c_in, c_out, 2, v.expansion), MobileViTBlock(c_out, dim, layers, h)
-                )
-                for c_in, c_out, dim, layers, h in zip(
-                    (c2, c3, c4), (c3, c4, c5), v.dims, v.layers, self.heads
-                )
-            ),
-        )
-        self.head = ConvNorm(c5, v.head)
-        self.classifier = nn.Linear(v.head, num_classes)
+        ]
+        for i, (stride, dilation) in enumerate(STRIDES[output_stride]):
+            c_in, c_out = v.stages[i + 1 : i + 3]
+            mv2 = MV2(c_in, c_out, stride, v.expansion, dilation)
+            block = MobileViTBlock(c_out, v.dims[i], v.layers[i], self.heads[i], self.patches[i])
+            stages.append(nn.Sequential(mv2, block))
+        self.stages = nn.Sequential(*stages)
+        if num_classes is not None:
+            self.head = ConvNorm(v.stages[-1], v.head)
+            self.classifier = nn.Linear(v.head, num_classes)
         self.apply(_init_weights)
 
     @property
     def settings(self) -> dict:
-        """The arguments that build the same network, as plain values."""
+        """The arguments that build the same network, as plain values; `patches` and
+        `output_stride` only where they are not the usual ones."""
+        unusual = {"patches": list(self.patches)} if self.patches != (2, 2, 2) else {}
+        if self.output_stride != 32:
+            unusual["output_stride"] = self.output_stride
         return {
             "variant": self.variant,
             "num_classes": self.num_classes,
             "heads": list(self.heads),
+            **unusual,
         }
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The maps [B, C, H / s, W / s] at the ends of stages 1 to 5, at strides s = 2, 4, 8, 16,
+        32 (none above `output_stride`)."""
+        x = self.stem(check_images(x))
+        return [x := stage(x) for stage in self.stages]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.head(self.stages(self.stem(check_images(x))))
         return self.classifier(x.mean((2, 3)))
+
+
+def _three(name: str, value) -> tuple[int, int, int]:
+    """One number for each of the stages 3, 4 and 5."""
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(values) != 3:
+        raise ValueError(f"{name} must be one number or three, got {list(values)}")
+    return values
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -6,6 +6,8 @@
     python train.py --model xxs --resume                            # go on where it stopped
     python train.py --finish --output runs/mobilevit_xxs            # end it where it stopped
     python train.py --eval --checkpoint checkpoints/mobilevit_xxs/best.pth
+    python train.py --eval --weights mobilevit_s.pt --model s --task imagefolder \\
+        --data-dir imagenet/val                         # others' weights beside the paper's numbers
     python train.py --task synthetic --img-size 64 --epochs 3 --batch-size 32 \\
         --warmup-epochs 0.5 --augment none              # smoke run, no download, under a minute
     torchrun --nproc-per-node=2 train.py ...                          # data-parallel
@@ -34,8 +36,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lab import cli, files, machine
@@ -43,11 +45,10 @@ from lab.cli import BadInput
 from lab.models import settings_of
 from lab.tasks import TASKS
 from lab.tasks.augment import Augmentation
-from lab.tasks.batches import TrainBatches, split
-from lab.tasks.cifar10 import Images, to_input
+from lab.tasks.batches import TrainBatches
 from lab.training import budget
 from lab.training.distributed import World, leave_process_group
-from lab.training.evaluation import test_accuracy
+from lab.training.evaluation import test_score, weights_score
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, parse_args
 from lab.training.run import Run, finish, hardware, tensorboard_writer
@@ -56,8 +57,10 @@ from lab.training.start import (
     fresh_model,
     heads_to_build,
     load_start,
+    network_settings,
     require_memory,
     require_no_run,
+    training_data,
 )
 from lab.training.teacher import Teacher
 
@@ -77,9 +80,12 @@ class StepOptions(NamedTuple):
 def main() -> int:
     args = parse_args(__doc__)
     machine.keep_freed_memory()
+    if args.weights:
+        print(weights_score(args.weights, args.model, args.heads, args.data_dir, args.device))
+        return 0
     if args.eval:
-        n_correct, n = test_accuracy(args.checkpoint, args.data_dir, args.device)
-        print(f"{args.checkpoint}: test {100 * n_correct / n:.2f} % ({n_correct} of {n})")
+        _, in_words = test_score(args.checkpoint, args.data_dir, args.device)
+        print(f"{args.checkpoint}: test {in_words}")
         return 0
     if args.finish:
         finish(args.output, args.data_dir, args.device)
@@ -96,26 +102,21 @@ def train(args, world: World) -> int:
     if args.amp and args.precision == "fp32" and world.rank == 0:
         print("--amp: this CPU has no instructions for BF16, so this run computes in FP32")
 
+    task = TASKS[args.task]
     with world.first_then_others():  # one of them may have to download it
-        images = TASKS[args.task].load(args.data_dir, train=True)
-    if not world.size <= args.val_size < len(images):
-        raise BadInput(
-            f"--val-size {args.val_size} leaves nothing to some of {world.size} processes, or none "
-            f"of {len(images)} images to train on"
-        )
-    train_indices, val_indices = split(images.labels, args.val_size)
-    train_images, val = images[train_indices], images[val_indices]
+        data, val = training_data(task, args.data_dir, args.val_size, world.size)
     stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
 
     def batches_of(stages: list[Stage]) -> TrainBatches:
         augment = Augmentation(args.augment, args.erase, args.mixup, args.cutmix, args.jpeg)
-        windows = [stage.window for stage in stages for _ in range(math.ceil(stage.epochs))]
-        share = (world.rank, world.size)
-        return TrainBatches(train_images, args.batch_size, args.seed, augment, *share, windows)
+        by_epoch = [stage for stage in stages for _ in range(math.ceil(stage.epochs))]
+        how = (args.batch_size, args.seed, augment, world.rank, world.size, by_epoch)
+        return TrainBatches(task.objective.batch, data, *how, args.multi_scale)
 
-    per_epoch = batches_of(stages).steps_per_epoch
-    sides = [stage.side for stage in stages]
-    model = fresh_model(args.model, len(images.classes), heads, args.seed, sides)
+    sampler = batches_of(stages).sampler
+    sides = [stage.scaled(scale).side for stage in stages for scale in sampler.scales]
+    settings = network_settings(args.settings)
+    model = fresh_model(args.model, len(data.classes), heads, args.seed, sides, **settings)
     if not args.resume:
         source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
         load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
@@ -124,9 +125,9 @@ def train(args, world: World) -> int:
         require_memory(model, args.batch_size // world.size, max(sides), value_bytes)
     teacher = None
     if args.teacher:
-        data = (args.task, images.classes, args.val_size)
+        taught = (args.task, data.classes, args.val_size)
         how = (args.teacher_weight, args.temperature, world.device, args.precision)
-        teacher = Teacher(args.teacher, *data, *how)
+        teacher = Teacher(args.teacher, *taught, *how)
         teacher.require_sides(stages)
     options = StepOptions(args.precision, args.label_smoothing, args.clip_norm, teacher)
 
@@ -144,15 +145,16 @@ def train(args, world: World) -> int:
             ema=averaged(model, args.ema_decay),
             optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
             scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
-            schedule=Schedule(stages, per_epoch, args.lr, args.warmup_epochs, args.min_lr),
-            steps_per_epoch=per_epoch,
+            schedule=Schedule(
+                stages, sampler.steps_per_epoch, args.lr, args.warmup_epochs, args.min_lr
+            ),
+            sampler=sampler,
             validate_every=args.validate_every,
-            batch_size=args.batch_size,
             about={
                 "model": args.model,
                 "settings": settings_of(model),
                 "task": args.task,
-                "classes": list(images.classes),
+                "classes": list(data.classes),
                 "img_size": args.img_size,
             },
             config=config | {"world_size": world.size},
@@ -164,7 +166,7 @@ def train(args, world: World) -> int:
             if args.resume:
                 stages = budget.chosen_before(args.output)
             else:
-                n_test = len(TASKS[args.task].load(args.data_dir, train=False))
+                n_test = len(task.load(args.data_dir, train=False))
                 made = (run_of, batches_of, args.workers)
                 stages = stages_that_fit(args.minutes, stages, network, *made, val, n_test, options)
             args.resolutions = budget.written(stages)
@@ -193,7 +195,7 @@ def stages_that_fit(
     run_of: Callable[[list[Stage]], Run],
     batches_of: Callable[[list[Stage]], TrainBatches],
     workers: int,
-    val: Images,
+    val,
     n_test: int,
     options: StepOptions,
 ) -> list[Stage]:
@@ -219,14 +221,14 @@ def stages_that_fit(
         steps = range(len(trial.schedule))
         batches = iter(loader(batches_of([stage]), steps, workers, trial.world))
         step_s, of_validation = seconds(trial, share, batches)
-        epoch_s.append(trial.steps_per_epoch * step_s)
+        epoch_s.append(trial.sampler.steps_per_epoch * step_s)
         validation_s.append(of_validation)
     spent_s = trial.world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
     available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
     stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
     if trial.world.rank == 0:
         speeds = ", ".join(
-            f"{trial.steps_per_epoch * trial.batch_size / s:.0f} images/s at {stage.side}"
+            f"{trial.sampler.seen(trial.sampler.steps_per_epoch) / s:.0f} images/s at {stage.side}"
             for stage, s in zip(shares, epoch_s)
         )
         print(f"--minutes {minutes:g}: {speeds}, so --resolutions {budget.written(stages)}")
@@ -235,7 +237,7 @@ def stages_that_fit(
 
 def loader(batches: TrainBatches, steps: range, workers: int, world: World):
     """The batches of `steps` in turn, made by `workers` processes, or by this one if 0."""
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         batches,
         batch_size=None,
         sampler=steps,
@@ -249,7 +251,7 @@ def loop(
     run: Run,
     network: nn.Module,
     batches: TrainBatches,
-    val: Images,
+    val,
     options: StepOptions,
     workers: int,
     max_minutes: float | None,
@@ -266,8 +268,8 @@ def loop(
             run.validate(val)
         network.train()
         saved = clock = time.monotonic()
-        for images, labels in loader(batches, range(run.step, n_steps), workers, world):
-            step(run, network, images, labels, options)
+        for images, targets in loader(batches, range(run.step, n_steps), workers, world):
+            step(run, network, images, targets, options)
             bar.update()
             due = run.validation_due
             if run.step % check_every and not due:
@@ -295,25 +297,25 @@ def loop(
 
 
 def step(
-    run: Run, network: nn.Module, images: Tensor, labels: Tensor, options: StepOptions
+    run: Run, network: nn.Module, images: Tensor, targets: Tensor, options: StepOptions
 ) -> None:
-    """Train on a batch: images uint8 [b, 3, w, w], labels int64 [b] or probabilities [b, K].
+    """Train on a batch: images uint8 [b, 3, w, w] and the targets that the task's loss takes.
 
     `network` is the run's model as it is called: compiled, or parallel over processes.
     """
-    device, stage = run.world.device, run.schedule.stage(run.step)
+    task, device, stage = run.task, run.world.device, run.stage()
     images = images.to(device, non_blocking=True)
-    x = to_input(images, stage.side)
-    labels = labels.to(device, non_blocking=True)
+    x = task.to_input(images, stage.side)
+    targets = targets.to(device, non_blocking=True)
     for group in run.optimizer.param_groups:
         group["lr"] = run.schedule.lr(run.step)
 
     with arithmetic(device.type, options.precision):
-        logits = network(x)
-    logits, smoothing = logits.float(), options.label_smoothing
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        outputs = network(x)
+    outputs = outputs.float()
+    loss, right = task.objective.loss(outputs, targets, options.label_smoothing)
     if options.teacher:
-        loss = options.teacher.loss(logits, options.teacher.logits(images, stage), loss)
+        loss = options.teacher.loss(outputs, options.teacher.logits(images, stage), loss)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
@@ -325,9 +327,7 @@ def step(
 
     if run.scaler.is_enabled():  # it skips steps whose gradients overflow: nothing to report
         norm = torch.zeros_like(norm)
-    likeliest = labels if labels.dim() == 1 else labels.argmax(1)  # of mixed images
-    correct = (logits.detach().argmax(1) == likeliest).sum()
-    run.sums += torch.stack((loss.detach() * len(labels), correct, norm))
+    run.sums += torch.stack((loss.detach() * len(images), right, norm))
     run.step += 1
 
 

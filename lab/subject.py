@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import ptq
 from lab.cli import BadInput
 from lab.files import sha256
-from lab.models import require_img_size, run_name
+from lab.models import TASK_OF, require_img_size, require_task, run_name
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import as_checkpoint, read_weights
-from lab.tasks import TASKS
+from lab.tasks import TASKS, classification
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from lab.tasks.cifar10 import MEAN, STD
 
@@ -146,15 +146,19 @@ def load_subject(
     """
     path = Path(path)
     if weights_of:
-        task = task or "imagefolder"
+        task = task or TASK_OF.get(weights_of, "imagefolder")
+        require_task(weights_of, task)
         model, layout = read_weights(path, weights_of, heads)
-        classes = TASKS[task].load(data_dir, held_out).classes
-        checkpoint = as_checkpoint(model, weights_of, layout, classes, str(path))
     else:
         model, checkpoint = model_from_checkpoint(path)
         task = task or checkpoint["task"]
     if task not in TASKS:
         raise BadInput(f"{path} was trained on {task}: known are {', '.join(TASKS)}")
+    if TASKS[task].objective is not classification:
+        raise BadInput(f"{path} is for {task}, but only classifiers are measured here")
+    if weights_of:
+        classes = TASKS[task].load(data_dir, held_out).classes
+        checkpoint = as_checkpoint(model, weights_of, layout, classes, str(path))
     if img_size:
         require_img_size(model, img_size, "--img-size")
     images = load_images(task, data_dir, held_out, checkpoint)

@@ -21,9 +21,10 @@ from lab.models.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
+from lab.tasks import classification
 from lab.training.distributed import World
-from lab.training.evaluation import test_accuracy as accuracy_on_test_set
-from lab.training.run import LOG_LINE
+from lab.training.evaluation import test_score as score_on_test_set
+from lab.training.run import log_line
 from mobilevit import MobileViT
 
 
@@ -177,7 +178,7 @@ def test_a_task_or_classes_that_eval_does_not_know_are_one_line(good, tmp_path):
     ):
         save_checkpoint(tmp_path / "a.pth", good | change)
         with pytest.raises(BadInput, match=says):
-            accuracy_on_test_set(tmp_path / "a.pth", None, "cpu")
+            score_on_test_set(tmp_path / "a.pth", None, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def stopped(tmp_path_factory):
     return folder
 
 
-LINE = {name: 32 if name in ("img_size", "window") else "1.0" for name in LOG_LINE}
+LINE = {name: 32 if name in ("img_size", "window") else "1.0" for name in log_line(classification)}
 
 
 def moment(state) -> dict:

@@ -13,6 +13,8 @@ from lab.cli import BadInput
 from lab.tasks import TASKS, cifar10, synthetic
 from lab.tasks.augment import DRAWS, POLICIES, Augmentation, crop, flip
 from lab.tasks.batches import EvalBatches, TrainBatches, balanced_subset, split
+from lab.tasks.classification import batch
+from lab.training.schedule import Stage
 
 
 def numbered(n=100):
@@ -42,7 +44,7 @@ def test_balanced_subset_keeps_to_its_indices_and_depends_on_the_seed():
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
-    batches = TrainBatches(numbered(), 20, 0, Augmentation("none"))
+    batches = TrainBatches(batch, numbered(), 20, 0, Augmentation("none"))
     epochs = [
         [i for s in range(5 * e, 5 * e + 5) for i in batches[s][0][:, 0, 0, 0].tolist()]
         for e in (0, 1)
@@ -53,18 +55,18 @@ def test_an_epoch_shows_every_image_once_and_the_next_one_in_another_order():
 
 @pytest.mark.parametrize("augment", POLICIES)
 def test_windows_change_with_the_epoch(augment):
-    batches = TrainBatches(
-        synthetic.load(None, True), 500, 0, Augmentation(augment), windows=[32, 16]
-    )
+    stages = [Stage(64, 64, 1), Stage(32, 64, 1)]
+    images = synthetic.load(None, True)
+    batches = TrainBatches(batch, images, 500, 0, Augmentation(augment), stages=stages)
     assert [batches[step][0].shape[-1] for step in (0, 3, 4, 7)] == [32, 32, 16, 16]
 
 
 @pytest.mark.parametrize("augment", POLICIES)
 def test_processes_share_out_the_batch_that_one_would_get(augment):
     images = synthetic.load(None, True)
-    whole, labels = TrainBatches(images, 12, 3, Augmentation(augment))[7]
+    whole, labels = TrainBatches(batch, images, 12, 3, Augmentation(augment))[7]
     for rank in range(3):
-        part, part_labels = TrainBatches(images, 12, 3, Augmentation(augment), rank, 3)[7]
+        part, part_labels = TrainBatches(batch, images, 12, 3, Augmentation(augment), rank, 3)[7]
         assert torch.equal(part, whole[rank::3]) and torch.equal(part_labels, labels[rank::3])
 
 
@@ -72,7 +74,7 @@ def test_augmentation_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    TrainBatches(synthetic.load(None, True), 10, 0, Augmentation("autoaugment"))[0]
+    TrainBatches(batch, synthetic.load(None, True), 10, 0, Augmentation("autoaugment"))[0]
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -107,9 +109,9 @@ def test_eval_batches_cover_everything_in_order():
 
 def test_batch_sizes_that_do_not_fit_are_refused():
     with pytest.raises(BadInput, match="batch size 101"):
-        TrainBatches(numbered(), 101, 0, Augmentation("none"))
+        TrainBatches(batch, numbered(), 101, 0, Augmentation("none"))
     with pytest.raises(BadInput, match="3 processes"):
-        TrainBatches(numbered(), 20, 0, Augmentation("none"), 0, 3)
+        TrainBatches(batch, numbered(), 20, 0, Augmentation("none"), 0, 3)
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
@@ -190,9 +192,9 @@ def test_some_images_are_what_torchvision_reads_of_a_jpeg_file():
 
 def test_processes_mix_what_one_process_would():
     images = synthetic.load(None, True)
-    whole, targets = TrainBatches(images, 12, 3, STRONG)[7]
+    whole, targets = TrainBatches(batch, images, 12, 3, STRONG)[7]
     for rank in range(3):
-        part, part_targets = TrainBatches(images, 12, 3, STRONG, rank, 3)[7]
+        part, part_targets = TrainBatches(batch, images, 12, 3, STRONG, rank, 3)[7]
         assert torch.equal(part, whole[rank::3]) and torch.equal(part_targets, targets[rank::3])
     with pytest.raises(BadInput, match="mix images in pairs"):
-        TrainBatches(images, 15, 0, STRONG, 0, 3)
+        TrainBatches(batch, images, 15, 0, STRONG, 0, 3)

@@ -35,7 +35,7 @@ def randomized(model: nn.Module, seed=0) -> nn.Module:
     return model.eval()
 
 
-def transformers_network(variant: str) -> nn.Module:
+def transformers_network(variant: str, head="ImageClassification", **config) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     v = VARIANTS[variant]
     config = transformers.MobileViTConfig(
@@ -43,8 +43,9 @@ def transformers_network(variant: str) -> nn.Module:
         neck_hidden_sizes=[v.stem, *v.stages, v.head],
         expand_ratio=float(v.expansion),
         num_labels=N,
+        **config,
     )
-    return randomized(transformers.MobileViTForImageClassification(config))
+    return randomized(getattr(transformers, f"MobileViTFor{head}")(config))
 
 
 def cvnets_names(state: dict) -> dict:
@@ -102,7 +103,9 @@ def assert_computes(network, theirs, bgr=False):
 
     In double precision, where rounding can't hide a difference.
     """
-    network, theirs = network.double(), theirs.double()
+    network.double()
+    if isinstance(theirs, nn.Module):
+        theirs.double()
     with torch.inference_mode():
         flipped, straight = (
             getattr(y, "logits", y) for y in map(theirs, (images().flip(1), images()))
@@ -129,6 +132,20 @@ def test_equals_transformers_which_takes_blue_green_red(tmp_path, variant):
     network, layout = read_weights(path, f"mobilevit_{variant}")
     assert (layout.name, network.num_classes) == ("transformers", N)
     assert_computes(network, theirs, bgr=True)
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_larger_maps_equal_those_of_transformers(stride):
+    theirs = transformers_network("xxs", output_stride=stride).double()
+    ours = MobileViT("xxs", N, heads=4, output_stride=stride).double().eval()
+    transformers_layout = family_of(NAME).layouts[2]
+    ours.load_state_dict(transformers_layout.to_ours(theirs.state_dict()))
+    with torch.inference_mode():
+        expected = theirs(images(96), output_hidden_states=True).hidden_states
+        maps = ours.features(images(96))
+    assert maps[-1].shape[-2:] == (96 // stride, 128 // stride)
+    for a, b in zip(maps, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from mobilevit import VARIANTS, MobileViT, fold, from_timm, unfold
+from mobilevit import VARIANTS, MobileViT, fit_patches, fold, from_timm, unfold
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +47,58 @@ def test_equals_timm(variant):
             torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
 
 
-def test_unfold_puts_equal_positions_in_one_sequence():
-    x = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)  # [B, d, H, W]
-    tokens = unfold(x)
-    assert tokens.shape == (2 * 4, 6, 3)
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_unfold_puts_equal_positions_in_one_sequence(p):
+    x = torch.arange(2 * 5 * 2 * p * 3 * p).view(2, 5, 2 * p, 3 * p)  # [B, d, H, W]
+    tokens = unfold(x, p)
+    assert tokens.shape == (2 * p * p, 6, 5)
     for b in range(2):
-        for i in range(2):
-            for j in range(2):
-                patches = [x[b, :, i + 2 * r, j + 2 * c] for r in range(2) for c in range(3)]
-                assert torch.equal(tokens[4 * b + 2 * i + j], torch.stack(patches))
-    assert torch.equal(fold(tokens, x), x)
+        for i in range(p):
+            for j in range(p):
+                patches = [x[b, :, i + p * r, j + p * c] for r in range(2) for c in range(3)]
+                assert torch.equal(tokens[p * p * b + p * i + j], torch.stack(patches))
+    assert torch.equal(fold(tokens, x, p), x)
+
+
+@pytest.mark.parametrize("side, p, fitted", [(8, 2, 8), (7, 2, 8), (32, 3, 33), (10, 4, 12)])
+def test_maps_are_stretched_to_whole_patches(side, p, fitted):
+    assert fit_patches(torch.zeros(1, 2, side, 12), p).shape == (1, 2, fitted, 12)
+
+
+@pytest.mark.parametrize("patches", [1, 3, (8, 4, 2)])
+def test_patches_change_the_sequences_and_no_weight(patches):
+    usual, other = MobileViT("xxs").eval(), MobileViT("xxs", patches=patches).eval()
+    other.load_state_dict(usual.state_dict())
+    lengths = []
+    for stage in other.stages[2:]:
+        stage[1].norm.register_forward_hook(lambda m, args, y: lengths.append(y.shape[1]))
+    x = torch.randn(1, 3, 96, 96)  # maps of 12, 6 and 3 pixels a side
+    assert not torch.allclose(other(x), usual(x), atol=1e-5)
+    assert lengths == {1: [144, 36, 9], 3: [16, 4, 1], (8, 4, 2): [4, 4, 4]}[patches]
+    assert MobileViT(**other.settings).patches == other.patches
+
+
+@pytest.mark.parametrize("stride, last", [(32, (16, 32)), (16, (16, 16)), (8, (8, 8))])
+def test_features_have_the_strides_of_their_stages(stride, last):
+    model = MobileViT("xxs", num_classes=None, output_stride=stride)
+    maps = model.features(torch.zeros(1, 3, 128, 96))
+    strides = (2, 4, 8, *last)
+    channels = VARIANTS["xxs"].stages
+    assert [m.shape[1:] for m in maps] == [
+        (c, 128 // s, 96 // s) for c, s in zip(channels, strides)
+    ]
+
+
+@pytest.mark.parametrize(
+    "variant, expected", [("xxs", 924_784), ("xs", 1_895_216), ("s", 4_833_952)]
+)
+def test_without_classes_the_features_remain(variant, expected):
+    whole, trunk = MobileViT(variant).eval(), MobileViT(variant, num_classes=None).eval()
+    assert sum(p.numel() for p in trunk.parameters()) == expected
+    trunk.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    logits = whole.classifier(whole.head(trunk.features(x)[-1]).mean((2, 3)))
+    torch.testing.assert_close(logits, whole(x))
 
 
 @pytest.fixture
@@ -125,6 +167,9 @@ def test_other_inputs_are_refused(shape):
         (("xxs", 10, 0), "divide"),
         (("xxs", 0), "num_classes"),
         (("xxs", 10, (1, 1)), "one number or three"),
+        (("xxs", 10, 1, (2, 2)), "one number or three"),
+        (("xxs", 10, 1, 0), "patches"),
+        (("xxs", 10, 1, 2, 4), "output_stride"),
     ],
 )
 def test_impossible_networks_are_refused(args, says):

@@ -54,6 +54,13 @@ def registries():
         registry.update(entries)
 
 
+def test_detection_and_its_quantized_copy():
+    names = run_all("docs/tasks.md")
+    assert names["found"].shape == (1, 200, 6)
+    moved = (names["quantized"](names["images"]) - names["detector"](names["images"])).abs()
+    assert 0 < moved[..., :-4].max() < 1 and not moved[..., -4:].any()
+
+
 def test_extending(model, batches, registries):
     labelled = [(x, torch.zeros(len(x), dtype=torch.int64)) for x, _ in batches]
     names = run_all("docs/extending.md", model=model, batches=labelled)

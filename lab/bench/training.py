@@ -17,6 +17,7 @@ from lab.models import build
 from lab.tasks import TASKS, cifar10
 from lab.tasks.augment import POLICIES, Augmentation
 from lab.tasks.batches import TrainBatches, loader_workers
+from lab.tasks.classification import batch
 from lab.training.optimizer import arithmetic, build_optimizer, weight_groups
 
 ROUNDS = 5  # of each contender, taking turns
@@ -101,7 +102,7 @@ def loader(
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for policy in POLICIES:
-        batches = TrainBatches(images, batch_size, 0, Augmentation(policy))
+        batches = TrainBatches(batch, images, batch_size, 0, Augmentation(policy))
         began, n = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
             batches[n]
@@ -193,7 +194,7 @@ def our_batches(img_size: int, batch_size: int, device: str):
     """Batches as train.py makes them, augmented at 32x32 and resized on the device; without end."""
     images = TASKS["synthetic"].load(None, train=True)  # as fast as any others
     loader = torch.utils.data.DataLoader(
-        TrainBatches(images, batch_size, 0, Augmentation("autoaugment")),
+        TrainBatches(batch, images, batch_size, 0, Augmentation("autoaugment")),
         batch_size=None,
         sampler=range(sys.maxsize),
         num_workers=loader_workers(device),

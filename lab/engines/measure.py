@@ -12,7 +12,12 @@ CPU_BATCH = 25  # images to evaluate at a time; their activations then fit the c
 
 
 def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
-    """Logits [N, K] and labels [N], on the CPU, of `run` over a sequence of (input, labels).
+    """Logits [N, K] and labels [N], on the CPU, of `run` over a sequence of (input, labels)."""
+    return over(batches, lambda x, labels: (run(x).float(), labels), workers)
+
+
+def over(batches, act: Callable, workers=1) -> tuple[Tensor, ...]:
+    """The tensors that `act(input, labels)` gives of a batch, joined over all batches, on the CPU.
 
     On a CPU, `workers` threads with one core each take batches in turn: on small batches that
     beats all cores sharing each operator.
@@ -20,8 +25,7 @@ def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
 
     def one(i: int):
         with torch.inference_mode():
-            x, labels = batches[i]
-            return run(x).float().cpu(), labels.cpu()
+            return [column.cpu() for column in act(*batches[i])]
 
     def results():
         if workers == 1:

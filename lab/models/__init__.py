@@ -10,7 +10,9 @@ from functools import partial
 from torch import nn
 
 from lab.cli import BadInput
+from lab.models.deeplab import DeepLab
 from lab.models.resnet import resnet18
+from lab.models.ssdlite import SSDLite
 from lab.models.vit import VARIANTS as VIT
 from lab.models.vit import ViT
 from mobilevit import VARIANTS, MobileViT
@@ -18,12 +20,20 @@ from mobilevit import VARIANTS, MobileViT
 # name -> function from settings (num_classes and what else the network takes) to the network
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS},
+    **{f"ssdlite_mobilevit_{variant}": partial(SSDLite, variant) for variant in VARIANTS},
+    **{f"deeplab_mobilevit_{variant}": partial(DeepLab, variant) for variant in VARIANTS},
     **{variant: partial(ViT, variant) for variant in VIT},
     "resnet18": resnet18,
 }
 SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
+# name -> the task that the network is made for, where that is not to classify
+TASK_OF = {
+    **{f"ssdlite_mobilevit_{variant}": "detection" for variant in VARIANTS},
+    **{f"deeplab_mobilevit_{variant}": "segmentation" for variant in VARIANTS},
+}
 # name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
 IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()} | {"resnet18": 32}
+IMG_SIZES |= {name: {"detection": 320, "segmentation": 512}[task] for name, task in TASK_OF.items()}
 
 NAMES = ", ".join((*MODELS, *SHORT))
 
@@ -54,10 +64,28 @@ def require_img_size(model: nn.Module, img_size: int, where: str) -> None:
         raise BadInput(f"{where}: the network takes images of {sizes}")
 
 
+def require_task(name: str, task: str) -> None:
+    """Raise BadInput unless the network `name` gives the answers that `task` asks for."""
+    ours = TASK_OF.get(name)
+    if ours != (task if task in TASK_OF.values() else None):
+        fitting = [other for other in MODELS if TASK_OF.get(other) == task]
+        raise BadInput(
+            f"--task {task} is not for {name}: choose from {', '.join(fitting)}"
+            if fitting
+            else f"{name} is for --task {ours}, not for {task}"
+        )
+
+
 def require_mobilevit(name: str, option: str) -> None:
     """Raise BadInput if `option`, which only MobileViT knows, is given for another network."""
     if name not in SHORT.values():
         raise BadInput(f"{option} is for MobileViT, not for {name}")
+
+
+def require_heads(name: str) -> None:
+    """Raise BadInput for a network whose attention heads can't be chosen."""
+    if "mobilevit" not in name:
+        raise BadInput(f"--heads is for MobileViT, not for {name}")
 
 
 def build(name: str, **settings) -> nn.Module:

@@ -3,6 +3,7 @@
     {"format": 2, "model": name in MODELS, "settings", "task", "classes", "img_size", "state_dict",
      "test_accuracy_pct", "val_accuracy_pct", "epoch", "config", "commit"}
 
+Of a task that is judged by another metric than accuracy, that stands in these two names.
 A file of tensors and plain values, always read with `weights_only=True`, so that it can't run code.
 Format 1, which knew MobileViT on CIFAR-10 alone, is read as format 2.
 """
@@ -19,6 +20,7 @@ from lab.cli import BadInput, shortened
 from lab.files import atomic
 from lab.models import MODELS, build, full_name, require_img_size, settings_of
 from lab.schema import Schema, integer, mapping, maybe, number, one_of, record, sequence, text
+from lab.tasks import TASKS
 from lab.tasks.cifar10 import CLASSES
 from mobilevit import MIN_IMG_SIZE
 
@@ -96,7 +98,7 @@ def settings(value, where: str) -> None:
 def config(value, where: str) -> None:
     """The options of a run: plain values. Which images it held out, later commands must know."""
     mapping(plain)(value, where)
-    record({}, optional={"val_size": integer(1)})(value, where)
+    record({}, optional={"val_size": maybe(integer(1))})(value, where)
 
 
 percent = number(0, 100)
@@ -108,8 +110,6 @@ CHECKPOINT = record(
         "classes": sequence(text),
         "img_size": integer(MIN_IMG_SIZE, MAX_IMG_SIZE),
         "state_dict": mapping(tensor),
-        "test_accuracy_pct": maybe(percent),
-        "val_accuracy_pct": maybe(percent),
         "epoch": integer(0),
         "config": config,
     }
@@ -159,6 +159,10 @@ def load_checkpoint(path) -> dict:
     if version == 1:
         checkpoint = _from_format_1(checkpoint, path)
     CHECKPOINT(checkpoint, str(path))
+    task = TASKS.get(checkpoint["task"])
+    metric = task.objective.METRIC if task else "accuracy_pct"
+    scores = {f"{split}_{metric}": maybe(percent) for split in ("test", "val")}
+    record(scores)(checkpoint, str(path))
     n = checkpoint["settings"]["num_classes"]
     if n != len(checkpoint["classes"]):
         raise BadInput(f"{path} names {len(checkpoint['classes'])} classes of {n}")

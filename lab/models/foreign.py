@@ -3,16 +3,15 @@
 >>> network, layout = read_weights("model.safetensors", "mobilevit_s")
 >>> save_checkpoint("mine.pth", as_checkpoint(network, "mobilevit_s", layout))
 
-MobileViT is read as timm, Hugging Face transformers and Apple's ml-cvnets name it. All compute the
+MobileViT is read as timm, Hugging Face transformers and Apple's ml-cvnets name it, and under the
+heads of DeepLab and SSDLite as far as these have such networks. All compute the
 same; they differ in names, in attention heads (those three have four in every block) and in the
 order of the colours that the weights were trained on. A network read here always takes RGB. ViT is
 read as timm and transformers name it. Names and colours: the projects' code, of ml-cvnets its v0.1.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +20,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lab.cli import BadInput
-from lab.models import build, default_img_size, full_name, require_mobilevit, settings_of, vit
+from lab.models import (
+    TASK_OF,
+    build,
+    default_img_size,
+    full_name,
+    mobilevit_names,
+    require_heads,
+    settings_of,
+    vit,
+)
 from lab.models.checkpoint import FORMAT, load_state, read_tensors, tensor, without_prefix
-from lab.models.rewrites import joined_attention, renamed
 from lab.schema import mapping
-from lab.tasks import cifar10
+from lab.tasks import TASKS, cifar10
 from mobilevit import VARIANTS, from_timm
 
 # Where scripts keep the state dict in what they save. Averaged weights come first: where a file
@@ -34,61 +41,7 @@ WRAPPERS = (
     "state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model_state", "model",
 )  # fmt: skip
 
-# Tensors that are no part of the network: the step count of torch's averaged models, and the head
-# of transformers' segmentation network.
-IGNORED = re.compile(r"n_averaged|segmentation_head\..*")
-
-# transformers' and ml-cvnets' parameter names -> ours, as rewrites applied in this order.
-_FROM_TRANSFORMERS = (
-    (r"^mobilevit\.", ""),
-    (r"^encoder\.layer\.(\d)\.layer\.", r"stages.\1."),
-    (r"^encoder\.layer\.(\d)\.downsampling_layer\.", r"stages.\1.0."),
-    (r"^encoder\.layer\.(\d)\.", r"stages.\1.1."),
-    (r"^conv_stem\.", "stem."),
-    (r"^conv_1x1_exp\.", "head."),
-    (r"\.expand_1x1\.", ".expand."),
-    (r"\.conv_3x3\.", ".depthwise."),
-    (r"\.reduce_1x1\.", ".project."),
-    (r"\.conv_kxk\.", ".local."),
-    (r"\.conv_1x1\.convolution\.", ".to_tokens."),
-    (r"\.conv_projection\.", ".project."),
-    (r"\.fusion\.", ".fuse."),
-    (r"\.convolution\.", ".conv."),
-    (r"\.normalization\.", ".norm."),
-    (r"\.transformer\.layer\.", ".layers."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.layernorm\.", ".norm."),
-    (r"\.attention\.attention\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".ffn.0."),
-    (r"\.output\.dense\.", ".ffn.2."),
-)
-_FROM_CVNETS = (
-    (r"^encoder\.", ""),
-    (r"^conv_1\.block\.", "stem."),
-    *((rf"^layer_{stage}\.", f"stages.{stage - 1}.") for stage in range(1, 6)),
-    (r"^conv_1x1_exp\.block\.", "head."),
-    (r"^classifier\.fc\.", "classifier."),
-    (r"\.block\.exp_1x1\.block\.", ".expand."),
-    (r"\.block\.conv_3x3\.block\.", ".depthwise."),
-    (r"\.block\.red_1x1\.block\.", ".project."),
-    (r"\.local_rep\.conv_3x3\.block\.", ".local."),
-    (r"\.local_rep\.conv_1x1\.block\.conv\.", ".to_tokens."),
-    (r"\.global_rep\.(\d)\.pre_norm_mha\.0\.", r".layers.\1.norm1."),
-    (r"\.global_rep\.(\d)\.pre_norm_mha\.1\.qkv_proj\.", r".layers.\1.attn.qkv."),
-    (r"\.global_rep\.(\d)\.pre_norm_mha\.1\.out_proj\.", r".layers.\1.attn.proj."),
-    (r"\.global_rep\.(\d)\.pre_norm_ffn\.0\.", r".layers.\1.norm2."),
-    (r"\.global_rep\.(\d)\.pre_norm_ffn\.1\.", r".layers.\1.ffn.0."),
-    (r"\.global_rep\.(\d)\.pre_norm_ffn\.4\.", r".layers.\1.ffn.2."),
-    (r"\.global_rep\.\d\.", ".norm."),
-    (r"\.conv_proj\.block\.", ".project."),
-    (r"\.fusion\.block\.", ".fuse."),
-)
-
-
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return joined_attention(renamed(state, _FROM_TRANSFORMERS))
+NO_WEIGHT = "n_averaged"  # the step count of torch's averaged models
 
 
 @dataclass(frozen=True)
@@ -111,6 +64,7 @@ class Family:
     names: tuple[str, ...]
     layouts: tuple[Layout, ...]
     classifier: str = "classifier"  # name of the last layer
+    num_classes: Callable[[int], int] = int  # of as many rows of its weights
 
 
 CIFAR10 = {"mean": cifar10.MEAN, "std": cifar10.STD}
@@ -139,9 +93,28 @@ FAMILIES = (
         (
             Layout("mobilevit.py", dict, **CIFAR10),
             Layout("timm", from_timm, heads=4),
-            Layout("transformers", _from_transformers, heads=4, bgr=True),
-            Layout("ml-cvnets", partial(renamed, rewrites=_FROM_CVNETS), heads=4, bgr=True),
+            Layout("transformers", mobilevit_names.from_transformers, heads=4, bgr=True),
+            Layout("ml-cvnets", mobilevit_names.from_cvnets, heads=4, bgr=True),
         ),
+    ),
+    Family(
+        "DeepLab",
+        tuple(f"deeplab_{full_name(variant)}" for variant in VARIANTS),
+        (
+            Layout("lab/models/deeplab.py", dict),
+            Layout("transformers", mobilevit_names.deeplab_from_transformers, heads=4, bgr=True),
+            Layout("ml-cvnets", mobilevit_names.deeplab_from_cvnets, heads=4, bgr=True),
+        ),
+    ),
+    Family(
+        "SSDLite",
+        tuple(f"ssdlite_{full_name(variant)}" for variant in VARIANTS),
+        (
+            Layout("lab/models/ssdlite.py", dict),
+            Layout("ml-cvnets", mobilevit_names.ssd_from_cvnets, heads=4, bgr=True),
+        ),
+        classifier="heads.5",
+        num_classes=lambda rows: rows // 4 - 5,  # of 4 boxes, each 4 offsets, background, classes
     ),
     # timm's default weights: of vit_* from Google ("augreg"), of deit_* from Facebook.
     _vits("vit_cifar", CIFAR10),
@@ -170,31 +143,40 @@ def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
     """The network `name` with the weights in a file, in evaluation mode, and the file's layout.
 
     The file is .safetensors or a torch file of tensors: a state dict, as it is or under one of the
-    names in WRAPPERS. The number of classes is that of the classifier's rows. `heads` overrides
+    names in WRAPPERS. The number of classes follows from the classifier's rows. `heads` overrides
     the attention heads of a MobileViT's layout. Raises BadInput for everything that does not fit.
     """
     if heads is not None:
-        require_mobilevit(name, "--heads")
+        require_heads(name)
     state = _read_state(path)
     family, expected = family_of(name), _shapes(name)
     layout, state = _recognised(state, expected, family, path)
     classifier = state.get(f"{family.classifier}.weight")
-    if classifier is None or classifier.dim() != 2:
+    if classifier is None or classifier.dim() == 0:
         raise BadInput(f"{path} has the names of {layout.name}, but no classifier's weights")
     _require_variant(state, name, family, path)
     for counter in expected:
         if counter.endswith(".num_batches_tracked"):  # not needed, and often left out
             state.setdefault(counter, torch.tensor(0))
     heads = layout.heads if heads is None else heads
-    settings = {"num_classes": len(classifier)} | ({} if heads is None else {"heads": heads})
+    settings = {"num_classes": family.num_classes(len(classifier))} | (
+        {} if heads is None else {"heads": heads}
+    )
     try:
         network = build(name, **settings)
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
     load_state(network, state, f"{path}, with the names of {layout.name} turned into ours,")
     if layout.bgr:
-        network.stem.conv.weight.data = network.stem.conv.weight.data.flip(1)
+        flip_colours(network)
     return network.eval().to(memory_format=torch.channels_last), layout
+
+
+def flip_colours(network: nn.Module) -> None:
+    """Let a MobileViT, or a network on one, that took blue, green, red take red, green, blue, or
+    the reverse."""
+    stem = getattr(network, "backbone", network).stem.conv
+    stem.weight.data = stem.weight.data.flip(1)
 
 
 def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, source="") -> dict:
@@ -202,7 +184,8 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
 
     `classes` are the names of its classes, by default "class 0" and so on.
     """
-    settings = settings_of(network)
+    settings, task = settings_of(network), TASK_OF.get(name, "imagefolder")
+    metric = TASKS[task].objective.METRIC
     n = settings["num_classes"]
     classes = [f"class {k}" for k in range(n)] if classes is None else list(classes)
     if len(classes) != n:
@@ -211,12 +194,12 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
         "format": FORMAT,
         "model": name,
         "settings": settings,
-        "task": "imagefolder",
+        "task": task,
         "classes": classes,
         "img_size": default_img_size(name),
         "state_dict": network.state_dict(),
-        "val_accuracy_pct": None,
-        "test_accuracy_pct": None,
+        f"val_{metric}": None,
+        f"test_{metric}": None,
         "epoch": 0,
         "config": {"weights": str(source), "layout": layout.name},
         "normalize": {"mean": list(layout.mean), "std": list(layout.std)},
@@ -240,7 +223,7 @@ def _read_state(path) -> dict[str, Tensor]:
     for name, value in state.items():
         if value.dim() and not value.is_floating_point():
             raise BadInput(f"{path}: {name} is {value.dtype}, but weights should be floats")
-    return without_prefix({n: t for n, t in state.items() if not IGNORED.fullmatch(n)})
+    return without_prefix({n: t for n, t in state.items() if n != NO_WEIGHT})
 
 
 def _shapes(name: str) -> dict[str, torch.Size]:
@@ -266,7 +249,7 @@ def _recognised(state: dict, expected: dict, family: Family, path) -> tuple[Layo
 def _require_variant(state: dict, name: str, family: Family, path) -> None:
     """Raise BadInput if the shapes are those of another network of the kind than `name`."""
 
-    last = f"{family.classifier}."
+    last = family.classifier.split(".")[0] + "."
 
     def fits(variant: str) -> bool:
         body = {n: s for n, s in _shapes(variant).items() if not n.startswith(last)}

@@ -38,7 +38,7 @@ class Augmentation:
             x = flip(x, draws[:, 2])
         if self.policy == "autoaugment":
             v2 = _transforms()
-            x = seeded(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), x, draws[:, 3])
+            x = torch.stack(seeded(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), x, draws[:, 3]))
         if self.jpeg:
             x = through_jpeg(x, draws[:, 4:6], self.jpeg)
         if self.erase:
@@ -128,12 +128,12 @@ def erased(x: Tensor, draws: Tensor, probability: float) -> Tensor:
     return torch.where(rows[:, None, :, None] & columns[:, None, None], GREY[:, None, None], x)
 
 
-def seeded(transform, x: Tensor, seeds: Tensor) -> Tensor:
-    """A torchvision transform of each image with its own seed."""
+def seeded(transform, samples, seeds: Tensor) -> list:
+    """A torchvision transform of each sample with its own seed."""
     state = torch.get_rng_state()  # torchvision draws from the global generator
     transformed = []
-    for image, seed in zip(x, seeds.tolist()):
+    for sample, seed in zip(samples, seeds.tolist()):
         torch.default_generator.manual_seed(seed)
-        transformed.append(transform(image))
+        transformed.append(transform(sample))
     torch.set_rng_state(state)
-    return torch.stack(transformed)
+    return transformed

@@ -1,22 +1,22 @@
 """From a data set to batches: splits, balanced subsets, batches to train and to evaluate on.
 
-A data set has `labels` int64 [N], `classes`, `len`, indexing by a tensor of indices or a slice, and
-`inputs(img_size, device)`, which makes the network's input of all its images. Images of CIFAR-10
-stay uint8 [N, 3, 32, 32] until a batch is needed: they are augmented at that size in the loader's
-workers, then normalised and resized on the network's device, a whole batch at a time.
+A data set has `labels`, a tensor with a row for each image (int64 [N] where one class is the whole
+answer), `classes`, `len`, indexing by a tensor of indices or a slice, and `inputs(img_size,
+device)`, which makes the network's input of all its images.
 
 Every random choice is a function of (seed, step). Any process can make any batch again at any
 time, so a resumed or data-parallel run sees exactly the same images.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks.augment import DRAWS, Augmentation
-from lab.tasks.cifar10 import SIDE, Images
+from lab.tasks.sampler import Sampler
 
 # The same for every run, so that no run trains on images that another one holds out.
 _SPLIT_SEED = 0
@@ -51,54 +51,56 @@ def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tenso
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """All batches of a training run by step: `self[step]` -> images uint8 [b, 3, w, w] and their
-    labels int64 [b] or, where `augment` mixes images, class probabilities float32 [b, K].
+    """All batches of a training run by step: `self[step]` -> what `make(data, indices, draws, rng,
+    augment, stage)` makes of the images at `indices` [b], with random numbers `draws` int64
+    [b, DRAWS], those of each image, and a generator `rng` for what concerns them all.
 
     Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
     last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
-    share b = batch_size / world of the batch that a single process would get. `windows` names, by
-    epoch, the side w <= 32 of a random window to cut from every image (default: 32).
+    share b = batch_size / world of the batch that a single process would get. `stages` has the
+    lab.training.schedule.Stage of every epoch; with `multi_scale`, its sides and the batch size
+    change from step to step (see lab.tasks.sampler).
     """
 
     def __init__(
         self,
-        data: Images,
+        make: Callable[..., tuple[Tensor, Tensor]],
+        data,
         batch_size: int,
         seed: int,
         augment: Augmentation,
         rank: int = 0,
         world: int = 1,
-        windows: list[int] | None = None,
+        stages: list | None = None,
+        multi_scale: bool = False,
     ):
         if not 0 < batch_size <= len(data):
             raise BadInput(f"batch size {batch_size} is not within 1 to {len(data)} images")
+        self.sampler = Sampler(len(data), batch_size, seed, multi_scale)
         divisor = 2 * world if augment.mixes else world  # images mix within a process, by halves
-        if batch_size % divisor:
-            raise BadInput(
-                f"batch size {batch_size} does not divide by {divisor}: {world} processes"
-                + (", which mix images in pairs" if augment.mixes else "")
-            )
-        self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
-        self.rank, self.world, self.windows = rank, world, windows
-        self.steps_per_epoch = len(data) // batch_size
+        for size in self.sampler.sizes:
+            if size % divisor:
+                raise BadInput(
+                    f"batch size {size} does not divide by {divisor}: {world} processes"
+                    + (", which mix images in pairs" if augment.mixes else "")
+                )
+        if not self.sampler.rounds:
+            raise BadInput(f"batches of {self.sampler.sizes} images are more than {len(data)}")
+        self.make, self.data, self.seed, self.augment = make, data, seed, augment
+        self.rank, self.world, self.stages = rank, world, stages
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        epoch, batch = divmod(step, self.steps_per_epoch)
+        epoch, first, end = self.sampler.place(step)
         order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch))
-        indices = order[batch * self.batch_size :][: self.batch_size]
-        x, labels = self.data.images[indices], self.data.labels[indices]
-        share = slice(self.rank, None, self.world)
+        indices = order[first:end]
         # Drawn for the whole batch and then shared out, so that `world` changes no image.
         draws = torch.randint(
-            2**31, (self.batch_size, DRAWS), generator=_generator(self.seed, 0, step)
+            2**31, (len(indices), DRAWS), generator=_generator(self.seed, 0, step)
         )
-        x, labels, draws = x[share], labels[share], draws[share]
-        window = self.windows[epoch] if self.windows else SIDE
-        x = self.augment.images(x, draws, window)
-        if not self.augment.mixes:
-            return x, labels
+        share = slice(self.rank, None, self.world)
         rng = np.random.default_rng((self.seed, 1, step))
-        return self.augment.mixed(x, F.one_hot(labels, len(self.data.classes)).float(), rng)
+        stage = self.stages[epoch].scaled(self.sampler.scale(step)) if self.stages else None
+        return self.make(self.data, indices[share], draws[share], rng, self.augment, stage)
 
 
 def loader_workers(device: str) -> int:

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.cli import BadInput
+from lab.tasks import classification
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images in [0, 1], per RGB channel
 STD = (0.2470, 0.2435, 0.2616)
 SIDE = 32  # pixels
+
+objective = classification
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from lab.cli import BadInput
+from lab.tasks import classification
 from lab.tasks.batches import balanced_subset
 from lab.tasks.photo import read_photo
 
+objective = classification
 CALIBRATION_SHARE = 5  # every fifth image
 MAX_CALIBRATION = 1000  # images
 _SPLIT_SEED = 0
@@ -79,9 +81,7 @@ def load(data_dir, train: bool) -> Photos:
     """
     folder = Path(data_dir)
     if _folders(folder / "train"):
-        evaluation = next((p for p in (folder / "test", folder / "val") if _folders(p)), None)
-        if evaluation is None:
-            raise BadInput(f"{folder} has a train folder of classes, but no such test or val")
+        evaluation = _evaluation(folder)
         photos = {part: _scan(part) for part in (folder / "train", evaluation)}
         _require_equal_classes(*photos.items())
         return photos[folder / "train" if train else evaluation]
@@ -95,6 +95,20 @@ def load(data_dir, train: bool) -> Photos:
     keep = torch.ones(len(photos), dtype=torch.bool)
     keep[calibration] = False
     return photos[keep]
+
+
+def load_all(data_dir) -> Photos:
+    """All photos of a folder of classes, or those of its test or val folder."""
+    folder = Path(data_dir)
+    return _scan(_evaluation(folder) if _folders(folder / "train") else folder)
+
+
+def _evaluation(folder: Path) -> Path:
+    """The folder of photos to evaluate on beside DIR/train."""
+    for part in (folder / "test", folder / "val"):
+        if _folders(part):
+            return part
+    raise BadInput(f"{folder} has a train folder of classes, but no such test or val")
 
 
 def _scan(folder: Path) -> Photos:

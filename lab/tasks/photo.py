@@ -20,6 +20,21 @@ def read_photo(path) -> Tensor:
     return _to_tensor(_decode(path))
 
 
+def squares(pictures: list[Tensor], img_size: int, device="cpu") -> Tensor:
+    """Pictures uint8 [3, H, W] as a network's input float32 [N, 3, S, S], stretched to squares."""
+    from torchvision.transforms.v2.functional import resize  # two seconds, see cifar10
+
+    side = [img_size, img_size]
+    images = torch.stack([resize(picture, side, antialias=True) for picture in pictures])
+    return to_input(images.to(device), img_size)
+
+
+def to_input(images: Tensor, img_size: int) -> Tensor:
+    """uint8 [b, 3, S, S] -> the model's float input, channels-last: pixels in [0, 1], as the
+    paper's code has them, but red first."""
+    return (images / 255).contiguous(memory_format=torch.channels_last)
+
+
 def thumbnail(path, side: int = 32) -> Tensor:
     """The picture in an image file made as small as training images, uint8 [3, side, side].
 

@@ -3,7 +3,11 @@
 import numpy as np
 import torch
 
+from lab.tasks import cifar10, classification
 from lab.tasks.cifar10 import CLASSES, SIDE, Images
+
+objective = classification
+to_input = cifar10.to_input
 
 
 def load(data_dir, train: bool) -> Images:

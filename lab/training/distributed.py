@@ -87,6 +87,14 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def gather(self, columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tensors on the CPU, each joined over all processes, whose rows may differ in number."""
+        if self.size == 1:
+            return columns
+        parts = [None] * self.size
+        dist.all_gather_object(parts, columns)
+        return tuple(map(torch.cat, zip(*parts)))
+
     def max(self, n: int) -> int:
         """The largest `n` of any process."""
         if self.size == 1:

@@ -5,19 +5,21 @@ from pathlib import Path
 
 from lab import cli
 from lab.cli import above, at_least, within
-from lab.models import NAMES, default_img_size, registered, run_name
+from lab.models import NAMES, default_img_size, registered, require_task, run_name
 from lab.models.checkpoint import MAX_IMG_SIZE
-from lab.tasks.augment import POLICIES
+from lab.tasks import TASKS, classification
 from lab.tasks.batches import loader_workers
 from lab.training.evaluation import TRAINABLE
 from lab.training.optimizer import OPTIMIZERS
 from lab.training.schedule import MAX_EPOCHS, parse_resolutions
 from mobilevit import MIN_IMG_SIZE
 
+# Options that act on the images, labels and losses of classification alone.
+OF_CLASSIFICATION = ("val_size", "erase", "jpeg", "mixup", "cutmix", "label_smoothing", "teacher")
 # Options that a resumed run may be given anew, and those that are not about a run.
 NOT_IN_CONFIG = (
     *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
-    *("eval", "checkpoint", "finish"),
+    *("eval", "checkpoint", "weights", "finish"),
 )
 
 
@@ -25,12 +27,14 @@ def parse_args(doc: str) -> argparse.Namespace:
     """The options of train.py, whose docstring is `doc`, complete and checked."""
     p = cli.parser(doc)
     add = p.add_argument_group("data").add_argument
-    add("--task", choices=TRAINABLE, default="cifar10", help="synthetic needs no download")
+    help = "synthetic needs no download; imagefolder is for --eval --weights"
+    add("--task", choices=(*TRAINABLE, "imagefolder"), default="cifar10", help=help)
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
     help = "training images held out to choose on (default: 2000; synthetic: 200)"
     add("--val-size", type=at_least(1), help=help)
-    help = "of 32x32 images; autoaugment comes after crop-flip"
-    add("--augment", choices=POLICIES, default="autoaugment", help=help)
+    kinds = sorted({kind for name in TRAINABLE for kind in TASKS[name].objective.AUGMENT})
+    help = "autoaugment, of 32x32 images, comes after crop-flip (default: the most that a task has)"
+    add("--augment", choices=kinds, help=help)
     add("--erase", type=within(0, 1), default=0.0, help="probability of erasing a part of an image")
     help = "probability of storing an image as JPEG, at a random quality"
     add("--jpeg", type=within(0, 1), default=0.0, help=help)
@@ -43,6 +47,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     network = p.add_argument_group("network")
     add = network.add_argument
     add("--model", default="mobilevit_xxs", type=registered, help=f"a network: {NAMES}")
+    help = "what else the network takes: NAME=NUMBER or NAME=NUMBER,NUMBER,..."
+    add("--settings", nargs="+", metavar="NAME=NUMBER", help=help)
     add("--heads", type=at_least(1), help="attention heads in every block, not the variant's")
     add = network.add_mutually_exclusive_group().add_argument
     add("--init", metavar="CHECKPOINT", help="start from these weights")
@@ -65,6 +71,9 @@ def parse_args(doc: str) -> argparse.Namespace:
     )
     add("--resolutions", help=help)
     add("--batch-size", type=at_least(1), default=128, help="images a step, over all processes")
+    help = "sides from 5/8 to 5/4 of the schedule's, drawn anew each step, in batches of equal cost"
+    # None, as runs have it that began before there was this option.
+    add("--multi-scale", action="store_true", default=None, help=help)
     add("--lr", type=above(0, 10), default=2e-3, help="peak learning rate")
     add("--min-lr", type=within(0, 10), default=0.0, help="floor that the cosine falls to")
     help = "epochs from one validation to the next"
@@ -77,7 +86,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd: with momentum")
     decay = {"type": within(0, 10), "default": 0.01, "help": "not on norms and biases"}
     add("--weight-decay", "--wd", **decay)
-    smoothing = {"type": within(0, 0.99), "default": 0.1, "help": "share spread over all classes"}
+    help = "share spread over all classes (default: 0.1 where images are classified)"
+    smoothing = {"type": within(0, 0.99), "help": help}
     add("--label-smoothing", "--label-smooth", **smoothing)
     add("--clip-norm", type=above(0), default=1.0, help="largest norm of the gradient")
     help = "average the weights for evaluation; 0: do not"
@@ -103,8 +113,11 @@ def parse_args(doc: str) -> argparse.Namespace:
     add("--finish", action="store_true", help=help)
     add("--max-minutes", type=above(0), help="stop cleanly after this time, to be resumed")
     add("--tensorboard", action="store_true", help="also log to --output/tensorboard")
-    add("--eval", action="store_true", help="print --checkpoint's test accuracy and stop")
+    help = "print what --checkpoint, or --weights, reaches on the test images and stop"
+    add("--eval", action="store_true", help=help)
     add("--checkpoint", help="the checkpoint for --eval")
+    help = "mere weights of --model for --eval, ours or others', on --task imagefolder"
+    add("--weights", metavar="FILE", help=help)
     why = "is not known: the best epoch is kept anyway, and --epochs or --max-minutes end a run"
     cli.refused(p, "--patience", why=why)
 
@@ -112,8 +125,6 @@ def parse_args(doc: str) -> argparse.Namespace:
     settle(p, args)
     args.device = cli.device(p, args.device)
     args.precision = cli.precision(p, args.precision, args.device, args.amp)
-    if args.val_size is None:
-        args.val_size = 2000 if args.task == "cifar10" else 200
     if args.workers is None:
         args.workers = loader_workers(args.device)
     args.output = Path(args.output or f"runs/{run_name(args.model, args.task)}")
@@ -122,14 +133,18 @@ def parse_args(doc: str) -> argparse.Namespace:
 
 def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that exclude each other; make one schedule of --resolutions or the others."""
-    if args.eval != (args.checkpoint is not None):
-        p.error("--eval and --checkpoint go together")
-    for option, named in (("eval", "checkpoint"), ("finish", "output")):
-        taken = (option, named, "data_dir", "device")
+    if [args.checkpoint, args.weights].count(None) != (1 if args.eval else 2):
+        p.error("--eval and one of --checkpoint and --weights go together")
+    if (args.task == "imagefolder") != bool(args.weights):
+        p.error("--task imagefolder and --weights go together: photos are not trained on")
+    which = ("weights", "model", "heads", "task") if args.weights else ("checkpoint",)
+    for option, named, *more in (("eval", *which), ("finish", "output")):
+        taken = (option, named, *more, "data_dir", "device")
         other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
         if vars(args)[option] and other:
             excluded = other[0].replace("_", "-")
             p.error(f"--{option} takes all else from the --{named}, --{excluded} excluded")
+    settle_task(p, args)
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
     if args.minutes and args.epochs:
@@ -141,9 +156,37 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.img_size, args.epochs = stages[-1].img_size, sum(stage.epochs for stage in stages)
     if args.minutes is None and args.warmup_epochs >= args.epochs:
         p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
+    if TASKS[args.task].objective is not classification:
+        if any(stage.side != stage.img_size for stage in stages):
+            p.error(f"--resolutions with windows is not for --task {args.task}")
     if args.min_lr > args.lr:
         p.error("--min-lr must not be above --lr")
+    if args.batch_size == 1 and args.task == "segmentation":
+        p.error("--batch-size 1 is not for DeepLab: batch norms see one value of a whole image")
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
+    if args.multi_scale and any(s.side % 8 or s.side * 5 / 8 < MIN_IMG_SIZE for s in stages):
+        p.error("--multi-scale needs sides that 8 divides, of at least 56 pixels")
+    if args.multi_scale and args.batch_size < 16:
+        p.error("--multi-scale needs batches of at least 16 images")
     if args.pretrained and args.heads is not None:
         p.error("--pretrained excludes --heads")
+
+
+def settle_task(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what the task does not know; give its defaults to options that hang on it."""
+    require_task(args.model, args.task)
+    task = TASKS[args.task]
+    kinds = task.objective.AUGMENT
+    args.augment = args.augment or kinds[-1]
+    if args.augment not in kinds:
+        p.error(f"--augment {args.augment} is not for --task {args.task}: {', '.join(kinds)}")
+    if task.objective is classification:
+        if args.label_smoothing is None:
+            args.label_smoothing = 0.1
+        args.val_size = args.val_size or (2000 if args.task == "cifar10" else 200)
+        return
+    given = [option for option in OF_CLASSIFICATION if vars(args)[option]]
+    if given:
+        p.error(f"--{given[0].replace('_', '-')} is not for --task {args.task}")
+    args.label_smoothing = 0.0

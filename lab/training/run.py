@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -28,10 +27,11 @@ from lab.models.checkpoint import (
     tensor,
 )
 from lab.schema import Schema, integer, mapping, number, record, sequence, text
-from lab.tasks.cifar10 import Images
+from lab.tasks import TASKS
+from lab.tasks.sampler import Sampler
 from lab.training.distributed import World
-from lab.training.evaluation import evaluated, test_accuracy
-from lab.training.schedule import Schedule
+from lab.training.evaluation import judged, test_score, trained_task
+from lab.training.schedule import Schedule, Stage
 
 
 def numeral(value, where: str) -> None:
@@ -43,19 +43,23 @@ def numeral(value, where: str) -> None:
         raise BadInput(f"{where} is {value!r}, but should be a number") from error
 
 
-LOG_LINE = {
-    "epoch": integer(1),
-    "img_size": integer(1),
-    "window": integer(1),
-    "lr": numeral,
-    "train_loss": numeral,
-    "train_accuracy_pct": numeral,
-    "val_loss": numeral,
-    "val_accuracy_pct": numeral,
-    "images_per_s": numeral,
-    "peak_memory_mb": numeral,
-    "seconds": numeral,
-}
+def log_line(objective) -> dict[str, Schema]:
+    """What a line of the log holds."""
+    return {
+        "epoch": integer(1),
+        "img_size": integer(1),
+        "window": integer(1),
+        "lr": numeral,
+        "train_loss": numeral,
+        f"train_{objective.TRAIN_METRIC}": numeral,
+        "val_loss": numeral,
+        f"val_{objective.METRIC}": numeral,
+        "images_per_s": numeral,
+        "peak_memory_mb": numeral,
+        "seconds": numeral,
+    }
+
+
 SAVED = ("step", "seconds", "history", "best_accuracy", "config")  # besides the weights and sums
 
 
@@ -74,21 +78,29 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
-    steps_per_epoch: int
+    sampler: Sampler
     validate_every: int  # epochs
-    batch_size: int  # over all processes
     about: dict
     config: dict
     tensorboard: object = None  # a SummaryWriter
     step: int = 0
-    history: list = field(default_factory=list)  # a LOG_LINE a validation
-    best_accuracy: float = -1.0
+    history: list = field(default_factory=list)  # a log_line a validation
+    best_accuracy: float = -1.0  # of the task's metric, in percent
     # Since the last validation, and of this process:
     seconds: float = 0.0  # training only
-    sums: Tensor = field(init=False)  # loss, correct, gradient norm
+    sums: Tensor = field(init=False)  # loss, right, gradient norm
 
     def __post_init__(self):
         self.sums = torch.zeros(3, device=self.world.device)
+
+    @property
+    def task(self):
+        """The module of its task."""
+        return TASKS[self.about["task"]]
+
+    def stage(self) -> Stage:
+        """The stage that the next step is in, with the sides of the step's images."""
+        return self.schedule.stage(self.step).scaled(self.sampler.scale(self.step))
 
     @property
     def validation_due(self) -> bool:
@@ -97,7 +109,7 @@ class Run:
 
     def validations_due(self, step: int) -> int:
         """Validations up to `step`; there is one at the end, too."""
-        interval = self.validate_every * self.steps_per_epoch
+        interval = self.validate_every * self.sampler.steps_per_epoch
         if step == len(self.schedule):
             return math.ceil(step / interval)
         return step // interval
@@ -106,33 +118,36 @@ class Run:
         """The weights to evaluate and ship."""
         return self.ema.module if self.ema else self.model
 
-    def evaluate(self, images: Images, img_size: int) -> tuple[float, float]:
-        """Loss and accuracy in percent, each process taking its share of the images."""
+    def evaluate(self, data, img_size: int) -> dict:
+        """The score of the weights on `data`, each process taking its share of the images."""
         world, model = self.world, self.network().eval()
-        share = images[world.rank :: world.size]
-        logits, labels = evaluated(model, share, img_size, world.device)
+        share = data[world.rank :: world.size]
+        columns = judged(model, share, img_size, self.task, world.device)
         self.model.train()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums = torch.stack((loss, (logits.argmax(1) == labels).sum().float()))
-        loss, correct = world.sum(sums.to(world.device)).tolist()
-        return loss / len(images), 100 * correct / len(images)
+        return self.task.objective.score(*world.gather(columns), data.classes)
 
-    def validate(self, val: Images) -> None:
+    def validate(self, val) -> None:
         """Validate and log, keep the weights if they are the best yet, save."""
-        world, stage = self.world, self.schedule.stage(self.step - 1)
-        loss, correct, _ = world.sum(self.sums).tolist()
-        interval = self.validate_every * self.steps_per_epoch
-        n = (self.step % interval or interval) * self.batch_size  # the last can be short
-        val_loss, val_accuracy_pct = self.evaluate(val, stage.img_size)
+        world, stage, objective = (
+            self.world,
+            self.schedule.stage(self.step - 1),
+            self.task.objective,
+        )
+        loss, right, _ = world.sum(self.sums).tolist()
+        per_epoch = self.sampler.steps_per_epoch
+        interval = self.validate_every * per_epoch
+        before = self.step - (self.step % interval or interval)  # the last can be short
+        n = self.sampler.seen(self.step) - self.sampler.seen(before)
+        score = self.evaluate(val, stage.img_size)
         row = {
-            "epoch": math.ceil(self.step / self.steps_per_epoch),
+            "epoch": math.ceil(self.step / per_epoch),
             "img_size": stage.img_size,
             "window": stage.side,
             "lr": f"{self.schedule.lr(self.step - 1):.3g}",
             "train_loss": f"{loss / n:.4f}",
-            "train_accuracy_pct": f"{100 * correct / n:.2f}",
-            "val_loss": f"{val_loss:.4f}",
-            "val_accuracy_pct": f"{val_accuracy_pct:.2f}",
+            f"train_{objective.TRAIN_METRIC}": f"{100 * right / n:.2f}",
+            "val_loss": f"{score['loss']:.4f}",
+            f"val_{objective.METRIC}": f"{score[objective.METRIC]:.2f}",
             "images_per_s": f"{n / max(self.seconds, 1e-3):.1f}",
             "peak_memory_mb": f"{peak_memory_bytes(world.device) / files.MB:.0f}",
             "seconds": f"{self.seconds:.1f}",
@@ -141,8 +156,9 @@ class Run:
         self.sums.zero_()
         self.seconds = 0.0
         # Weights validated at another resolution than the last one can't be chosen.
-        if stage.img_size == self.about["img_size"] and val_accuracy_pct > self.best_accuracy:
-            self.best_accuracy = val_accuracy_pct
+        comparable = stage.img_size == self.about["img_size"]
+        if comparable and score[objective.METRIC] > self.best_accuracy:
+            self.best_accuracy = score[objective.METRIC]
             if world.rank == 0:
                 save_checkpoint(self.output / "best.pth", self.shippable())
         self.save()
@@ -160,8 +176,8 @@ class Run:
             "format": FORMAT,
             **self.about,
             "state_dict": {k: v.contiguous().cpu() for k, v in self.network().state_dict().items()},
-            "test_accuracy_pct": None,
-            "val_accuracy_pct": self.best_accuracy,
+            f"test_{self.task.objective.METRIC}": None,
+            f"val_{self.task.objective.METRIC}": self.best_accuracy,
             "epoch": self.history[-1]["epoch"],
             "config": self.config,
             "commit": machine.code()[0],
@@ -184,7 +200,7 @@ class Run:
     def write_log(self) -> None:
         if self.history:
             content = io.StringIO()
-            writer = csv.DictWriter(content, LOG_LINE, lineterminator="\n")
+            writer = csv.DictWriter(content, self.history[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
             files.write_text(self.output / "log.csv", content.getvalue())
@@ -210,7 +226,7 @@ class Run:
             n = len(state["history"])
             raise BadInput(f"{path} logs {n} validations at step {state['step']}")
         logged = [line["epoch"] for line in state["history"]]
-        last = math.ceil(len(self.schedule) / self.steps_per_epoch)
+        last = math.ceil(len(self.schedule) / self.sampler.steps_per_epoch)
         due = [min((i + 1) * self.validate_every, last) for i in range(len(logged))]
         if logged != due:
             raise BadInput(f"{path}: history has the epochs {logged}, but should have {due}")
@@ -238,7 +254,7 @@ class Run:
                 "scaler": like(self.scaler.state_dict()),
                 "step": integer(0, len(self.schedule)),
                 "seconds": number(0),
-                "history": sequence(record(LOG_LINE)),
+                "history": sequence(record(log_line(self.task.objective))),
                 "best_accuracy": number(-1, 100),
                 "sums": like(torch.zeros(3)),
                 **ema,
@@ -265,21 +281,20 @@ def finish(output: Path, data_dir, device) -> None:
     paths = [output / name for name in ("best.pth", "last.pth", "config.json", "metrics.json")]
     best_path, last_path, about_path, metrics_path = paths
     best = load_checkpoint(best_path)
-    if best["test_accuracy_pct"] is None:
+    objective = trained_task(best, best_path).objective
+    val, test = (f"{split}_{objective.METRIC}" for split in ("val", "test"))
+    if best[test] is None:
         state = read_tensors(last_path)
-        record({"history": sequence(record(LOG_LINE)), "config": mapping(plain)})(
-            state, str(last_path)
-        )
+        line = record(log_line(objective))
+        record({"history": sequence(line), "config": mapping(plain)})(state, str(last_path))
         if not state["history"]:
             raise BadInput(f"{last_path} has no validated epoch yet: --resume the run")
         about = files.read_json(about_path)
         record({"hardware": text})(about, str(about_path))
-        n_correct, n = test_accuracy(best_path, data_dir, device)
-        test_accuracy_pct = 100 * n_correct / n
+        score, in_words = test_score(best_path, data_dir, device)
         printed = (
             f"{run_name(best['model'], best['task'])}: epoch {best['epoch']} chosen, "
-            f"validation {best['val_accuracy_pct']:.2f} %, "
-            f"test {test_accuracy_pct:.2f} % ({n_correct} of {n})"
+            f"validation {best[val]:.2f} %, test {in_words}"
         )
         metrics = {
             "model": best["model"],
@@ -287,17 +302,16 @@ def finish(output: Path, data_dir, device) -> None:
             "parameters": sum(p.numel() for p in network(best, best_path).parameters()),
             "epoch": best["epoch"],
             "epochs_trained": state["history"][-1]["epoch"],
-            "val_accuracy_pct": best["val_accuracy_pct"],
-            "test_accuracy_pct": test_accuracy_pct,
-            "n_correct": n_correct,
-            "n_images": n,
+            val: best[val],
+            test: score[objective.METRIC],
+            **{k: v for k, v in score.items() if k not in ("loss", objective.METRIC)},
             "train_s": sum(float(row["seconds"]) for row in state["history"]),
             "printed": printed,
             "config": state["config"],
         }
         how = {k: v for k, v in about.items() if k not in state["config"]}  # commit, hardware, ...
         files.write_json(metrics_path, metrics | how)
-        save_checkpoint(best_path, best | {"test_accuracy_pct": test_accuracy_pct})
+        save_checkpoint(best_path, best | {test: score[objective.METRIC]})
     metrics = files.read_json(metrics_path)
     record({"printed": text})(metrics, str(metrics_path))
     print(metrics["printed"])

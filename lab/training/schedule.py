@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from lab.cli import BadInput, shortened
@@ -29,6 +29,10 @@ class Stage:
 
     def steps(self, per_epoch: int) -> int:
         return max(1, round(self.epochs * per_epoch))
+
+    def scaled(self, scale: float) -> "Stage":
+        """The same of images of other sides."""
+        return replace(self, side=int(scale * self.side), img_size=int(scale * self.img_size))
 
     @property
     def window(self) -> int:

@@ -8,29 +8,44 @@ from torch import nn
 
 from lab import machine
 from lab.cli import BadInput
-from lab.models import build, require_img_size, require_mobilevit
-from lab.models.checkpoint import load_checkpoint, load_weights, network
+from lab.models import build, require_heads, require_img_size, require_mobilevit
+from lab.models.checkpoint import load_checkpoint, load_state, load_weights, network
 from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
+from lab.tasks.batches import split
+
+
+def network_settings(pairs: list[str] | None) -> dict:
+    """What `--settings NAME=NUMBER NAME=NUMBER,NUMBER` says, as the registry's networks take it."""
+    settings = {}
+    for pair in pairs or ():
+        name, _, value = pair.partition("=")
+        try:
+            numbers = [int(number) for number in value.split(",")]
+        except ValueError as error:
+            raise BadInput(f"--settings {pair}: give NAME=NUMBER or NAME=NUMBER,...") from error
+        settings[name] = numbers if "," in value else numbers[0]
+    return settings
 
 
 def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> int | None:
     """Attention heads that the network `name` is asked to have; None: its own. BadInput for a start
     that it does not know."""
     if heads is not None:
-        require_mobilevit(name, "--heads")
+        require_heads(name)
     if widened:
         require_mobilevit(name, "--widen")
     return timm_layout(name).heads if pretrained else heads
 
 
 def fresh_model(
-    name: str, num_classes: int, heads: int | None, seed: int, sides: list[int]
+    name: str, num_classes: int, heads: int | None, seed: int, sides: list[int], **settings
 ) -> nn.Module:
     """The network `name` with random weights, which takes images of all `sides`, in pixels; `heads`
     as its variant has them if None."""
     torch.manual_seed(seed)
-    settings = {} if heads is None else {"heads": heads}
+    if heads is not None:
+        settings["heads"] = heads
     try:
         model = build(name, num_classes=num_classes, **settings)
     except ValueError as error:
@@ -40,16 +55,37 @@ def fresh_model(
     return model
 
 
+def training_data(task, data_dir, val_size: int | None, n_processes: int):
+    """The images of `task` to train on, and those to choose weights on.
+
+    The latter are `val_size` of the former, held out, or the task's own if that is None.
+    """
+    data = task.load(data_dir, train=True)
+    if val_size is None:
+        return data, task.load_val(data_dir)
+    if not n_processes <= val_size < len(data):
+        raise BadInput(
+            f"--val-size {val_size} leaves nothing to some of {n_processes} processes, or none "
+            f"of {len(data)} images to train on"
+        )
+    train, val = split(data.labels, val_size)
+    return data[train], data[val]
+
+
 def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
     """Give `model`, the network `name`, the weights to start from, if any.
 
-    They are from `init`, a checkpoint of the same network; from `widened`, one of a narrower
-    variant; or, if `pretrained`, timm's from ImageNet, for which it must have the heads that
-    `heads_to_build` says. BadInput if that checkpoint was trained on images of `task` that a run
-    with `val_size` holds out.
+    They are from `init`, a checkpoint of the same network or of the classifier that it has for a
+    backbone; from `widened`, one of a narrower variant; or, if `pretrained`, timm's from ImageNet,
+    for which it must have the heads that `heads_to_build` says. BadInput if that checkpoint was
+    trained on images of `task` that a run with `val_size` holds out.
     """
     if init:
-        load_weights(model, name, checkpoint_for(init, task, val_size), init)
+        checkpoint = checkpoint_for(init, task, val_size)
+        if hasattr(model, "backbone") and checkpoint["model"] != name:
+            load_backbone(model.backbone, checkpoint, init)
+        else:
+            load_weights(model, name, checkpoint, init)
     elif widened:
         narrow = checkpoint_for(widened, task, val_size)
         require_mobilevit(narrow["model"], "--widen")
@@ -61,10 +97,21 @@ def load_start(model, name, *, init=None, widened=None, pretrained=False, task, 
         load_timm(model, name)
 
 
-def checkpoint_for(path, task: str, val_size: int) -> dict:
+def load_backbone(backbone: nn.Module, checkpoint: dict, path) -> None:
+    """Give `backbone`, a MobileViT without its classifier, the weights of a whole one."""
+    require_mobilevit(checkpoint["model"], "--init of a backbone")
+    whole = network(checkpoint, path)
+    (theirs, ours) = ((net.variant, net.heads, net.patches) for net in (whole, backbone))
+    if theirs != ours:
+        raise BadInput(f"{path} has variant, heads and patches {theirs}, the backbone has {ours}")
+    names = backbone.state_dict()
+    load_state(backbone, {k: v for k, v in whole.state_dict().items() if k in names}, path)
+
+
+def checkpoint_for(path, task: str, val_size: int | None) -> dict:
     """A checkpoint that was trained on no image that a run with `val_size` holds out."""
     checkpoint = load_checkpoint(path)
-    if checkpoint["task"] == task:
+    if checkpoint["task"] == task and val_size is not None:  # else nothing of it is held out
         held_out = checkpoint["config"].get("val_size")
         if held_out is None:
             raise BadInput(f"{path} does not say how many training images it held out: val_size")

@@ -1,0 +1,155 @@
+"""Pictures with boxes: COCO's annotation files, as detection reads them.
+
+    DIR/train.json  DIR/val.json  DIR/test.json            COCO instances
+    DIR/train/...   DIR/val/...   DIR/test/...             the files that they name
+
+val chooses the weights, test judges them. Classes are the categories by rising id, the same in all
+three files; a category that no box has is a class, too. A box is cut off at the edges of its image;
+one that has no area then, or lies outside, is left out, as is an image of train without any box
+that is left. Boxes of crowds are not learnt; when a detector is judged, what lies within one counts
+neither for nor against it. Everything else that is not as COCO's format says ends in one line.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lab.cli import BadInput
+from lab.files import read_json
+from lab.schema import integer, number, one_of, record, sequence, text
+from lab.tasks import detection, photo
+from lab.tasks.photo import read_photo, squares
+
+objective = detection
+to_input = photo.to_input
+MAX_SIDE = 10**5  # pixels of an image
+
+COCO = record(
+    {
+        "images": sequence(
+            record(
+                {
+                    "id": integer(),
+                    "file_name": text,
+                    "width": integer(1, MAX_SIDE),
+                    "height": integer(1, MAX_SIDE),
+                }
+            )
+        ),
+        "annotations": sequence(
+            record(
+                {"image_id": integer(), "category_id": integer(), "bbox": sequence(number(), 4)},
+                optional={"iscrowd": one_of(0, 1)},
+            )
+        ),
+        "categories": sequence(record({"id": integer(), "name": text})),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Image files with the objects in them.
+
+    `labels`: float32 [N, n, 6], for each object its box (x1, y1, x2, y2) in fractions of the
+    image's sides, its class from 0, and 1 if it is a crowd; rows of class -1 are none.
+    """
+
+    files: tuple[Path, ...]
+    sizes: Tensor  # int64 [N, 2], height and width as the annotations say
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices) -> "Scenes":
+        files = tuple(self.files[i] for i in torch.arange(len(self))[indices].tolist())
+        sizes, labels = self.sizes[indices], self.labels[indices]
+        return replace(self, files=files, sizes=sizes, labels=labels)
+
+    def picture(self, i: int) -> Tensor:
+        """The picture at `i`, uint8 [3, H, W]; BadInput if it has not the size that it should."""
+        image = read_photo(self.files[i])
+        there, said = list(image.shape[1:]), self.sizes[i].tolist()
+        if there != said:
+            raise BadInput(f"{self.files[i]} has {there} pixels, its annotations say {said}")
+        return image
+
+    @property
+    def has_objects(self) -> Tensor:
+        """Whether there is anything to learn in a picture, bool [N]."""
+        return ((self.labels[..., 4] >= 0) & (self.labels[..., 5] == 0)).any(1)
+
+    def inputs(self, img_size: int, device="cpu") -> Tensor:
+        """All pictures as the network's input, float32 [N, 3, S, S], stretched to squares.
+
+        The files are decoded here, anew with every call.
+        """
+        return squares([self.picture(i) for i in range(len(self))], img_size, device)
+
+
+def load(data_dir, train: bool) -> Scenes:
+    """The scenes to train on, or those to test on."""
+    if not train:
+        return _read(data_dir, "test")
+    scenes = _read(data_dir, "train")
+    return scenes[scenes.has_objects.nonzero().flatten()]
+
+
+def load_val(data_dir) -> Scenes:
+    """The scenes to choose weights on."""
+    return _read(data_dir, "val")
+
+
+def _read(data_dir, part: str) -> Scenes:
+    detection.require()
+    path, folder = Path(data_dir, f"{part}.json"), Path(data_dir, part)
+    if not path.is_file():
+        raise BadInput(f"no annotations at {path}: name the folder of train.json with --data-dir")
+    content = read_json(path)
+    COCO(content, str(path))
+    images, names = content["images"], {c["id"]: c["name"] for c in content["categories"]}
+    if not images or not names:
+        raise BadInput(f"{path} has {len(images)} images and {len(names)} categories")
+    for what in ("images", "categories"):
+        ids = [entry["id"] for entry in content[what]]
+        if len(set(ids)) < len(ids):
+            raise BadInput(f"{path}: two {what} have the same id")
+    place = {image["id"]: i for i, image in enumerate(images)}
+    number = {category: k for k, category in enumerate(sorted(names))}
+    objects = [[] for _ in images]
+    for k, annotation in enumerate(content["annotations"]):
+        for field, known in (("image_id", place), ("category_id", number)):
+            if annotation[field] not in known:
+                raise BadInput(f"{path}: annotations[{k}] has {field} {annotation[field]}, no such")
+        i = place[annotation["image_id"]]
+        box = _fractions(annotation["bbox"], images[i]["width"], images[i]["height"])
+        if box:
+            kind = number[annotation["category_id"]]
+            objects[i].append((*box, kind, annotation.get("iscrowd", 0)))
+    files = tuple(folder / image["file_name"] for image in images)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise BadInput(f"no image at {missing[0]}, which {path} names ({len(missing)} are missing)")
+    labels = torch.zeros(len(images), max(map(len, objects)), 6)
+    labels[..., 4] = -1
+    for row, found in zip(labels, objects):
+        if found:
+            row[: len(found)] = torch.tensor(found)
+    sizes = torch.tensor([[image["height"], image["width"]] for image in images])
+    scenes = Scenes(files, sizes, labels, tuple(names[category] for category in sorted(names)))
+    if not scenes.has_objects.any():
+        raise BadInput(f"{path} has no box of any area that is no crowd's")
+    return scenes
+
+
+def _fractions(bbox: list[float], width: int, height: int) -> tuple[float, ...] | None:
+    """x, y, width, height in pixels -> corners in fractions of the image, cut off at its edges;
+    None if nothing is left."""
+    x, y, w, h = bbox
+    left, right = (min(max(value / width, 0.0), 1.0) for value in (x, x + w))
+    top, bottom = (min(max(value / height, 0.0), 1.0) for value in (y, y + h))
+    return (left, top, right, bottom) if left < right and top < bottom else None

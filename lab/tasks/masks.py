@@ -1,0 +1,148 @@
+"""Pictures with a class for every pixel, as segmentation reads them.
+
+    DIR/classes.txt                                            the classes' names, one a line
+    DIR/train/images/NAME.jpg   DIR/train/labels/NAME.png      and val, and test
+
+or, laid out as PASCAL VOC,
+
+    DIR/classes.txt
+    DIR/JPEGImages/NAME.jpg     DIR/SegmentationClass/NAME.png
+    DIR/ImageSets/Segmentation/train.txt                       and val, and test: a NAME a line
+
+val chooses the weights, test judges them. A mask is a PNG of the image's size, gray or with a
+palette, whose pixels are lines of classes.txt, from 0. Pixels of 255, and those of a class that is
+called void, are neither learnt nor judged.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lab.cli import BadInput
+from lab.tasks import photo, segmentation
+from lab.tasks.photo import read_photo, squares
+from lab.tasks.segmentation import IGNORED, OUTSIDE
+
+objective = segmentation
+to_input = photo.to_input
+MAX_CLASSES = 250  # of the 256 values of a pixel
+_EXTENSIONS = (".jpg", ".jpeg", ".png")
+_UNKNOWN = 253  # what a pixel becomes that is no line of classes.txt
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files with their masks. `table` uint8 [256] turns a mask's pixels into classes."""
+
+    files: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    classes: tuple[str, ...]
+    table: Tensor
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices) -> "Pictures":
+        chosen = torch.arange(len(self))[indices].tolist()
+        files, masks = (tuple(paths[i] for i in chosen) for paths in (self.files, self.masks))
+        return replace(self, files=files, masks=masks)
+
+    @property
+    def labels(self) -> Tensor:
+        """The masks uint8 [N, H, W], smaller ones filled up with OUTSIDE at the right and below.
+
+        The files are decoded here, anew with every call.
+        """
+        masks = [self.mask(i) for i in range(len(self))]
+        height, width = (max(mask.shape[d] for mask in masks) for d in (0, 1))
+        labels = torch.full((len(masks), height, width), OUTSIDE, dtype=torch.uint8)
+        for row, mask in zip(labels, masks):
+            row[: mask.shape[0], : mask.shape[1]] = mask
+        return labels
+
+    def mask(self, i: int) -> Tensor:
+        """The classes of the pixels of image `i`, uint8 [H, W]; IGNORED for those of none."""
+        path = self.masks[i]
+        try:
+            with Image.open(path) as file:
+                pixels = torch.from_numpy(np.array(file))
+        except Exception as error:  # PIL's decoders raise many kinds, without a common base
+            raise BadInput(f"{path} can't be read as a mask: {error}") from error
+        mask = self.table[pixels.long()]
+        if (mask == _UNKNOWN).any():
+            unknown = int(pixels[mask == _UNKNOWN].max())
+            raise BadInput(f"{path} has pixels of {unknown}, which is no line of classes.txt")
+        return mask
+
+    def inputs(self, img_size: int, device="cpu") -> Tensor:
+        """All pictures as the network's input, float32 [N, 3, S, S], stretched to squares."""
+        return squares([read_photo(file) for file in self.files], img_size, device)
+
+
+def load(data_dir, train: bool) -> Pictures:
+    """The pictures to train on, or those to test on."""
+    return _read(Path(data_dir), "train" if train else "test")
+
+
+def load_val(data_dir) -> Pictures:
+    """The pictures to choose weights on."""
+    return _read(Path(data_dir), "val")
+
+
+def _read(folder: Path, part: str) -> Pictures:
+    names = _lines(folder / "classes.txt")
+    if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
+        raise BadInput(f"{folder / 'classes.txt'} should have 2 to {MAX_CLASSES} different names")
+    table = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
+    table[255] = IGNORED
+    classes = tuple(name for name in names if name != "void")
+    for line, name in enumerate(names):
+        table[line] = IGNORED if name == "void" else classes.index(name)
+    if (folder / "ImageSets").is_dir():
+        stems = _lines(folder / "ImageSets" / "Segmentation" / f"{part}.txt")
+        files = tuple(folder / "JPEGImages" / f"{stem}.jpg" for stem in stems)
+        masks = tuple(folder / "SegmentationClass" / f"{stem}.png" for stem in stems)
+    else:
+        images = folder / part / "images"
+        if not images.is_dir():
+            raise BadInput(f"no folder at {images}: name the one of train, val and test")
+        files = tuple(sorted(p for p in images.iterdir() if p.suffix.lower() in _EXTENSIONS))
+        masks = tuple(folder / part / "labels" / f"{file.stem}.png" for file in files)
+    if not files:
+        raise BadInput(f"{folder} has no images for {part}")
+    for file, mask in zip(files, masks):
+        _require_fitting(file, mask)
+    return Pictures(files, masks, classes, table)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise BadInput(f"no file at {path}: lab/tasks/masks.py says what --data-dir holds")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not text: {error}") from error
+    return [line for line in lines if line]
+
+
+def _require_fitting(file: Path, mask: Path) -> None:
+    """Raise BadInput unless both files are there, of one size, the mask of one byte a pixel."""
+    sizes = []
+    for path in (file, mask):
+        try:
+            with Image.open(path) as image:  # reads no pixels yet
+                sizes.append(image.size)
+                mode = image.mode
+        except FileNotFoundError as error:
+            raise BadInput(f"no image at {path}") from error
+        except Exception as error:  # see above
+            raise BadInput(f"{path} can't be read as an image: {error}") from error
+    if mode not in ("L", "P"):
+        raise BadInput(f"{mask} has pixels of kind {mode}, but a mask is gray or has a palette")
+    if sizes[0] != sizes[1]:
+        (w, h), (mask_w, mask_h) = sizes
+        raise BadInput(f"{mask} has {mask_w}x{mask_h} pixels, its image has {w}x{h}")

@@ -1,0 +1,55 @@
+"""Which images a training step takes, and how large they are: a function of the step.
+
+With several scales, a batch of small images has more of them and one of large images fewer, so that
+all cost the same: the multi-scale sampler of MobileViT's paper (section 3.2).
+"""
+
+import numpy as np
+
+# The paper's sides, 160, 192, 256, 288 and 320, over the 256 that networks are evaluated at.
+SCALES = (5 / 8, 3 / 4, 1, 9 / 8, 5 / 4)
+MULTIPLE = 8  # of images in a batch: they can be shared among as many processes
+
+
+class Sampler:
+    """Batches of `n_images` images in epochs, of `batch_size` each or, with `multi_scale`, at each
+    of SCALES of as many as have its pixels, rounded down to a MULTIPLE.
+
+    An epoch has each scale equally often, in an order drawn with `seed`, and no image twice; the
+    images that do not fill another round of all scales are left for the next shuffle. The authors
+    draw every step's scale by itself and in each process, and fill the last batch up; this way all
+    epochs have the same number of steps, and processes see what one would.
+    """
+
+    def __init__(self, n_images: int, batch_size: int, seed: int, multi_scale: bool = False):
+        self.scales = SCALES if multi_scale else (1,)
+        self.seed = seed
+        self.sizes = [batch_size]
+        if multi_scale:
+            self.sizes = [int(batch_size / s**2) // MULTIPLE * MULTIPLE for s in SCALES]
+        self.rounds = n_images // sum(self.sizes)  # in an epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.rounds * len(self.scales)
+
+    def scale(self, step: int) -> float:
+        """Sides of the images of `step`, over those of the schedule."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.scales[self._order(epoch)[i]]
+
+    def place(self, step: int) -> tuple[int, int, int]:
+        """The epoch of `step`, and the first and the end of its images in the epoch's order."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        ends = np.cumsum([self.sizes[k] for k in self._order(epoch)])
+        return epoch, int(ends[i] - self.sizes[self._order(epoch)[i]]), int(ends[i])
+
+    def seen(self, step: int) -> int:
+        """Images in all steps before `step`."""
+        epoch, first, _ = self.place(step)
+        return epoch * self.rounds * sum(self.sizes) + first
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The number of the scale of each step in an epoch."""
+        numbers = np.tile(np.arange(len(self.scales)), self.rounds)
+        return np.random.default_rng((self.seed, 2, epoch)).permutation(numbers)
