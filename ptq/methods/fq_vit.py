@@ -199,10 +199,14 @@ class LogSoftmaxCore(IntegerLayer):
 
 
 def uniform_softmax(codes: Tensor, scale: float, attention: Quantizer) -> Tensor:
-    """The softmax of integers in units of `scale`, as values of the nearest levels to those of
-    `attention` that are 1 / (a whole number)."""
-    levels = max(round(1 / float(attention.scale)), 1)
+    """The softmax of integers in units of `scale`, as values of the levels of `attention`."""
+    levels = softmax_levels(attention)
     return softmax(codes, scale, levels, attention.format.qmax) / levels
+
+
+def softmax_levels(attention: Quantizer) -> int:
+    """The whole number of which one is nearest to the scale that the quantizer calibrated."""
+    return max(round(1 / float(attention.scale)), 1)
 
 
 def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:

@@ -112,24 +112,21 @@ class IntegerActivation(IntegerLayer):
 
     def compute(self, x: Tensor) -> Tensor:
         quantizer = self.input
-        fmt, scale, zero_point = quantizer.format, quantizer.scale, quantizer.zero_point
+        fmt, *grid = quantizer.format, quantizer.scale, quantizer.zero_point
         # Of every code once: a feature map holds each many times.
-        every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - zero_point
-        return self.values(every, float(scale))[fmt.encode(x, scale, zero_point) - fmt.qmin]
+        every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - quantizer.zero_point
+        y, scale = self.integers(every, float(quantizer.scale))
+        return (y.double() * scale).float()[fmt.encode(x, *grid) - fmt.qmin]
 
-    def values(self, codes: Tensor, scale: float) -> Tensor:
-        """What the layer makes of integers in units of `scale`: float32 of their shape."""
+    def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
+        """What the layer makes of integers in units of `scale`: integers, and their scale."""
         if isinstance(self.layer, nn.GELU):
             if self.published:
-                y, scale = published.i_gelu(codes, scale)
-            else:
-                y = gelu(codes, scale, FRACTION, width(self.input))
-                scale /= 2**FRACTION
-        else:
-            bits = 8 if self.published else FRACTION
-            y = (published.i_silu if self.published else silu)(codes, scale, bits)
-            scale /= 2**bits
-        return (y.double() * scale).float()
+                return published.i_gelu(codes, scale)
+            return gelu(codes, scale, FRACTION, width(self.input)), scale / 2**FRACTION
+        if self.published:
+            return published.i_silu(codes, scale, 8), scale / 2**8
+        return silu(codes, scale, FRACTION), scale / 2**FRACTION
 
 
 def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
