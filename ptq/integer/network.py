@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ptq.formats import Log2
 from ptq.graph import Tracer
 from ptq.integer.operators import (
     Attention,
@@ -22,8 +21,9 @@ from ptq.integer.operators import (
 )
 from ptq.integer.rescale import OutOfRange, fits
 from ptq.layers import QuantizedLayer, Quantizer
-from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm, parameters, softmax_levels
+from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm, parameters
 from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm, width
+from ptq.methods.ivit import ShiftActivation, ShiftmaxCore
 from ptq.methods.norms import fold_norms
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
@@ -181,10 +181,12 @@ def product_form(layer: QuantizedLayer, inputs: list[Codes], products: torch.dty
     return Product(layer, *inputs, products)
 
 
+def table_form(layer: nn.Module, inputs: list[Codes], products: torch.dtype) -> Table:
+    return Table(layer, *inputs)
+
+
 def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> Attention:
-    log2 = isinstance(core.attention, Log2)
-    levels = 2 ** (core.attention.zero - 1) if log2 else softmax_levels(core.inputs["attention"])
-    return Attention(core, levels, *inputs, products)
+    return Attention(core, *inputs, products)
 
 
 def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
@@ -221,9 +223,11 @@ def cat_form(node: torch.fx.Node, inputs: list[Codes]) -> Concatenation:
 # {type of layer: function (layer, codes of its inputs, type of products) -> operator}
 FORMS: dict[type, Callable] = {
     QuantizedLayer: product_form,
-    IntegerActivation: lambda layer, inputs, _: Table(layer, *inputs),
+    IntegerActivation: table_form,
+    ShiftActivation: table_form,
     IntegerCore: core_form,
     LogSoftmaxCore: core_form,
+    ShiftmaxCore: core_form,
     IntegerNorm: norm_form,
     PowerOfTwoNorm: norm_form,
     nn.AdaptiveAvgPool2d: pool_form,

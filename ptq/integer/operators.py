@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.formats import Log2, PowerOfTwo
-from ptq.integer.activations import log2_softmax, softmax
+from ptq.formats import PowerOfTwo
 from ptq.integer.norm import LayerNormTable, layer_norm, layer_norm_table
 from ptq.integer.rescale import Dyadic, OutOfRange, dyadic, requantize, rescale, round_divide
 
@@ -212,16 +211,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h].
 
-    `core` is an IntegerCore, whose softmax takes in the sums of products, or a LogSoftmaxCore, which
-    brings them to codes first. `levels`: 1 over the softmax's scale. A softmax of powers of two is
-    multiplied as such; a processor would shift.
+    `core` is one of ours that gives its integer softmax. That takes in the sums of products or,
+    where the core has a quantizer of scores, codes. A softmax of powers of two is multiplied as
+    such; a processor would shift.
     """
 
-    def __init__(
-        self, core: nn.Module, levels: int, q: Codes, k: Codes, v: Codes, dtype: torch.dtype
-    ):
+    def __init__(self, core: nn.Module, q: Codes, k: Codes, v: Codes, dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.format, quantizers = dtype, core.attention, core.inputs
+        self.dtype, quantizers = dtype, core.inputs
         self.q, self.k, self.v = (
             Requantize(x, quantizers[name]) for x, name in ((q, "q"), (k, "k"), (v, "v"))
         )
@@ -231,11 +228,8 @@ class Attention(nn.Module):
             scores = quantizers["scores"]
             zero_point, fmt = int(scores.zero_point), scores.format
             self.grid = float(scores.scale), fmt.qmin - zero_point, fmt.qmax - zero_point
-        self.levels, self.most = (
-            levels,
-            levels if isinstance(self.format, Log2) else self.format.qmax,
-        )
-        self.codes = Codes(self.v.scales[0] / levels, 2**31 - 1)
+        self.softmax, self.one = core.integer_softmax()
+        self.codes = Codes(self.v.scales[0] / self.one, 2**31 - 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.q(q), self.k(k), self.v(v)
@@ -244,13 +238,7 @@ class Attention(nn.Module):
         if self.grid is not None:
             fine, (scale, low, high) = scale, self.grid
             scores = requantize(scores, dyadic(fine / scale), low, high)
-        if isinstance(self.format, Log2):
-            codes = log2_softmax(scores, scale, self.format)
-            powers = self.levels >> codes.clamp(max=self.format.zero - 1)
-            attention = torch.where(codes == self.format.zero, 0, powers)
-        else:
-            attention = softmax(scores, scale, self.levels, self.most)
-        return exact(attention, v, self.most * self.v.reach, self.dtype)
+        return exact(self.softmax(scores, scale), v, self.one * self.v.reach, self.dtype)
 
 
 class Sum(nn.Module):

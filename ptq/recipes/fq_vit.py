@@ -1,8 +1,10 @@
-"""FQ-ViT and I-BERT: layer norms and attention in integers between quantized products.
+"""FQ-ViT, I-BERT and I-ViT: networks of integers but for what `-published` leaves in float.
 
 `fq-vit` has an 8-bit softmax, `fq-vit-a4` one of 4-bit powers of two. `-published`: the formats,
 observers and arithmetic of the paper's code.
 """
+
+from dataclasses import replace
 
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.recipe import LayerSpec, Recipe
@@ -60,6 +62,25 @@ _PUBLISHED_I_BERT = (
     LayerSpec(ACTIVATIONS, input=SIGNED, kind="i-bert-act", **AS_PUBLISHED),
     *published_products(SIGNED),
 )
+_I_VIT = (
+    LayerSpec(NORMS, input=Uniform(16), output=UNSIGNED, kind="i-bert-norm"),
+    LayerSpec(CORES, input=UNSIGNED, attention=UNSIGNED, kind="i-vit-core"),
+    replace(ACTIVATION, kind="i-vit-act"),
+    *products(),
+)
+# 16 bits of the softmax and of what a norm takes in, as in the code; the paper speaks of 8.
+_PUBLISHED_I_VIT = (
+    LayerSpec(NORMS, input=Uniform(16), kind="i-vit-norm", **AS_PUBLISHED),
+    LayerSpec(
+        CORES,
+        input=SIGNED,
+        attention=Uniform(16, symmetric=False),
+        kind="i-vit-core",
+        **AS_PUBLISHED,
+    ),
+    LayerSpec(ACTIVATIONS, input=SIGNED, kind="i-vit-act", **AS_PUBLISHED),
+    *published_products(SIGNED),
+)
 _OURS = {"steps": W8A8_STEPS, **CALIBRATED}
 _W4 = {"steps": ("gptq", *W8A8_STEPS[1:]), "units": BLOCKS, **CALIBRATED}
 
@@ -78,4 +99,6 @@ INTEGER = (
     Recipe("i-bert", "I-BERT, refined", _i_bert(), **_OURS),
     Recipe("i-bert-w4", "I-BERT, refined, GPTQ to 4-bit weights", _i_bert(4), **_W4),
     Recipe("i-bert-published", "I-BERT as published", _PUBLISHED_I_BERT, **CALIBRATED),
+    Recipe("i-vit", "I-ViT, corrected", _I_VIT, **_OURS),
+    Recipe("i-vit-published", "I-ViT as published", _PUBLISHED_I_VIT, **CALIBRATED),
 )
