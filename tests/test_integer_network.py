@@ -234,6 +234,7 @@ class Odd(nn.Module):
         (transformer, "i-bert-published", "norm1: published arithmetic"),
         (lambda: Odd(lambda x: 2 * x), "w8a8", "mul: has no integer form"),
         (lambda: Odd(lambda x: x + 1), "w8a8", "add: has an integer form only for two tensors"),
+        (lambda: Odd(lambda x: torch.add(x, x, alpha=2)), "w8a8", "add: has an integer form only"),
         (lambda: Odd(lambda x: x.mean()), "w8a8", "mean: has an integer form only over named"),
         (lambda: Odd(lambda x: (x, x)), "w8a8", "gives more than one tensor"),
         (lambda: Odd(lambda x: x if x.sum() > 0 else -x), "w8a8", "torch.fx can't follow"),

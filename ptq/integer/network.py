@@ -124,7 +124,7 @@ def translated(
             constant = Constant(attribute(network, name))
             return [], constant, constant.codes
         if node.op == "call_module":
-            inputs = list(node.args)
+            inputs = [*node.args, *node.kwargs.values()]
             module = network.get_submodule(name)
             operator, codes = layer_form(module, [known[n] for n in inputs], products)
             return inputs, operator, codes
@@ -202,7 +202,7 @@ def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.d
 
 
 def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
-    if len(inputs) != 2:
+    if len(inputs) != 2 or node.kwargs:
         raise ValueError("has an integer form only for two tensors")
     return Sum(*inputs)
 
