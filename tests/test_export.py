@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from small import Small, draw, small_network
+from small import Small, small_network
 from torch import nn
 
 import ptq
