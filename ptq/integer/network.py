@@ -70,13 +70,13 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
     """
     if products not in (torch.int64, torch.float64):
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
-    network = copy.deepcopy(quantized).eval()
+    network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
     fold_norms(network)
     try:
         traced = Tracer().trace(network)
     except Exception as error:  # control flow that looks at values; torch.fx has no common base
         raise ValueError(f"torch.fx can't follow the network: {error}") from error
-    image = image_quantizer(network, traced)
+    image = image_quantizer(quantized, traced)
     graph, operators = torch.fx.Graph(), {}
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
     known: dict[torch.fx.Node, Codes] = {}  # of what a node gives
