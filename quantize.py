@@ -31,7 +31,7 @@ import torch
 import ptq
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines import EngineMissing, torch_eager
+from lab.engines import EngineMissing, integer, torch_eager
 from lab.engines.measure import CPU_BATCH, confusion, latency, predict
 from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
@@ -142,7 +142,7 @@ def write_rows(pairs, args) -> int:
 
 def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
     """A row that is there already, or one that is measured and written; whether it was there."""
-    if not (recipe.peer or engine is torch_eager or recipe.exportable):
+    if not (recipe.peer or engine in (torch_eager, integer) or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
     same = subject.identity(recipe, engine.NAME, n, args.latency_runs)
     path = row_path(Path(args.output, subject.folder), same)

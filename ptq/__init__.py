@@ -6,9 +6,19 @@ Knows modules, batches and its own files; nothing of data sets, checkpoints or t
 """
 
 from ptq.formats import Uniform
+from ptq.integer.network import integer_network
 from ptq.methods.norms import adapted
 from ptq.pipeline import quantize
 from ptq.recipe import LayerSpec, Recipe
 from ptq.recipes import RECIPES, recipe
 
-__all__ = ["RECIPES", "LayerSpec", "Recipe", "Uniform", "adapted", "quantize", "recipe"]
+__all__ = [
+    "RECIPES",
+    "LayerSpec",
+    "Recipe",
+    "Uniform",
+    "adapted",
+    "integer_network",
+    "quantize",
+    "recipe",
+]

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.graph import norms_after
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.methods.norms import fold_norms
 
 OPSET = 21  # the first with INT4
 # For people: neither engine reads its settings from an ONNX file.
@@ -37,7 +37,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     inputs of norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
-    fold_norms(model, example)
+    fold_norms(model, [(example,)])
     int4 = []
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
@@ -68,37 +68,6 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     _strip(proto.graph)
     onnx.helper.set_model_props(proto, {"run_as_simulated": RUN_AS_SIMULATED})
     onnx.save(proto, path)
-
-
-def fold_norms(model: nn.Module, example: Tensor) -> None:
-    """Fold each batch norm into the convolution before it: Jacob et al., "Quantization and Training
-    of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
-
-    Of a quantized layer it changes scales and bias, not codes. Raises ValueError for a norm with a
-    negative factor there, which `ptq.quantize` never leaves.
-    """
-    for norm_name, conv_name in norms_after(model, [(example,)]).items():
-        norm, layer = model.get_submodule(norm_name), model.get_submodule(conv_name)
-        factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # [C]
-        conv = layer.layer if isinstance(layer, QuantizedLayer) else layer
-        with torch.no_grad():
-            bias = 0 if conv.bias is None else conv.bias
-            conv.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * factor)
-            conv.weight *= factor[:, None, None, None]
-        if isinstance(layer, QuantizedLayer) and layer.format is not None:
-            _scale_rows(layer, factor.detach())
-        model.set_submodule(norm_name, nn.Identity())
-
-
-def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
-    """Multiply output channel c of a quantized weight by factor[c]."""
-    if layer.format.granularity != "channel":
-        raise ValueError("a batch norm folds into weights with a scale per channel only")
-    if (factor < 0).any():
-        raise ValueError("a batch norm with a negative factor does not fold into positive scales")
-    dead = factor == 0
-    layer.codes = torch.where(dead[:, None, None, None], 0, layer.codes)
-    layer.scale = torch.where(dead, 1.0, layer.scale * factor)
 
 
 class _QDQ(nn.Module):

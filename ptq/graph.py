@@ -50,7 +50,7 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
     From the graph that torch.fx traces or, where it can't, from one call on the first of `batches`.
     """
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
     except Exception:  # control flow that looks at values; torch.fx has no common base for it
         return watched(model, batches) if batches is not None else {}
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -61,7 +61,9 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
     }
 
 
-class _Tracer(torch.fx.Tracer):
+class Tracer(torch.fx.Tracer):
+    """Follows a network and keeps each of our layers as one node."""
+
     def is_leaf_module(self, module, name):
         kinds = QuantizedLayer | QuantizedAttentionCore | Quantizer | IntegerLayer
         ours = isinstance(module, kinds)

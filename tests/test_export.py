@@ -3,18 +3,18 @@
 import onnx
 import pytest
 import torch
-from small import Small, draw, small_network
+from small import Small, small_network
 from torch import nn
 
 import ptq
 from lab.engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu, parity
 from lab.engines.measure import predict
 from mobilevit import AttentionCore
-from ptq.export import fold_norms, to_onnx
+from ptq.export import to_onnx
 from ptq.formats import Uniform
 from ptq.graph import norms_after
 from ptq.layers import QuantizedLayer
-from ptq.methods.norms import make_norms_positive
+from ptq.methods.norms import fold_norms, make_norms_positive
 from ptq.recipe import LayerSpec, Recipe
 
 
@@ -68,7 +68,7 @@ def test_positive_and_folded_norms_change_nothing(model, x):
     make_norms_positive(other, None)
     assert all((other.get_submodule(name).weight >= 0).all() for name in pairs)
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
-    fold_norms(other, draw(1, 3, 32, 32))
+    fold_norms(other)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in other.modules())
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
 
@@ -78,7 +78,7 @@ def test_folding_keeps_the_codes(quantized, x):
     folded = ptq.quantize(Small(), recipe, [(x, None)])
     folded.load_state_dict(network.state_dict())
     codes = network.body[2].fuse.conv.codes.clone()
-    fold_norms(folded, draw(1, 3, 32, 32))
+    fold_norms(folded)
     layer = folded.body[2].fuse.conv
     assert torch.equal(layer.codes, codes)
     weight = layer.format.decode(layer.codes, layer.scale)

@@ -6,6 +6,7 @@ Loaded`. `model` comes from `ptq.quantize`, `calibration` is a sequence of (inpu
 """
 
 from lab.engines import (
+    integer,
     onnx_runtime,
     onnx_runtime_static,
     openvino_bf16,
@@ -17,7 +18,7 @@ from lab.engines import (
     torch_pt2e,
 )
 
-OURS = (torch_eager, onnx_runtime, openvino_cpu, openvino_bf16)
+OURS = (torch_eager, integer, onnx_runtime, openvino_cpu, openvino_bf16)
 PEERS = (published, torch_fx, openvino_nncf, onnx_runtime_static, torch_pt2e)  # quantize themselves
 ENGINES = {engine.NAME: engine for engine in OURS + PEERS}
 
@@ -28,6 +29,9 @@ def engines_for(recipe, names=tuple(engine.NAME for engine in OURS)) -> list:
 
 
 def row_kind(recipe, engine) -> str:
-    """Say "simulated" where floats stand in for numbers of few bits, otherwise "measured"."""
+    """Say "simulated" where floats stand in for numbers of few bits, "integer" where integers alone
+    compute but not fast, otherwise "measured"."""
+    if engine is integer:
+        return "integer"
     simulates = engine is published or (engine is torch_eager and recipe.layers)
     return "simulated" if simulates else "measured"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptq.formats import Log2
+from ptq.integer.published import shift_exp
 from ptq.integer.rescale import OutOfRange, fits, positive, round_divide, round_shift
 
 # exp(p) ~ A (p^2 + B p + C) on (-ln 2, 0]: Kim et al., "I-BERT: Integer-only BERT Quantization",
@@ -108,6 +109,33 @@ def log2_softmax(scores: Tensor, scale: float, format: Log2, shift: int | None =
     return torch.where(e > 0, floor + up, format.zero).clamp(max=format.zero)
 
 
+def log2_powers(scores: Tensor, scale: float, format: Log2) -> Tensor:
+    """`log2_softmax` as powers of two, or 0, in units of the smallest."""
+    top = format.zero - 1
+    codes = log2_softmax(scores, scale, format)
+    return torch.where(codes == format.zero, 0, 1 << (top - codes).clamp(min=0))
+
+
+def shift_softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 255) -> Tensor:
+    """`softmax` with an exp that takes shifts and sums alone.
+
+    Li and Gu, "I-ViT", ICCV 2023, section 3.4 (Shiftmax). Deviation: the division is exact.
+    """
+    rows = scores - scores.amax(-1, keepdim=True)
+    n, _ = _shift_units(scale, scores.shape[-1])
+    e = shift_exp(rows, scale, n)
+    total = fits(e.sum(-1, keepdim=True), 32, "the sum of a row of ShiftExp")
+    return round_divide(e * levels, total).clamp(max=qmax)
+
+
+def _shift_units(scale: float, terms: int) -> tuple[int, int]:
+    """The most halvings that ShiftExp can tell apart while `terms` results add up to 31 bits, and
+    what it then gives for 0."""
+    one = math.ceil(1 / positive(scale, "the scale of what ShiftExp takes in"))
+    n = max(31 - (2 * one * terms).bit_length(), 0)
+    return n, one << n
+
+
 def shift_product(codes: Tensor, values: Tensor, format: Log2) -> Tensor:
     """Sums of `values` [..., N, d] weighted by logarithmic codes [..., M, N], by shifts alone.
 
@@ -127,13 +155,28 @@ def sigmoid(codes: Tensor, scale: float, bits: int = 12, shift: int | None = Non
     which takes the small ones their digits; exp(-|x|) needs no such thing.
     """
     table = Exp.of(scale, 2, shift)
-    e = exp(-codes.abs(), table)
-    return round_divide(torch.where(codes >= 0, table.c, e) << bits, e + table.c)
+    return _sigmoid(codes, exp(-codes.abs(), table), table.c, bits)
+
+
+def _sigmoid(codes: Tensor, e: Tensor, one: int, bits: int) -> Tensor:
+    """The sigmoid from `e`, which is exp(-|x|) in units of 1 / `one`."""
+    return round_divide(torch.where(codes >= 0, one, e) << bits, e + one)
 
 
 def silu(codes: Tensor, scale: float, bits: int = 12, shift: int | None = None) -> Tensor:
     """x sigmoid(x) in units of scale / 2**bits, int32: with 12 bits a thousandth off."""
     return fits(codes * sigmoid(codes, scale, bits, shift), 32, "SiLU")
+
+
+def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) -> Tensor:
+    """x sigmoid(slope x) in units of scale / 2**bits, int32, with an exp of shifts and sums alone.
+
+    A slope of 1.702 gives GELU. Li and Gu, "I-ViT", ICCV 2023, section 3.5 (ShiftGELU). Deviations:
+    exp(-|x|), which does not depend on the largest of a row, and an exact division.
+    """
+    n, one = _shift_units(slope * scale, 2)
+    e = shift_exp(-codes.abs(), slope * scale, n)
+    return fits(codes * _sigmoid(codes, e, one, bits), 32, "SiLU by shifts")
 
 
 def gelu(codes: Tensor, scale: float, bits: int = 12, width: int = 9) -> Tensor:

@@ -139,11 +139,16 @@ def shiftmax(scores: Tensor, scale: float, bits: int = 8, n: int = 15) -> Tensor
     return _shift_division(e, e.sum(-1, keepdim=True), bits)
 
 
-def shift_gelu(codes: Tensor, scale: float, bits: int = 8, n: int = 23) -> Tensor:
-    """I-ViT's GELU of rows along the last axis, in units of scale / 2**(bits - 1)."""
+def shift_gelu(
+    codes: Tensor, scale: float, slope: float = 1.702, bits: int = 8, n: int = 23
+) -> Tensor:
+    """I-ViT's GELU of rows along the last axis, in units of scale / 2**(bits - 1).
+
+    A slope of 1 makes it SiLU, which the paper does not have.
+    """
     largest = codes.amax(-1, keepdim=True)
-    e = shift_exp(codes - largest, 1.702 * scale, n)
-    return codes * _shift_division(e, e + shift_exp(-largest, 1.702 * scale, n), bits)
+    e = shift_exp(codes - largest, slope * scale, n)
+    return codes * _shift_division(e, e + shift_exp(-largest, slope * scale, n), bits)
 
 
 def _shift_division(e: Tensor, total: Tensor, bits: int) -> Tensor:
@@ -157,3 +162,10 @@ def shift_isqrt(n: Tensor) -> Tensor:
     for _ in range(10):
         x = (x + n // x) // 2
     return x
+
+
+def shift_layer_norm(codes: Tensor) -> Tensor:
+    """I-ViT's normalisation over the last axis, in units of sqrt(C) / 2**30."""
+    y = codes - round_divide(codes.sum(-1, keepdim=True), codes.shape[-1])
+    squares = fits((y * y).sum(-1, keepdim=True), 62, "I-ViT's variance")
+    return fits((y * ((2**31 - 1) // shift_isqrt(squares))) // 2, 32, "I-ViT's layer norm")

@@ -13,6 +13,7 @@ from ptq.methods import (
     fq_vit,  # noqa: F401 -- adds kinds of layers
     gptq,
     ibert,  # noqa: F401 -- adds kinds of layers
+    ivit,  # noqa: F401 -- adds kinds of layers
     nearest,
     norms,
     ranking,

@@ -4,13 +4,16 @@ Lin et al., "FQ-ViT: Post-Training Quantization for Fully Quantized Vision Trans
 (arXiv 2111.13824). Each comes as published, the code's arithmetic with its faults, and corrected.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from mobilevit import AttentionCore
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange, published
-from ptq.integer.activations import log2_softmax, softmax
+from ptq.integer.activations import log2_powers, softmax
 from ptq.integer.norm import layer_norm, layer_norm_table
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
 from ptq.observers import Histogram, MinMax
@@ -172,7 +175,7 @@ class LogSoftmaxCore(IntegerLayer):
         super().__init__()
         self.attention, self.published = spec.attention, spec.published
         formats = dict.fromkeys(("q", "k", "v", "scores"), spec.input)
-        if isinstance(self.attention, Uniform):
+        if isinstance(self.attention, Uniform) and not self.published:
             formats["attention"] = self.attention
         observer = spec.input_observer
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
@@ -189,20 +192,27 @@ class LogSoftmaxCore(IntegerLayer):
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         quantizer = self.inputs["scores"]
         codes, scale = quantizer.integers(self.scores(q, k)), float(quantizer.scale)
+        return self.weights(codes, scale).to(v.dtype) @ self.inputs["v"](v)
+
+    def weights(self, scores: Tensor, scale: float) -> Tensor:
+        """The softmax of integers in units of `scale`, as values."""
         if self.published:
-            codes = published.log_int_softmax(codes, scale, self.attention.bits)
-        elif isinstance(self.attention, Log2):
-            codes = log2_softmax(codes, scale, self.attention)
-        else:
-            return uniform_softmax(codes, scale, self.inputs["attention"]) @ self.inputs["v"](v)
-        return self.attention.decode(codes) @ self.inputs["v"](v)
+            codes = published.log_int_softmax(scores, scale, self.attention.bits)
+            return self.attention.decode(codes)
+        softmax, one = self.integer_softmax()
+        return softmax(scores, scale).double() / one
+
+    def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
+        """A function from scores and their scale to integers, and the integer that 1 would be."""
+        if isinstance(self.attention, Log2):
+            return partial(log2_powers, format=self.attention), 2 ** (self.attention.zero - 1)
+        return even_softmax(softmax, self.inputs["attention"])
 
 
-def uniform_softmax(codes: Tensor, scale: float, attention: Quantizer) -> Tensor:
-    """The softmax of integers in units of `scale`, as values of the nearest levels to those of
-    `attention` that are 1 / (a whole number)."""
+def even_softmax(softmax: Callable, attention: Quantizer) -> tuple[Callable, int]:
+    """`softmax` in units of the 1 / (a whole number) that is nearest to the quantizer's scale."""
     levels = max(round(1 / float(attention.scale)), 1)
-    return softmax(codes, scale, levels, attention.format.qmax) / levels
+    return partial(softmax, levels=levels, qmax=attention.format.qmax), levels
 
 
 def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:

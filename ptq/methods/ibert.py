@@ -5,6 +5,8 @@ published (ptq.integer.published) and refined (ptq.integer).
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,10 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.formats import Uniform
 from ptq.integer import OutOfRange, published
-from ptq.integer.activations import gelu, silu
+from ptq.integer.activations import gelu, silu, softmax
 from ptq.integer.rescale import fits
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
-from ptq.methods.fq_vit import check_core, check_norm, integer_norm, parameters, uniform_softmax
+from ptq.methods.fq_vit import check_core, check_norm, even_softmax, integer_norm, parameters
 from ptq.recipe import LayerSpec
 
 FRACTION = 12  # bits of a refined sigmoid
@@ -53,12 +55,15 @@ class IntegerCore(IntegerLayer):
         # Sums below 2**53 are exact in float64, which torch multiplies many times faster.
         scores = (queries.integers(q).double() @ keys.integers(k).double().mT).long()
         scale = float(queries.scale) * float(keys.scale) * q.shape[-1] ** -0.5
+        softmax, one = self.integer_softmax()
+        return softmax(scores, scale).to(v.dtype) / one @ self.inputs["v"](v)
+
+    def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
+        """A function from scores and their scale to integers, and the integer that 1 would be."""
         if self.published:
             bits = self.attention.bits
-            attention = published.i_softmax(scores, scale, bits) / 2**bits
-        else:
-            attention = uniform_softmax(scores, scale, self.inputs["attention"])
-        return attention @ self.inputs["v"](v)
+            return partial(published.i_softmax, bits=bits), 2**bits
+        return even_softmax(softmax, self.inputs["attention"])
 
 
 class IntegerNorm(IntegerLayer):
@@ -67,7 +72,7 @@ class IntegerNorm(IntegerLayer):
 
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
         super().__init__()
-        self.layer = layer
+        self.layer, self.published = layer, spec.published
         self.input = Quantizer(spec.input, spec.input_observer)
         self.output = None if spec.published else Quantizer(spec.output, spec.input_observer)
 
@@ -78,24 +83,32 @@ class IntegerNorm(IntegerLayer):
     def compute(self, x: Tensor) -> Tensor:
         codes, scale = self.input.integers(x), float(self.input.scale)
         if self.output is None:
-            return published_norm(codes, *parameters(self.layer), width(self.input))
+            return published_norm(codes, *parameters(self.layer), self.normalised)
         return integer_norm(codes, scale, self.layer, self.output, width(self.input))
 
+    def normalised(self, codes: Tensor) -> Tensor:
+        """I-BERT's normalisation, in units of sqrt(C) / 2**30.
 
-def published_norm(codes: Tensor, weight: Tensor, bias: Tensor, bits: int) -> Tensor:
-    """I-BERT's layer norm of integers [..., C] of `bits` bits, as float32 values; eps is left out.
+        Deviation: the shift before squares are summed follows from C and the bits, not from data.
+        """
+        n, bits = codes.shape[-1], width(self.input)
+        shift = max(math.ceil((math.log2(n) + 2 * bits - 2 - 32) / 2), 0)
+        return published.i_layer_norm(codes, shift)
 
-    Deviation: the shift before squares are summed follows from C and the bits, not from data.
-    The bias over the weight is held in 63 bits: where it is beyond 2 sqrt(C), 32 do not hold it.
+
+def published_norm(codes: Tensor, weight: Tensor, bias: Tensor, normalised: Callable) -> Tensor:
+    """The layer norm of I-BERT's and I-ViT's code: float32 values for integers [..., C].
+
+    `normalised` gives integers in units of sqrt(C) / 2**30. Eps is left out. The bias over the
+    weight is held in 63 bits: where it is beyond 2 sqrt(C), 32 do not hold it.
     OutOfRange for a token without variance and a weight of 0.
     """
     n = codes.shape[-1]
     if (weight == 0).any():
-        raise OutOfRange("I-BERT's layer norm divides by a weight, and one is 0")
+        raise OutOfRange("the published layer norm divides by a weight, and one is 0")
     scale = math.sqrt(n) / 2**30
-    shift = max(math.ceil((math.log2(n) + 2 * bits - 2 - 32) / 2), 0)
     offset = (bias.double() / weight.double() / scale).floor().long()
-    y = published.i_layer_norm(codes, shift) + fits(offset, 62, "I-BERT's bias over weight")
+    y = normalised(codes) + fits(offset, 62, "the bias over the weight")
     return (y * (scale * weight.double())).float()
 
 
@@ -112,24 +125,21 @@ class IntegerActivation(IntegerLayer):
 
     def compute(self, x: Tensor) -> Tensor:
         quantizer = self.input
-        fmt, scale, zero_point = quantizer.format, quantizer.scale, quantizer.zero_point
+        fmt, *grid = quantizer.format, quantizer.scale, quantizer.zero_point
         # Of every code once: a feature map holds each many times.
-        every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - zero_point
-        return self.values(every, float(scale))[fmt.encode(x, scale, zero_point) - fmt.qmin]
+        every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - quantizer.zero_point
+        y, scale = self.integers(every, float(quantizer.scale))
+        return (y.double() * scale).to(x.dtype)[fmt.encode(x, *grid) - fmt.qmin]
 
-    def values(self, codes: Tensor, scale: float) -> Tensor:
-        """What the layer makes of integers in units of `scale`: float32 of their shape."""
+    def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
+        """What the layer makes of integers in units of `scale`: integers, and their scale."""
         if isinstance(self.layer, nn.GELU):
             if self.published:
-                y, scale = published.i_gelu(codes, scale)
-            else:
-                y = gelu(codes, scale, FRACTION, width(self.input))
-                scale /= 2**FRACTION
-        else:
-            bits = 8 if self.published else FRACTION
-            y = (published.i_silu if self.published else silu)(codes, scale, bits)
-            scale /= 2**bits
-        return (y.double() * scale).float()
+                return published.i_gelu(codes, scale)
+            return gelu(codes, scale, FRACTION, width(self.input)), scale / 2**FRACTION
+        if self.published:
+            return published.i_silu(codes, scale, 8), scale / 2**8
+        return silu(codes, scale, FRACTION), scale / 2**FRACTION
 
 
 def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
@@ -144,10 +154,15 @@ def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
     return IntegerNorm(norm, spec)
 
 
-def _activation(layer: nn.Module, spec: LayerSpec) -> nn.Module:
+def check_activation(spec: LayerSpec) -> None:
+    """Raise ValueError unless the spec has what activation functions need."""
     uniform = isinstance(spec.input, Uniform) and spec.input.granularity == "tensor"
     if not uniform or spec.attention or spec.output:
         raise ValueError(f"{spec.kind} layers need inputs in Uniform with one scale, no more")
+
+
+def _activation(layer: nn.Module, spec: LayerSpec) -> nn.Module:
+    check_activation(spec)
     return IntegerActivation(layer, spec)
 
 

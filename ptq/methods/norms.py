@@ -1,4 +1,4 @@
-"""Batch norms that follow a quantized network: their signs and their statistics."""
+"""Batch norms that follow a quantized network: their signs, their statistics, their folding."""
 
 import copy
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.graph import norms_after
+from ptq.layers import QuantizedLayer
 from ptq.recipe import Recipe
 
 
@@ -23,6 +24,37 @@ def make_norms_positive(model: nn.Module, batches) -> None:
             conv.bias *= sign
         norm.running_mean *= sign
         norm.weight *= sign
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module, batches=None) -> None:
+    """Fold each batch norm into the convolution before it: Jacob et al., "Quantization and Training
+    of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
+
+    Of a quantized layer it changes scales and bias, not codes. Raises ValueError for a norm with a
+    negative factor there, which `ptq.quantize` never leaves. `batches` as for `norms_after`.
+    """
+    for norm_name, conv_name in norms_after(model, batches).items():
+        norm, layer = model.get_submodule(norm_name), model.get_submodule(conv_name)
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # [C]
+        conv = layer.layer if isinstance(layer, QuantizedLayer) else layer
+        bias = 0 if conv.bias is None else conv.bias
+        conv.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * factor)
+        conv.weight *= factor[:, None, None, None]
+        if isinstance(layer, QuantizedLayer) and layer.format is not None:
+            _scale_rows(layer, factor)
+        model.set_submodule(norm_name, nn.Identity())
+
+
+def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
+    """Multiply output channel c of a quantized weight by factor[c]."""
+    if layer.format.granularity != "channel":
+        raise ValueError("a batch norm folds into weights with a scale per channel only")
+    if (factor < 0).any():
+        raise ValueError("a batch norm with a negative factor does not fold into positive scales")
+    dead = factor == 0
+    layer.codes = torch.where(dead[:, None, None, None], 0, layer.codes)
+    layer.scale = torch.where(dead, 1.0, layer.scale * factor)
 
 
 @torch.no_grad()

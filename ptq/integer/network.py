@@ -1,0 +1,247 @@
+"""A quantized network as one of integers alone, from the codes of images to those of logits."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ptq.graph import Tracer
+from ptq.integer.operators import (
+    Attention,
+    Codes,
+    Concatenation,
+    Constant,
+    Mean,
+    Norm,
+    Product,
+    Sum,
+    Table,
+    Unresized,
+)
+from ptq.integer.rescale import OutOfRange, fits
+from ptq.layers import QuantizedLayer, Quantizer
+from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm, parameters
+from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm, width
+from ptq.methods.ivit import ShiftActivation, ShiftmaxCore
+from ptq.methods.norms import fold_norms
+
+ADVICE = "take a recipe that computes it in integers, such as i-bert"
+
+
+class IntegerNetwork(nn.Module):
+    """Codes of images [B, C, H, W] -> codes of logits [B, K], int64.
+
+    `operators` is a module of torch.fx: print(network.operators.code) shows what it does in which
+    order, and its state holds integers alone. `encode` and `decode` are the ends, where values are.
+    """
+
+    def __init__(self, operators: nn.Module, image: Quantizer, scale: float):
+        super().__init__()
+        self.operators, self.image, self.scale = operators, image, scale
+        self.zero_point = int(image.zero_point)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The codes of images, as the format of the first layer's input has them."""
+        return self.image.format.encode(images, self.image.scale, self.image.zero_point).long()
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """OutOfRange for codes that the images' format does not have, TypeError unless int64."""
+        format = self.image.format
+        if fits(codes, 63, "a code of an image").numel():
+            low, high = (int(end) for end in codes.aminmax())
+            if low < format.qmin or high > format.qmax:
+                raise OutOfRange(f"codes of images lie in {format.qmin} to {format.qmax}")
+        return self.operators(codes - self.zero_point)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The logits that codes stand for, float64."""
+        return codes.double() * self.scale
+
+
+@torch.no_grad()
+def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64) -> IntegerNetwork:
+    """The network of integers that `quantized` simulates: one that `ptq.quantize` gave by a recipe
+    with quantized inputs of all products and integer forms of all other layers, such as `i-bert`.
+
+    Batch norms are folded. Between two layers a tensor has 32 bits, as fine as its largest possible
+    value permits. `products`: the type that matrix products are computed in, torch.int64 or, to
+    the same bits, torch.float64. ValueError names a layer that has no integer form.
+    """
+    if products not in (torch.int64, torch.float64):
+        raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
+    network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
+    fold_norms(network)
+    try:
+        traced = Tracer().trace(network)
+    except Exception as error:  # control flow that looks at values; torch.fx has no common base
+        raise ValueError(f"torch.fx can't follow the network: {error}") from error
+    image = image_quantizer(quantized, traced)
+    graph, operators = torch.fx.Graph(), {}
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    known: dict[torch.fx.Node, Codes] = {}  # of what a node gives
+    for node in traced.nodes:
+        if node.op == "placeholder":
+            scale, reach = float(image.scale), 2**image.format.bits
+            copies[node], known[node] = graph.placeholder(node.name), Codes(scale, reach)
+            continue
+        if node.op == "output":
+            if not isinstance(node.args[0], torch.fx.Node):
+                raise ValueError("the network gives more than one tensor")
+            graph.output(copies[node.args[0]])
+            break
+        inputs, operator, codes = translated(node, network, known, products)
+        known[node] = codes
+        if operator is None:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        else:
+            operators[node.name] = operator
+            copies[node] = graph.call_module(node.name, tuple(copies[n] for n in inputs))
+    module = torch.fx.GraphModule(operators, graph).eval()
+    return IntegerNetwork(module, image, known[node.args[0]].scale)
+
+
+def image_quantizer(network: nn.Module, traced: torch.fx.Graph) -> Quantizer:
+    """The quantizer of the first layer's input, whose codes are those of images."""
+    for node in traced.nodes:
+        module = network.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, QuantizedLayer):
+            quantizer = module.input
+            if isinstance(quantizer, Quantizer) and len(quantizer.scale) == 1:
+                return quantizer
+            raise ValueError(f"{node.target} takes in images without one scale: {ADVICE}")
+    raise ValueError(f"the network has no quantized layer: {ADVICE}")
+
+
+def translated(
+    node: torch.fx.Node, network: nn.Module, known: dict, products: torch.dtype
+) -> tuple[list[torch.fx.Node], nn.Module | None, Codes]:
+    """Of a node: the nodes that its operator takes in, the operator, and the codes that it gives.
+    Without an operator, the node does to codes what it does to values."""
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    try:
+        if node.op == "get_attr":
+            constant = Constant(attribute(network, name))
+            return [], constant, constant.codes
+        if node.op == "call_module":
+            inputs = [*node.args, *node.kwargs.values()]
+            module = network.get_submodule(name)
+            operator, codes = layer_form(module, [known[n] for n in inputs], products)
+            return inputs, operator, codes
+        inputs = list(node.args[0]) if name in ("cat", "concat") else tensors(node)
+        of_inputs = [known[n] for n in inputs]
+        if name in MOVES:
+            return inputs, None, of_inputs[0]
+        if name in RESIZES:
+            return inputs, Unresized(node.target, name), of_inputs[0]
+        if name in FUNCTIONS:
+            operator = FUNCTIONS[name](node, of_inputs)
+            return inputs, operator, getattr(operator, "codes", of_inputs[0])
+        raise ValueError("has no integer form: the network computes with it outside of its layers")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
+    return [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
+
+
+def attribute(network: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    return getattr(network.get_submodule(owner), last)
+
+
+def layer_form(
+    layer: nn.Module, inputs: list[Codes], products: torch.dtype
+) -> tuple[nn.Module, Codes]:
+    """The integer operator of a layer and the codes that it gives."""
+    if type(layer) in SAME:
+        return layer, inputs[0]
+    form = FORMS.get(type(layer))
+    if form is None:
+        raise ValueError(
+            f"a {type(layer).__name__} in float has no integer form: a batch norm has to follow a "
+            "convolution, and other layers need a recipe that computes them in integers, such as "
+            "i-bert"
+        )
+    if getattr(layer, "published", False):
+        raise ValueError(
+            "published arithmetic has scales that depend on channels or data, and no integer form: "
+            "take the recipe without -published"
+        )
+    operator = form(layer, inputs, products)
+    return operator, getattr(operator, "codes", inputs[0])
+
+
+def product_form(layer: QuantizedLayer, inputs: list[Codes], products: torch.dtype) -> Product:
+    if layer.format is None or not isinstance(layer.input, Quantizer):
+        raise ValueError(f"its weight or its input is in float: {ADVICE}")
+    if layer.format.group_size:
+        raise ValueError("weights in groups of one channel have sums of several scales")
+    return Product(layer, *inputs, products)
+
+
+def table_form(layer: nn.Module, inputs: list[Codes], products: torch.dtype) -> Table:
+    return Table(layer, *inputs)
+
+
+def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> Attention:
+    return Attention(core, *inputs, products)
+
+
+def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
+    of_factors = isinstance(norm, PowerOfTwoNorm)
+    bits = norm.input.format.bits + 4 if of_factors else width(norm.input)
+    return Norm(norm, parameters(norm.layer), *inputs, bits)
+
+
+def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:
+    if pool.output_size not in (1, (1, 1)):
+        raise ValueError("pooling has an integer form only over the whole feature map")
+    return Mean((2, 3), keep=True)
+
+
+def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
+    if len(inputs) != 2 or node.kwargs:
+        raise ValueError("has an integer form only for two tensors")
+    return Sum(*inputs)
+
+
+def mean_form(node: torch.fx.Node, inputs: list[Codes]) -> Mean:
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if axes is None:
+        raise ValueError("has an integer form only over named axes")
+    return Mean((axes,) if isinstance(axes, int) else tuple(axes), keep)
+
+
+def cat_form(node: torch.fx.Node, inputs: list[Codes]) -> Concatenation:
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return Concatenation(inputs, axis)
+
+
+# {type of layer: function (layer, codes of its inputs, type of products) -> operator}
+FORMS: dict[type, Callable] = {
+    QuantizedLayer: product_form,
+    IntegerActivation: table_form,
+    ShiftActivation: table_form,
+    IntegerCore: core_form,
+    LogSoftmaxCore: core_form,
+    ShiftmaxCore: core_form,
+    IntegerNorm: norm_form,
+    PowerOfTwoNorm: norm_form,
+    nn.AdaptiveAvgPool2d: pool_form,
+}
+FUNCTIONS = {
+    "add": sum_form,
+    "iadd": sum_form,
+    "cat": cat_form,
+    "concat": cat_form,
+    "mean": mean_form,
+}
+# What gives the codes of its result from the codes of its input, whatever their scale.
+SAME = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Dropout)
+MOVES = {"permute", "transpose", "flatten", "unflatten", "reshape", "view", "expand", "contiguous"}
+MOVES |= {"unbind", "chunk", "squeeze", "unsqueeze", "getitem", "getattr", "size", "relu"}
+MOVES |= {"check_images", "unfold", "fold"}  # of our models, each a single node of the graph
+RESIZES = {"fit_patches", "resize_like"}  # likewise

@@ -1,0 +1,82 @@
+"""I-ViT's layers: softmax, GELU and SiLU by shifts and sums, layer norm by ten steps of Newton's.
+
+Li and Gu, "I-ViT: Integer-only Quantization for Efficient Vision Transformer Inference", ICCV 2023
+(arXiv 2207.01405). Each comes as published (ptq.integer.published) and corrected. A layer norm is
+only published: corrected, it would be I-BERT's (ptq.methods.ibert).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from mobilevit import AttentionCore
+from ptq.formats import Uniform
+from ptq.integer import published
+from ptq.integer.activations import shift_silu, shift_softmax
+from ptq.layers import LAYERS
+from ptq.methods.fq_vit import LogSoftmaxCore, check_core, check_norm, even_softmax
+from ptq.methods.ibert import FRACTION, IntegerActivation, IntegerNorm, check_activation
+from ptq.recipe import LayerSpec
+
+
+class ShiftmaxCore(LogSoftmaxCore):
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax by shifts, to even levels."""
+
+    def weights(self, scores: Tensor, scale: float) -> Tensor:
+        softmax, one = self.integer_softmax()
+        return softmax(scores, scale).double() / one
+
+    def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
+        if self.published:
+            bits = self.attention.bits
+            return partial(published.shiftmax, bits=bits), 2 ** (bits - 1)
+        return even_softmax(shift_softmax, self.inputs["attention"])
+
+
+class ShiftActivation(IntegerActivation):
+    """SiLU, or GELU as x sigmoid(1.702 x), by shifts. As published, what becomes of an element
+    depends on the largest of its row along the last axis."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        if not self.published:
+            return super().compute(x)
+        scale = float(self.input.scale)
+        y = published.shift_gelu(self.input.integers(x), scale, self.slope)
+        return (y.double() * scale / 2**7).float()
+
+    def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
+        return shift_silu(codes, scale, self.slope, FRACTION), scale / 2**FRACTION
+
+    @property
+    def slope(self) -> float:
+        return 1.702 if isinstance(self.layer, nn.GELU) else 1.0
+
+
+class ShiftNorm(IntegerNorm):
+    """A layer norm of [..., C] as published: 32 bits and a scale per channel."""
+
+    def normalised(self, codes: Tensor) -> Tensor:
+        return published.shift_layer_norm(codes)
+
+
+def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
+    check_core(spec, Uniform)
+    return ShiftmaxCore(spec)
+
+
+def _activation(layer: nn.Module, spec: LayerSpec) -> nn.Module:
+    check_activation(spec)
+    return ShiftActivation(layer, spec)
+
+
+def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
+    check_norm(norm, spec, Uniform)
+    if spec.output is not None or not spec.published:
+        raise ValueError(f"{spec.kind} layers are as published: corrected, they are i-bert-norm")
+    return ShiftNorm(norm, spec)
+
+
+LAYERS["i-vit-norm"] = {nn.LayerNorm: _norm}
+LAYERS["i-vit-core"] = {AttentionCore: _core}
+LAYERS["i-vit-act"] = {nn.SiLU: _activation, nn.GELU: _activation}
