@@ -4,6 +4,7 @@
     python quantize.py --checkpoint A.pth --recipes w8a8 w4 --engines torch-eager openvino
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
+    python quantize.py --checkpoint A.pth --recipes mixed-5bits         # 4 to 8 bits a layer
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
     python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
     python quantize.py --from results/mobilevit_xxs/w8a8@openvino.json  # a row again, and compare
@@ -40,9 +41,10 @@ from lab.outputs import export_files, write_reports
 from lab.report.compare import compare_rows, comparison_table
 from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
 from lab.report.tables import in_protocol, printed, products_text, results_table
-from lab.subject import Subject, load_subject, named
+from lab.subject import Subject, load_subject, named, recipe_of
 from lab.tasks.batches import EvalBatches
-from ptq import RECIPES, packing
+from ptq import packing
+from ptq.analysis.mixed import PREFIX as MIXED
 from ptq.recipe import Recipe
 
 
@@ -53,7 +55,7 @@ def quantized(subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
     {"network", "batches", "calibration": description of its images, "seconds"}
     """
     began = time.monotonic()
-    with named(recipe):
+    with named(recipe.name):
         batches, described = subject.calibration_batches(recipe, n_calibration)
         network = ptq.quantize(subject.network, recipe, batches)
         if recipe.layers:
@@ -164,21 +166,19 @@ def repeat_rows(args) -> int:
     lines, status = [], 0
     for path in args.rows:
         shipped = read_row(path)
-        name, engine = shipped["recipe"]["name"], ENGINES.get(shipped["engine"])
-        recipe = RECIPES.get(name)
-        if recipe is None or comparable(recipe.asdict()) != comparable(shipped["recipe"]):
-            raise BadInput(f"{path}: recipe {name} is not what it was when the row was measured")
+        engine = ENGINES.get(shipped["engine"])
         if engine is None:
             raise BadInput(f"{path}: no engine is called {shipped['engine']}")
-        what = f"{shipped['model']} {name}@{engine.NAME}"
-        if "VNNI" in shipped["cpu"] and not machine.has_vnni() and recipe.quantizes_inputs:
-            print(f"{what}: not compared, it was measured on a CPU with VNNI")
-            continue
         held_out = shipped["split"] == "held-out"
         settings = (args.data_dir, shipped["task"], shipped["img_size"], held_out)
         subject = load_subject(shipped["checkpoint"], *settings, args.test_images, shipped["seed"])
         if subject.sha256 != shipped["checkpoint_sha256"]:
             raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
+        recipe = recipe_of_row(subject, shipped, path)
+        what = f"{shipped['model']} {recipe.name}@{engine.NAME}"
+        if "VNNI" in shipped["cpu"] and not machine.has_vnni() and recipe.quantizes_inputs:
+            print(f"{what}: not compared, it was measured on a CPU with VNNI")
+            continue
         n = shipped["calibration_images"]
         try:
             row, _ = row_of(subject, recipe, engine, n, args)
@@ -193,6 +193,21 @@ def repeat_rows(args) -> int:
         raise BadInput("nothing was measured: the engines of these rows can't run here")
     print(f"\nShipped / measured here, on the images measured here:\n{comparison_table(lines)}")
     return status
+
+
+def recipe_of_row(subject: Subject, row: dict, path) -> Recipe:
+    """The recipe that a row was measured with; BadInput if today's of that name is another.
+
+    A mixed one is taken from the row: an allocation may differ from machine to machine.
+    """
+    name = row["recipe"]["name"]
+    with named(name):
+        saved = Recipe.fromdict(row["recipe"])
+    if not name.startswith(MIXED) and comparable(recipe_of(subject, name).asdict()) != comparable(
+        row["recipe"]
+    ):
+        raise BadInput(f"{path}: recipe {name} is not what it was when the row was measured")
+    return saved
 
 
 def write_exports(pairs, args) -> int:
@@ -233,8 +248,7 @@ def main():
     pairs = []
     for subject in subjects:
         for name in args.recipes:
-            with named(RECIPES[name]):
-                pairs.append((subject, ptq.recipe(name, subject.network)))
+            pairs.append((subject, recipe_of(subject, name)))
     if args.per_layer:
         write_reports(pairs, args.output, args.calibration_images, args.workers, args.force)
         return

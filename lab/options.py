@@ -1,5 +1,7 @@
 """The options of quantize.py."""
 
+import argparse
+
 import torch
 
 from lab import cli
@@ -10,7 +12,19 @@ from lab.models.checkpoint import MAX_IMG_SIZE
 from lab.tasks import TASKS
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES
+from ptq.analysis import mixed
 from ptq.recipes.baselines import PROTOCOL
+
+
+def recipe_name(text: str) -> str:
+    """The type of --recipes: a name in RECIPES, or that of a budget for mixed precision."""
+    if not text.startswith(mixed.PREFIX):
+        return cli.known(RECIPES, "recipe")(text)
+    try:
+        mixed.parse_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def parse_args(doc: str):
@@ -42,9 +56,10 @@ def parse_args(doc: str):
     how.add_argument(
         "--recipes",
         nargs="+",
-        type=cli.known(RECIPES, "recipe"),
+        type=recipe_name,
         default=[recipe.name for recipe in PROTOCOL],
-        help=f"what to do to them: {', '.join(RECIPES)}",
+        help=f"what to do to them: {', '.join(RECIPES)}; or 4 to 8 bits a layer within a budget of "
+        "the file or of energy, as mixed-5bits, mixed-700000bytes-fisher or mixed-0.4mJ-noise-w4",
     )
     how.add_argument(
         "--engines",

@@ -36,7 +36,7 @@ def write_reports(pairs, output: str, n_calibration: int | None, workers: int, f
     for subject, recipe, path, noises in jobs:
         n = n_calibration or recipe.calibration_images
         try:
-            with named(recipe):
+            with named(recipe.name):
                 report = per_layer_report(subject, recipe, noises, n, workers)
         except EngineMissing as missing:
             raise BadInput(f"--per-layer, {recipe.name}: {missing}") from missing

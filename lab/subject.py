@@ -17,6 +17,7 @@ from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS, classification
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from lab.tasks.cifar10 import MEAN, STD
+from ptq.analysis import costs, mixed
 
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 
@@ -116,12 +117,35 @@ class Subject:
 
 
 @contextlib.contextmanager
-def named(recipe):
-    """Name the recipe that weights or calibration images are no good for."""
+def named(recipe: str):
+    """Name the recipe that weights, calibration images or packages are no good for."""
     try:
         yield
-    except ValueError as error:
-        raise BadInput(f"recipe {recipe.name}: {error}") from error
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"recipe {recipe}: {error}") from error
+
+
+def recipe_of(subject: Subject, name: str) -> ptq.Recipe:
+    """The recipe of this name for the subject's network; a mixed one is allocated on some of the
+    images to calibrate on. BadInput if there is none, or none within the budget."""
+    with named(name):
+        if not name.startswith(mixed.PREFIX):
+            return ptq.recipe(name, subject.network)
+        budget = mixed.parse_name(name)
+        batches = cost_batches(subject, budget.base)
+        of_layers = layer_costs(subject, budget.cost, budget.base)
+        return mixed.mixed_recipe(name, subject.network, batches, of_layers)
+
+
+@functools.lru_cache(maxsize=1)  # for many budgets
+def layer_costs(subject: Subject, cost: str, base: str) -> dict:
+    """{name of a layer: {bits: cost}}, as ptq.analysis.mixed takes them."""
+    return mixed.layer_costs(subject.network, cost_batches(subject, base), cost, base)
+
+
+def cost_batches(subject: Subject, base: str) -> EvalBatches:
+    """The images that costs are taken from."""
+    return subject.calibration_batches(ptq.RECIPES[base], costs.IMAGES)[0]
 
 
 @functools.lru_cache(maxsize=1)  # for rows of one checkpoint, one after the other

@@ -19,11 +19,13 @@ from ptq.analysis.costs import nuclear_norms
 from ptq.analysis.energy import energy
 from ptq.analysis.mixed import (
     BITS,
+    PJ_PER_MJ,
     allocate,
     energies,
     file_bytes,
     layer_costs,
     mixed_recipe,
+    parse_name,
     uniform_recipes,
 )
 from ptq.layers import QuantizedLayer
@@ -95,18 +97,24 @@ def test_budgets_that_nothing_or_everything_fits_are_refused(costs):
         allocate(*tables, 9, unit="kB")
     with pytest.raises(ValueError, match="of 21 kB is above the largest allocation, 20"):
         allocate(*tables, 21, unit="kB")
-    for budget, unit, where in itertools.product(
-        (1, 1e12), ("bytes", "bits", "energy"), ("below the smallest", "above the largest")
-    ):
-        if (budget == 1) == (where == "below the smallest"):
-            with pytest.raises(ValueError, match=rf"a budget of 1(e\+12)? \w+ is {where}"):
-                mixed_recipe(network(), BATCHES, budget, costs, unit)
-    with pytest.raises(ValueError, match="no unit of a budget is called MB: there are bits"):
-        mixed_recipe(network(), BATCHES, 1, costs, "MB")
-    with pytest.raises(ValueError, match="no cost is called taste: there are noise, fisher"):
-        mixed_recipe(network(), BATCHES, 5, "taste", "bits")
+    for unit in ("bytes", "bits", "mJ"):
+        for amount, where in (("1e-9", "below the smallest"), ("1e12", "above the largest")):
+            with pytest.raises(ValueError, match=f"a budget of 1e.* {unit} is {where}"):
+                mixed_recipe(f"mixed-{amount}{unit}", network(), BATCHES, costs)
     with pytest.raises(ValueError, match="recipe fp32 has no weights"):
-        mixed_recipe(network(), BATCHES, 5, base="fp32")
+        mixed_recipe("mixed-5bits-fp32", network(), BATCHES)
+
+
+def test_a_name_says_budget_cost_and_base():
+    assert parse_name("mixed-5bits") == (5, "bits", "noise", "w4a8")
+    assert parse_name("mixed-700000bytes-fisher") == (700000, "bytes", "fisher", "w4a8")
+    assert parse_name("mixed-0.25mJ-w4-gptq") == (0.25, "mJ", "noise", "w4-gptq")
+    assert parse_name("mixed-2e1ms-nuclear-w4") == (20, "ms", "nuclear", "w4")
+    for name in ("mixed-5", "mixed-5MB", "mixed--5bits", "mixed-5.5.5bits", "mixed-bits", "w4"):
+        with pytest.raises(ValueError, match=f"{name} names no budget: write mixed-5bits"):
+            parse_name(name)
+    with pytest.raises(ValueError, match="starts from taste, which is no recipe"):
+        parse_name("mixed-5bits-taste")
 
 
 def file_sizes(model, base):
@@ -118,8 +126,8 @@ def file_sizes(model, base):
 @pytest.mark.parametrize("base", ["w4a8", "w4-gptq"])
 def test_a_mixed_recipe_is_an_ordinary_one(base, costs, tmp_path):
     model = network()
-    recipe = mixed_recipe(model, BATCHES, 5.5, costs, "bits", base)
-    assert recipe.name == "mixed-5.5bits" + ("-w4-gptq" if base == "w4-gptq" else "")
+    recipe = mixed_recipe(f"mixed-5.5bits-{base}", model, BATCHES, costs)
+    assert recipe.name == f"mixed-5.5bits-{base}"
     start = ptq.recipe(base, model)
     assert recipe.steps == start.steps and recipe.exportable
     assert ptq.Recipe.fromdict(recipe.asdict()) == recipe
@@ -140,8 +148,7 @@ def test_the_file_is_within_a_budget_of_bytes_and_no_smaller_one_is_better(costs
     model = network()
     low, high = file_sizes(model, "w4a8")
     budget = (low + high) // 2
-    recipe = mixed_recipe(model, BATCHES, budget, costs)
-    assert recipe.name == f"mixed-{budget}bytes"
+    recipe = mixed_recipe(f"mixed-{budget}bytes", model, BATCHES, costs)
     made = ptq.quantize(model, recipe, BATCHES)
     assert packing.size_bytes(made, recipe) <= budget
     picked = [made.get_submodule(n).format.bits for n in NAMES]
@@ -158,31 +165,30 @@ def test_the_file_is_within_a_budget_of_bytes_and_no_smaller_one_is_better(costs
 
 def test_the_ends_of_the_budget_are_uniform(costs):
     for bits in (4, 8):
-        recipe = mixed_recipe(network(), BATCHES, bits, costs, "bits")
+        recipe = mixed_recipe(f"mixed-{bits}bits", network(), BATCHES, costs)
         assert {spec.weight.bits for spec in recipe.layers} == {bits}
 
 
 def test_a_budget_of_energy_is_kept_and_spent_best(costs):
     model, image = network(), BATCHES[0][0][:1]
     uniform = uniform_recipes(model, "w4a8")
-    budget = energy(model, uniform[6], image)["total"]
-    recipe = mixed_recipe(model, BATCHES, budget, costs, "energy")
-    assert recipe.name == f"mixed-{budget:.12g}pJ"
-    assert energy(model, recipe, image)["total"] <= budget * (1 + 1e-9)
+    budget = energy(model, uniform[6], image)["total"] / PJ_PER_MJ
+    recipe = mixed_recipe(f"mixed-{budget!r}mJ", model, BATCHES, costs)
+    assert energy(model, recipe, image)["total"] / PJ_PER_MJ <= budget * (1 + 1e-9)
     prices, fixed = energies(model, uniform, image, NAMES)
     tables = ([[table[n][b] for b in BITS] for n in NAMES] for table in (costs, prices))
     made = ptq.quantize(model, recipe, BATCHES)
     found = sum(costs[n][made.get_submodule(n).format.bits] for n in NAMES)
-    assert found == pytest.approx(brute_force(*tables, budget - fixed + 1e-3))
+    assert found == pytest.approx(brute_force(*tables, budget - fixed + 1e-12))
 
 
 def test_a_budget_of_measured_latency_takes_what_is_fast(costs):
     model = network()
     ms = {name: {4: 1.0, 6: 3.0, 8: 1.5} for name in NAMES}
-    recipe = mixed_recipe(model, BATCHES, 6.0, costs, "latency", latency_ms=ms)
+    recipe = mixed_recipe("mixed-7ms", model, BATCHES, costs, (ms, 1.0))
     assert {spec.weight.bits for spec in recipe.layers} == {8}  # slower than 4, better than 6
     with pytest.raises(ValueError, match="what 0 takes with each of"):
-        mixed_recipe(model, BATCHES, 6.0, costs, "latency", latency_ms={"0": {4: 1.0}})
+        mixed_recipe("mixed-7ms", model, BATCHES, costs, ({"0": {4: 1.0}}, 1.0))
 
 
 def test_without_scipy_one_line_says_what_to_install(monkeypatch):
@@ -195,7 +201,7 @@ def test_without_scipy_one_line_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="^mixed precision needs scipy: pip install scipy$"):
-        mixed_recipe(network(), BATCHES, 5, unit="bits")
+        mixed_recipe("mixed-5bits", network(), BATCHES)
 
 
 # Costs.

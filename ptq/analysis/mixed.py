@@ -1,6 +1,6 @@
 """Mixed precision: for each layer as many bits as it needs, for all of them no more than a budget.
 
->>> recipe = mixed_recipe(model, batches, 5, unit="bits")  # the bytes of 5 bits a weight
+>>> recipe = mixed_recipe("mixed-5bits", model, batches)  # the bytes of 5 bits a weight
 >>> quantized = ptq.quantize(model, recipe, batches)
 """
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -15,62 +16,95 @@ from torch import nn
 from ptq.analysis.costs import COSTS
 from ptq.analysis.energy import energy
 from ptq.packing import size_bytes
-from ptq.pipeline import chosen, layer_specs, quantize
+from ptq.pipeline import layer_specs, quantize
 from ptq.recipe import Recipe
+from ptq.recipes import RECIPES
 from ptq.recipes import recipe as recipe_of
 
 BITS = (4, 6, 8)  # that a layer's weights may take
-UNITS = {"bits": "bits", "bytes": "bytes", "energy": "pJ", "latency": "ms"}  # of a budget
-BASE = "w4a8"  # a recipe for ranges, inputs and steps
+COST, BASE = "noise", "w4a8"  # where a name has none: of COSTS, and of RECIPES
+PREFIX = "mixed-"
+PJ_PER_MJ = 1e9
+_NAME = re.compile(
+    rf"{PREFIX}([\d.]+(?:e[+-]?\d+)?)(bits|bytes|mJ|ms)(?:-({'|'.join(COSTS)}))?(?:-(.+))?"
+)
+
+
+class Budget(NamedTuple):
+    """What the name of a mixed recipe asks for.
+
+    `unit` of `amount`: "bytes" of the file that ptq.packing writes; "bits", the bytes of a file
+    whose weights take so many each; "mJ" an image by Horowitz's prices; "ms", the sum of what
+    single layers were measured to take. `cost`: a key of COSTS. `base`: the recipe that ranges,
+    inputs and steps come from.
+    """
+
+    amount: float
+    unit: str
+    cost: str
+    base: str
+
+
+def parse_name(name: str) -> Budget:
+    """The budget in mixed-5bits, mixed-700000bytes-fisher or mixed-0.4mJ-noise-w4-gptq.
+
+    Cost and base may be left out. ValueError for other names.
+    """
+    found = _NAME.fullmatch(name)
+    try:
+        amount = float(found[1])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name[:60]} names no budget: write mixed-5bits, mixed-700000bytes, mixed-0.4mJ or "
+            f"mixed-9ms, and behind it -{', -'.join(COSTS)} or a recipe such as -w4-gptq"
+        ) from error
+    budget = Budget(amount, found[2], found[3] or COST, found[4] or BASE)
+    if budget.base not in RECIPES:
+        raise ValueError(f"{name[:60]} starts from {budget.base}, which is no recipe")
+    return budget
 
 
 def mixed_recipe(
+    name: str,
     model: nn.Module,
     batches,
-    budget: float,
-    costs: str | Mapping = "noise",
-    unit: str = "bytes",
-    base: str = BASE,
-    latency_ms: Mapping | None = None,
+    costs: Mapping | None = None,
+    latency_ms: tuple[Mapping, float] | None = None,
 ) -> Recipe:
-    """The recipe `base` with 4, 6 or 8 bits for each layer's weight: the least cost in the budget.
+    """The recipe that `parse_name` starts from with 4, 6 or 8 bits for each layer's weight: the
+    least cost in the budget.
 
     `batches`: sequence of (images, anything), for costs; those for `ptq.quantize` will do.
-    `unit` of `budget`: "bytes" of the file that ptq.packing writes; "bits", the bytes of a file
-        whose weights take so many each; "energy" in pJ an image by Horowitz's prices; "latency" in
-        ms as the sum over layers of `latency_ms`, {name: {bits: measured ms}}.
-    `costs`: a key of ptq.analysis.costs.COSTS, or what `layer_costs` gave, to try many budgets.
+    `costs`: what `layer_costs` gave, to try many budgets. `latency_ms`, for a budget in ms:
+    {name of a layer: {bits: measured ms}}, and the ms of all that has no weights.
 
-    The result is named after budget, costs and base, such as mixed-5bits or
-    mixed-700000bytes-fisher-w4-gptq. It is quantized with, saved, packed and exported as any other.
-    ValueError for a budget below the smallest or above the largest allocation, and as
-    `ptq.quantize` raises it; ImportError if scipy is missing.
+    The result is quantized with, saved, packed and exported as any other recipe. ValueError for a
+    budget below the smallest or above the largest allocation, and as `ptq.quantize` raises it;
+    ImportError if scipy is missing.
     """
     import_milp()  # before long work
-    chosen(UNITS, unit, "unit of a budget")
+    amount, unit, cost, base = parse_name(name)
     uniform = uniform_recipes(model, base)
-    name = f"mixed-{budget:.12g}{UNITS[unit]}"
-    name += f"-{costs}" if isinstance(costs, str) and costs != "noise" else ""
-    name += f"-{base}" if base != BASE else ""
-    if isinstance(costs, str):
-        costs = layer_costs(model, batches, costs, base)
+    if costs is None:
+        costs = layer_costs(model, batches, cost, base)
 
     def named(bits: Mapping[str, int]) -> Recipe:
         title = f"{recipe_of(base, model).title}, 4 to 8 bits a layer"
         return with_bits(model, uniform[BITS[0]], bits, name, title)
 
     if unit in ("bits", "bytes"):
-        return named(within_bytes(model, batches, costs, budget, unit, named))
-    prices, fixed = latency_ms, 0.0
-    if unit == "energy":
+        return named(within_bytes(model, batches, costs, amount, unit, named))
+    if unit == "mJ":
         prices, fixed = energies(model, uniform, next(iter(batches))[0][:1], costs)
+    else:
+        prices, fixed = latency_ms or ({}, 0.0)
     _check_prices(prices, costs)
-    return named(allocation(costs, prices, budget, fixed, UNITS[unit]))
+    return named(allocation(costs, prices, amount, fixed, unit))
 
 
-def layer_costs(model: nn.Module, batches, costs: str = "noise", base: str = BASE) -> dict:
+def layer_costs(model: nn.Module, batches, cost: str = COST, base: str = BASE) -> dict:
     """{name of a layer: {bits: cost}} by one of COSTS, for each weight that `base` quantizes."""
-    return chosen(COSTS, costs, "cost")(model, uniform_recipes(model, base), batches)
+    return COSTS[cost](model, uniform_recipes(model, base), batches)
 
 
 def uniform_recipes(model: nn.Module, base: str) -> dict[int, Recipe]:
@@ -140,20 +174,20 @@ def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
 
 
 def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> tuple[dict, float]:
-    """{name: {bits: pJ}} of layers whose bits are chosen, and the pJ of all others together."""
+    """{name: {bits: mJ}} of layers whose bits are chosen, and the mJ of all others together."""
     found = {bits: energy(model, recipe, image) for bits, recipe in uniform.items()}
 
     def price(layer: dict) -> float:
-        return layer["compute"] + layer["weights"] + layer["activations"]
+        return (layer["compute"] + layer["weights"] + layer["activations"]) / PJ_PER_MJ
 
     prices = {n: {b: price(of["layers"][n]) for b, of in found.items()} for n in names}
     of_lowest = sum(of_layer[BITS[0]] for of_layer in prices.values())
-    return prices, found[BITS[0]]["total"] - of_lowest
+    return prices, found[BITS[0]]["total"] / PJ_PER_MJ - of_lowest
 
 
-def _check_prices(prices: Mapping | None, costs: Mapping) -> None:
+def _check_prices(prices: Mapping, costs: Mapping) -> None:
     for name in costs:
-        if prices is None or any(b not in prices.get(name, ()) for b in costs[name]):
+        if any(b not in prices.get(name, ()) for b in costs[name]):
             raise ValueError(f"what {name} takes with each of {BITS} bits is not given")
 
 
