@@ -33,7 +33,7 @@ import ptq
 from lab import files, machine
 from lab.cli import BadInput
 from lab.engines import EngineMissing, integer, torch_eager
-from lab.engines.measure import CPU_BATCH, confusion, latency, predict
+from lab.engines.measure import CPU_BATCH, confusion, latency, predict, scores
 from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import parse_args
@@ -44,6 +44,7 @@ from lab.report.tables import in_protocol, printed, products_text, results_table
 from lab.subject import Subject, load_subject, named, recipe_of
 from lab.tasks.batches import EvalBatches
 from ptq import packing
+from ptq.analysis.energy import energy_by_prices
 from ptq.analysis.mixed import PREFIX as MIXED
 from ptq.recipe import Recipe
 
@@ -97,12 +98,13 @@ def measure(subject: Subject, recipe: Recipe, engine, made: dict, workers: int, 
         "engine_version": engine.version(),
         "kind": row_kind(recipe, engine),
         "n_correct": n_correct,
-        "score": {"accuracy_pct": 100 * n_correct / len(labels)},
+        "score": scores(logits, labels),
         "predictions": predictions.tolist(),
         "confusion": confusion(labels, predictions, len(subject.images.classes)),
         "size_bytes": loaded.size_bytes,
         "size_is_estimate": loaded.size_is_estimate,
         "products": products,
+        "energy": energy_by_prices(subject.network, recipe, sample),
         "latency_ms": times["row"],
         "fp32_latency_ms": times["fp32"],
         "calibration": made["calibration"],

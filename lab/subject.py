@@ -17,6 +17,7 @@ from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS, classification
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from lab.tasks.cifar10 import MEAN, STD
+from lab.tasks.imagefolder import RESIZE, Photos
 from ptq.analysis import costs, mixed
 
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
@@ -215,6 +216,7 @@ def load_images(task: str, data_dir: str, train: bool, checkpoint: dict):
     if set(ours) == set(theirs) and ours != theirs:
         number = torch.tensor([theirs.index(name) for name in ours])
         images = replace(images, labels=number[images.labels], classes=theirs)
-    if hasattr(images, "normalize"):
-        images = replace(images, normalize=checkpoint.get("normalize", {"mean": MEAN, "std": STD}))
+    if isinstance(images, Photos):
+        pixels = {"normalize": {"mean": MEAN, "std": STD}, "resize": RESIZE}
+        images = replace(images, **{k: checkpoint.get(k, v) for k, v in pixels.items()})
     return images

@@ -63,8 +63,24 @@ def held_out(recipe, accuracy, seed=0):
     return row(recipe, accuracy=accuracy, seed=seed, split="held-out", n_images=2000)
 
 
+def mixed_row(budget, **other):
+    made = RECIPES["w4a8"].asdict() | {"name": f"mixed-{budget}"}
+    return row("w4a8", **other) | {"recipe": made}
+
+
+def spent(total):
+    """Energy of a row: so many mJ, a tenth of it for weights, at twice the price twice that."""
+
+    def of_prices(unit, price):
+        parts = {"compute": 0.8 * total, "weights": 0.1 * total, "activations": 0.1 * total}
+        return {"unit": unit} | {k: 1e9 * price * v for k, v in (parts | {"total": total}).items()}
+
+    prices = {"seed": ("8-bit MACs", 1), "horowitz": ("pJ", 1), "horowitz-high": ("pJ", 2)}
+    return {name: of_prices(*how) for name, how in prices.items()}
+
+
 ROWS = (
-    row("fp32", ms=20.0, size_bytes=2**22, cpu=AVX2),
+    row("fp32", ms=20.0, size_bytes=2**22, cpu=AVX2, energy=spent(4.0)),
     row("fp16"),
     row("int8-fx", accuracy=60.0),
     row("int4-percentile", accuracy=40.0, size_is_estimate=True),
@@ -74,6 +90,11 @@ ROWS = (
     row("w4", "openvino", 89.5, size_bytes=2**19),
     row("int8-nncf", accuracy=80.0, ms=9.0, products=IN_INT8),
     row("w6a6", accuracy=89.5),
+    row("w4a8", accuracy=88.0, size_bytes=500_000, energy=spent(1.0)),
+    row("w5a8", accuracy=89.0, size_bytes=600_000, energy=spent(1.25)),
+    mixed_row("4.2bits", accuracy=88.5, size_bytes=520_000, energy=spent(1.05)),
+    mixed_row("5bits", accuracy=89.25, size_bytes=605_000, energy=spent(1.25)),
+    mixed_row("6bits", accuracy=89.75, size_bytes=700_000, energy=spent(1.5)),
     row("fp32", "openvino", 88.0, 12.0, img_size=128, adapt_images=256),
     row("w8a8", "openvino", 87.0, 5.0, img_size=128, adapt_images=256),
     held_out("fp32", 90.0),

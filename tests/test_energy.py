@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ptq
 from mobilevit import AttentionCore, MobileViT
-from ptq.analysis.energy import PRICES, count, energy
+from ptq.analysis.energy import PRICES, count, energy, energy_by_prices
 
 N, D, HEADS, DEPTH, CLASSES = 17, 24, 3, 2, 5  # of the small ViT: 16 patches of 4 x 4 pixels
 
@@ -154,6 +154,18 @@ def test_energy_is_what_one_adds_up_by_hand(recipe, prices):
     layers = found["layers"].values()
     parts = sum(v for layer in layers for kind, v in layer.items() if kind != "macs")
     assert parts == pytest.approx(found["total"])
+
+
+def test_the_parts_of_all_layers_add_up_by_every_table_of_prices():
+    network = TwoLinear()
+    found = energy_by_prices(network, ptq.recipe("w4a8", network), draw(1, 8))
+    assert found["seed"]["compute"] == pytest.approx(192 * 0.5)
+    assert found["horowitz"]["weights"] == pytest.approx((96 + 4 * 24) * 162.5)
+    assert found["horowitz-high"]["activations"] == pytest.approx(2 * 24 * 12.5)
+    for of_table in found.values():
+        parts = [of_table[part] for part in ("compute", "weights", "activations")]
+        assert sum(parts) == pytest.approx(of_table["total"])
+    assert energy_by_prices(network, ptq.recipe("int8-nncf", network), draw(1, 8)) is None
 
 
 def test_attention_has_two_factors_of_activations():

@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from lab.cli import BadInput
+from lab.models.foreign import HALVES, IMAGENET, family_of
 from lab.tasks import imagefolder
 from lab.tasks.batches import EvalBatches
 from lab.tasks.photo import read_photo, thumbnail
@@ -232,6 +235,46 @@ def test_inputs_are_as_the_paper_evaluates(tmp_path, size, img_size):
         rtol=0,
         atol=1e-5,
     )
+
+
+def prepared(tmp_path, network, project, side):
+    """A picture as the network's input, and how the project of its weights says to prepare it."""
+    (layout,) = [x for x in family_of(network).layouts if x.name == project]
+    picture(300, 200).save(tmp_path / "a.png")
+    normalize = {"mean": layout.mean, "std": layout.std}
+    resize = imagefolder.RESIZE | layout.resize
+    files = (tmp_path / "a.png",)
+    return imagefolder.Photos(files, torch.tensor([0]), ("a", "b"), normalize, resize).inputs(side)
+
+
+def assert_same_pixels(ours, theirs, std):
+    """Within the roundings of two libraries, in levels of 8 bits."""
+    levels = (ours - theirs).abs() * 255 * torch.tensor(std).view(3, 1, 1)
+    assert ours.shape == theirs.shape and levels.max() < 2.5 and levels.mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    "network", ["deit_tiny_patch16_224", "mobilevit_xxs", "efficientnet_lite0"]
+)
+def test_inputs_are_as_timms_configuration_says(tmp_path, network):
+    prefix = "tf_" if network.startswith("efficientnet") else ""
+    config = timm.get_pretrained_cfg(prefix + network)
+    ours = prepared(tmp_path, network, "timm", config.input_size[-1])
+    told = ("input_size", "interpolation", "crop_pct", "mean", "std")
+    theirs = timm.data.create_transform(**{name: getattr(config, name) for name in told})
+    assert_same_pixels(ours, theirs(Image.open(tmp_path / "a.png"))[None], config.std)
+
+
+@pytest.mark.parametrize(
+    ("network", "processor"), [("vit_base_patch16_224", "ViT"), ("deit_tiny_patch16_224", "DeiT")]
+)
+def test_inputs_are_as_transformers_prepares_them(tmp_path, network, processor):
+    ours = prepared(tmp_path, network, "transformers", 224)
+    pixels = IMAGENET if processor == "DeiT" else HALVES
+    of_pixels = {f"image_{name}": value for name, value in pixels.items()}
+    theirs = getattr(transformers, f"{processor}ImageProcessor")(**of_pixels)
+    expected = theirs(Image.open(tmp_path / "a.png"), return_tensors="pt")["pixel_values"]
+    assert_same_pixels(ours, expected, pixels["std"])
 
 
 def test_a_strip_takes_no_more_memory_than_other_pictures(tmp_path):

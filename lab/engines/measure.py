@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 CPU_BATCH = 25  # images to evaluate at a time; their activations then fit the cache of one core
+FEW_CLASSES = 100  # up to so many, a row holds who was taken for whom; beyond, the top five count
 
 
 def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
@@ -42,8 +43,24 @@ def over(batches, act: Callable, workers=1) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*shown))
 
 
-def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]]:
-    """Images of each of `n` true classes (outer) that were given each class (inner)."""
+def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Percent of the images whose class is the likeliest and, of many classes, among the five
+    likeliest: logits [N, K], labels [N]."""
+
+    def percent(right: Tensor) -> float:
+        return 100 * int(right.sum()) / len(labels)
+
+    found = {"accuracy_pct": percent(logits.argmax(1) == labels)}
+    if logits.shape[1] > FEW_CLASSES:
+        found["top5_pct"] = percent((logits.topk(5).indices == labels[:, None]).any(1))
+    return found
+
+
+def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]] | None:
+    """Images of each of `n` true classes (outer) that were given each class (inner); None for more
+    classes than a file should hold pairs of."""
+    if n > FEW_CLASSES:
+        return None
     return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
 
 

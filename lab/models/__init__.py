@@ -11,6 +11,7 @@ from torch import nn
 
 from lab.cli import BadInput
 from lab.models.deeplab import DeepLab
+from lab.models.efficientnet import EfficientNetLite0
 from lab.models.resnet import resnet18
 from lab.models.ssdlite import SSDLite
 from lab.models.vit import VARIANTS as VIT
@@ -24,6 +25,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"deeplab_mobilevit_{variant}": partial(DeepLab, variant) for variant in VARIANTS},
     **{variant: partial(ViT, variant) for variant in VIT},
     "resnet18": resnet18,
+    "efficientnet_lite0": EfficientNetLite0,
 }
 SHORT = {variant: f"mobilevit_{variant}" for variant in VARIANTS}
 # name -> the task that the network is made for, where that is not to classify
@@ -32,7 +34,8 @@ TASK_OF = {
     **{f"deeplab_mobilevit_{variant}": "segmentation" for variant in VARIANTS},
 }
 # name -> side of the images to train on, in pixels, where it is not 256 as in MobileViT's paper
-IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()} | {"resnet18": 32}
+IMG_SIZES = {variant: v.img_size for variant, v in VIT.items()}
+IMG_SIZES |= {"resnet18": 32, "efficientnet_lite0": 224}
 IMG_SIZES |= {name: {"detection": 320, "segmentation": 512}[task] for name, task in TASK_OF.items()}
 
 NAMES = ", ".join((*MODELS, *SHORT))

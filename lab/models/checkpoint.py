@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lab.cli import BadInput, shortened
 from lab.files import atomic
 from lab.models import MODELS, build, full_name, require_img_size, settings_of
-from lab.schema import Schema, integer, mapping, maybe, number, one_of, record, sequence, text
+from lab.schema import Schema, flag, integer, mapping, maybe, number, one_of, record, sequence, text
 from lab.tasks import TASKS
 from lab.tasks.cifar10 import CLASSES
 from mobilevit import MIN_IMG_SIZE
@@ -102,6 +102,17 @@ def config(value, where: str) -> None:
 
 
 percent = number(0, 100)
+of_channels = sequence(number(), 3)
+PIXELS = {  # how a photo becomes the network's input, where that is known
+    "normalize": record({"mean": of_channels, "std": sequence(number(1e-6), 3)}),
+    "resize": record(
+        {
+            "crop": number(0.1, 1),
+            "interpolation": one_of("bilinear", "bicubic"),
+            "stretch": flag,
+        }
+    ),
+}
 CHECKPOINT = record(
     {
         "model": one_of(*MODELS),
@@ -112,7 +123,8 @@ CHECKPOINT = record(
         "state_dict": mapping(tensor),
         "epoch": integer(0),
         "config": config,
-    }
+    },
+    optional=PIXELS,
 )
 
 

@@ -11,7 +11,7 @@ read as timm and transformers name it. Names and colours: the projects' code, of
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from lab.models import (
     TASK_OF,
     build,
     default_img_size,
+    efficientnet,
     full_name,
     mobilevit_names,
     require_heads,
@@ -33,6 +34,7 @@ from lab.models import (
 from lab.models.checkpoint import FORMAT, load_state, read_tensors, tensor, without_prefix
 from lab.schema import mapping
 from lab.tasks import TASKS, cifar10
+from lab.tasks.imagefolder import RESIZE
 from mobilevit import VARIANTS, from_timm
 
 # Where scripts keep the state dict in what they save. Averaged weights come first: where a file
@@ -54,6 +56,7 @@ class Layout:
     bgr: bool = False  # whether the weights take blue, green, red
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels in [0, 1], per channel
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    resize: dict = field(default_factory=dict)  # where it differs from imagefolder.RESIZE
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,21 @@ class Family:
 CIFAR10 = {"mean": cifar10.MEAN, "std": cifar10.STD}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+TIMM = {"crop": 0.9, "interpolation": "bicubic"}  # as its configurations of these networks say
+LITE = {"crop": 0.875, "interpolation": "bicubic"}
 
 
-def _vits(prefix: str, pixels: dict) -> Family:
+def _vits(prefix: str, pixels: dict, of_transformers: dict) -> Family:
     """The ViTs whose names begin with `prefix`. timm and transformers give the same `pixels` to
     networks of the same weights; those with our names were trained by train.py."""
+    squeezed = {"stretch": True} | of_transformers
     return Family(
         "ViT",
         tuple(name for name in vit.VARIANTS if name.startswith(prefix)),
         (
             Layout("lab/models/vit.py", dict, **CIFAR10),
-            Layout("timm", vit.from_timm, **pixels),
-            Layout("transformers", vit.from_transformers, **pixels),
+            Layout("timm", vit.from_timm, resize=TIMM, **pixels),
+            Layout("transformers", vit.from_transformers, resize=squeezed, **pixels),
         ),
     )
 
@@ -92,7 +98,7 @@ FAMILIES = (
         tuple(map(full_name, VARIANTS)),
         (
             Layout("mobilevit.py", dict, **CIFAR10),
-            Layout("timm", from_timm, heads=4),
+            Layout("timm", from_timm, heads=4, resize=TIMM),
             Layout("transformers", mobilevit_names.from_transformers, heads=4, bgr=True),
             Layout("ml-cvnets", mobilevit_names.from_cvnets, heads=4, bgr=True),
         ),
@@ -117,11 +123,20 @@ FAMILIES = (
         num_classes=lambda rows: rows // 4 - 5,  # of 4 boxes, each 4 offsets, background, classes
     ),
     # timm's default weights: of vit_* from Google ("augreg"), of deit_* from Facebook.
-    _vits("vit_cifar", CIFAR10),
-    _vits("deit_", IMAGENET),
-    _vits("vit_base", HALVES),
-    _vits("vit_large", HALVES),
+    _vits("vit_cifar", CIFAR10, {}),
+    _vits("deit_", IMAGENET, {"crop": 0.875, "interpolation": "bicubic"}),
+    _vits("vit_base", HALVES, {"crop": 1.0}),
+    _vits("vit_large", HALVES, {"crop": 1.0}),
     Family("ResNet", ("resnet18",), (Layout("torchvision", dict, **CIFAR10),), classifier="fc"),
+    Family(
+        "EfficientNet",
+        ("efficientnet_lite0",),
+        (
+            Layout("lab/models/efficientnet.py", dict, **CIFAR10),
+            Layout("efficientnet_lite_pytorch", efficientnet.from_pypi, resize=LITE, **HALVES),
+            Layout("timm", efficientnet.from_timm, resize=LITE, **HALVES),
+        ),
+    ),
 )
 
 
@@ -203,6 +218,7 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
         "epoch": 0,
         "config": {"weights": str(source), "layout": layout.name},
         "normalize": {"mean": list(layout.mean), "std": list(layout.std)},
+        "resize": RESIZE | layout.resize,
     }
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lab.cli import BadInput
 from lab.files import write_text
-from lab.report import studies, tables
+from lab.report import energy, neighbours, studies, tables
 from lab.report.results import Results
 
 PAGES = {  # page: the blocks that it holds
     "README.md": ("headline",),
-    "docs/results.md": ("results", "engines", "simulated"),
+    "docs/results.md": ("results", "engines", "simulated", "energy", "neighbours"),
     "docs/training.md": ("training", "commands"),
     "docs/quantization.md": ("per-layer", "per-layer-fx", "ablation"),
     "docs/speed.md": ("speeds-vnni", "speeds", "profile", "sizes", "benchmarks"),
@@ -30,6 +30,8 @@ def blocks_of(found: Results) -> dict[str, str]:
         "results": tables.results_table(found.protocol, found.rows),
         "engines": tables.results_table(found.measured, found.rows),
         "simulated": tables.simulated_table(found.simulated, found.rows),
+        "energy": energy.energy_table(found.rows),
+        "neighbours": neighbours.neighbours_table(found.rows),
         "training": studies.training_table(found.runs),
         "commands": studies.commands_block(found.runs),
         "per-layer": studies.per_layer_table(found.reports["w8a8-early"]),

@@ -30,6 +30,9 @@ RECIPE = record(
         "calibration_images": integer(0),
     }
 )
+percent = number(0, 100)
+PARTS = ("compute", "weights", "activations")
+ENERGY = record({"unit": text, "total": number(1e-9)} | {part: number(0) for part in PARTS})
 IDENTITY = {  # what makes a row the same row: asked for again, it need not be measured again
     "model": text,
     "task": text,
@@ -52,9 +55,9 @@ ROW = record(
         "engine_version": text,
         "kind": one_of("measured", "simulated", "integer"),
         "n_correct": integer(0),
-        "score": record({"accuracy_pct": number(0, 100)}),
+        "score": record({"accuracy_pct": percent}, optional={"top5_pct": percent}),
         "predictions": sequence(integer(0)),
-        "confusion": sequence(sequence(integer(0))),
+        "confusion": maybe(sequence(sequence(integer(0)))),
         "size_bytes": integer(1),
         "size_is_estimate": flag,
         "products": maybe(record({"int8": COUNTS, "float": COUNTS})),
@@ -63,7 +66,8 @@ ROW = record(
         "cpu": text,
         "command": text,
         "wall_s": number(0),
-    }
+    },
+    optional={"energy": maybe(mapping(ENERGY))},  # of rows that were written since it is known
 )
 FULL = {"test": 10_000, "held-out": 2_000}  # images of a split of CIFAR-10
 # Of the rows in the main tables: at the side that the network was trained at.
@@ -78,7 +82,8 @@ def read_row(path) -> dict:
     n, classes = row["n_images"], len(row["classes"])
     if len(row["predictions"]) != n or max(row["predictions"]) >= classes:
         raise BadInput(f"{path}: predictions should be {n} numbers below {classes}")
-    if [len(line) for line in row["confusion"]] != [classes] * classes:
+    confusion = row["confusion"]
+    if confusion is not None and [len(line) for line in confusion] != [classes] * classes:
         raise BadInput(f"{path}: confusion should be {classes} lines of {classes} numbers")
     return row
 

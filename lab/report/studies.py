@@ -30,6 +30,12 @@ ABLATION = (  # the order of the recipes on held-out images; others follow by na
     *("w8a8-percentile", "w8a8-kl", "w8a8-tensor", "w8a8-norms", "w8a8-silu"),
     *("w8a7", "w8a8-early"),
     *("as-fx", "as-fx-8bit", "as-fx-silu", "as-fx-early", "as-fx-shift"),
+    # Ranking: without, alone, both, and as published.
+    *(
+        f"{width}-{step}"
+        for width in ("w8a8", "w6a6", "w4a8")
+        for step in ("similarity", "ranking-alone", "ranking", "ranking-published")
+    ),
 )
 CONTENDERS = {  # of lab.bench train
     "timm": "timm {timm}",

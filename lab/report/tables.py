@@ -325,8 +325,9 @@ def sizes_table(rows: list[dict]) -> str:
 
 def printed(row: dict) -> str:
     """The line that quantize.py prints for a row."""
+    top_5 = f", top-5 {row['score']['top5_pct']:.2f} %" if "top5_pct" in row["score"] else ""
     return (
         f"{row['model']} {row['recipe']['name']}@{row['engine']}: {accuracy(row):.2f} % "
-        f"({row['n_correct']} of {row['n_images']}), {row['size_bytes'] / MB:.2f} MB, "
+        f"({row['n_correct']} of {row['n_images']}){top_5}, {row['size_bytes'] / MB:.2f} MB, "
         f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )

@@ -24,19 +24,25 @@ objective = classification
 CALIBRATION_SHARE = 5  # every fifth image
 MAX_CALIBRATION = 1000  # images
 _SPLIT_SEED = 0
+# How a photo becomes a square of side S, as MobileViT is evaluated (its paper, section 4.1, and its
+# code): the short side becomes S / crop, the middle is cut out. With `stretch` both sides do.
+RESIZE = {"crop": 256 / 288, "interpolation": "bilinear", "stretch": False}
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Image files, their labels int64 [N], the names of the classes, and the mean and standard
-    deviation per RGB channel, of pixels in [0, 1], that make them the network's input: by default
-    the pixels themselves."""
+    """Image files, their labels int64 [N] and the names of the classes.
+
+    What makes them the network's input: `resize`, as RESIZE says, and the mean and standard
+    deviation per RGB channel of pixels in [0, 1], by default the pixels themselves.
+    """
 
     files: tuple[Path, ...]
     labels: Tensor
     classes: tuple[str, ...]
     normalize: dict = field(default_factory=lambda: {"mean": [0.0] * 3, "std": [1.0] * 3})
+    resize: dict = field(default_factory=lambda: RESIZE)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,10 +54,10 @@ class Photos:
     def inputs(self, img_size: int, device="cpu") -> Tensor:
         """All photos as the network's input, float32 [N, 3, S, S], channels-last.
 
-        The files are decoded here, anew with every call. As the paper evaluates (section 4.1 and
-        its code): the short side becomes S * 288 / 256, the middle S x S is cut out.
+        The files are decoded here, anew with every call.
         """
-        images = torch.stack([_middle(read_photo(file), img_size) for file in self.files])
+        photos = (read_photo(file) for file in self.files)
+        images = torch.stack([_middle(photo, img_size, **self.resize) for photo in photos])
         images = images.to(device).contiguous(memory_format=torch.channels_last)
         mean, std = (
             torch.tensor(self.normalize[name], device=device).view(3, 1, 1)
@@ -60,14 +66,16 @@ class Photos:
         return (images / 255 - mean) / std
 
 
-def _middle(image: Tensor, img_size: int) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, S, S]: resized bilinearly with antialiasing, then cropped."""
-    from torchvision.transforms.v2.functional import center_crop, resize  # two seconds, see cifar10
+def _middle(image: Tensor, img_size: int, crop: float, interpolation: str, stretch: bool) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, S, S]: resized with antialiasing, then cropped."""
+    from torchvision.transforms import v2  # two seconds, see cifar10
+    from torchvision.transforms.v2.functional import center_crop, resize
 
-    # A strip's ends would be cut off anyway, but only after they had been enlarged.
-    height, width = (min(side, 4 * min(image.shape[1:])) for side in image.shape[1:])
-    image = center_crop(image, [height, width])
-    return center_crop(resize(image, [img_size * 288 // 256], antialias=True), [img_size, img_size])
+    if not stretch:  # a strip's ends would be cut off anyway, but only after they had been enlarged
+        image = center_crop(image, [min(n, 4 * min(image.shape[1:])) for n in image.shape[1:]])
+    side = [int(img_size / crop)] * (2 if stretch else 1)
+    image = resize(image, side, v2.InterpolationMode(interpolation), antialias=True)
+    return center_crop(image, [img_size, img_size])
 
 
 def load(data_dir, train: bool) -> Photos:

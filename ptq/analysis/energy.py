@@ -99,6 +99,9 @@ class _Counter(TorchDispatchMode):
         return out
 
 
+PARTS = ("compute", "weights", "activations")  # of a layer's energy
+
+
 @dataclass(frozen=True)
 class Prices:
     """What operations and memory cost, each in `unit`."""
@@ -159,6 +162,19 @@ def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "hor
             "weights": stored * table.weight_byte,
             "activations": moved * table.activation_byte,
         }
-    kinds = ("compute", "weights", "activations")
-    total = sum(layer[kind] for layer in layers.values() for kind in kinds)
+    total = sum(layer[part] for layer in layers.values() for part in PARTS)
     return {"unit": table.unit, "images": len(example), "layers": layers, "total": total}
+
+
+def energy_by_prices(model: nn.Module, recipe: Recipe, example: Tensor) -> dict | None:
+    """{name in PRICES: {"unit", "compute", "weights", "activations", "total"}} of all layers
+    together; None for a recipe that an engine carries out by its own methods."""
+    if recipe.peer:
+        return None
+    of_prices = {}
+    for prices in PRICES:
+        found = energy(model, recipe, example, prices)
+        layers = found["layers"].values()
+        parts = {part: sum(layer[part] for layer in layers) for part in PARTS}
+        of_prices[prices] = {"unit": found["unit"]} | parts | {"total": found["total"]}
+    return of_prices

@@ -88,6 +88,9 @@ OURS = (
     Recipe("w6a6", "GPTQ, norms shifted", layers(6, 6), **_GPTQ_INPUTS),
     Recipe("w6a6-nearest", "W6A6: to nearest", layers(6, 6), **_NEAREST_INPUTS),
     Recipe("w4a8", "GPTQ, norms shifted", layers(4, 8), **_GPTQ_INPUTS),
+    # What a width for each layer (ptq.analysis.mixed) is compared with.
+    Recipe("w5a8", "GPTQ, norms shifted", layers(5, 8), **_GPTQ_INPUTS),
+    Recipe("w6a8", "GPTQ, norms shifted", layers(6, 8), **_GPTQ_INPUTS),
     Recipe("w4a8-nearest", "W4A8: to nearest", layers(4, 8), **_NEAREST_INPUTS),
     # AdaRound makes up for norms as they are. Shifting them afterwards would undo a part of that.
     Recipe("w4", "AdaRound by block", layers(4), ("adaround",), BLOCKS, **CALIBRATED),

@@ -1,0 +1,97 @@
+"""What accuracy costs in bytes and in energy: a width for each layer, one for all, NNCF's."""
+
+import re
+
+from lab.files import MB
+from lab.report import style, tables
+from lab.report.energy import SIMULATED, energy_mj
+from lab.report.results import Results
+from lab.report.tables import accuracy, models_of, short_name
+
+MIXED = r"mixed-[^-]+(-.*)?"  # the name of a recipe, with what it has besides a budget
+UNIFORM = ("w4a8", "w5a8", "w6a8", "w8a8")  # the same inputs, one width for all weights
+PEERS = {"int8-nncf": "NNCF", "int8-nncf-control": "NNCF, accuracy-aware"}
+FP32 = {"color": style.GREY, "linestyle": (0, (4, 3)), "linewidth": 1}
+SAME_BYTES = 1.01  # files whose sizes differ by less are of the same size here
+
+
+def series_of(row: dict) -> str | None:
+    """The line or kind of points that a row belongs to in the figure."""
+    name, engine = row["recipe"]["name"], row["engine"]
+    if name in PEERS:
+        return PEERS[name]
+    if engine != SIMULATED:
+        return None
+    if mixed := re.fullmatch(MIXED, name):
+        return "a width for each layer" + (f" (mixed{mixed[1]})" if mixed[1] else "")
+    return "one width for all" if name in UNIFORM else None
+
+
+def tradeoffs(found: Results):
+    """Accuracy against size and against energy, a line a way to choose widths, a row a model."""
+    rows = [row for row in found.rows if series_of(row)]
+    models = models_of([r for r in rows if re.fullmatch(MIXED, r["recipe"]["name"])])
+    if not models:
+        return None
+    rows = [row for row in rows if row["model"] in models]
+    series = list(dict.fromkeys(map(series_of, sorted(rows, key=series_order))))
+    colour = style.colours(series)
+    costs = {
+        "size of the file, MB": lambda row: row["size_bytes"] / MB,
+        "energy of an image by the model, mJ": energy_mj,
+    }
+    height = 0.9 + 2.6 * len(models)
+    fig, axes = style.canvas(len(models), 2, height, finding(rows), sharey="row")
+    for model, panels in zip(models, axes):
+        for axis, (label, cost) in zip(panels, costs.items()):
+            for name in series:
+                points = sorted(
+                    (cost(row), accuracy(row))
+                    for row in rows
+                    if (row["model"], series_of(row)) == (model, name) and cost(row) is not None
+                )
+                line = "o" if name in PEERS.values() else "o-"
+                axis.plot(*zip(*points or [(None, None)]), line, color=colour[name], ms=5)
+            for row in found.rows:
+                if row["model"] == model and tables.is_baseline(row):
+                    axis.axhline(accuracy(row), **FP32)
+            axis.set_xlabel(label)
+        panels[0].set_ylabel(f"{short_name(model)}, test accuracy, %")
+    handles = [axes[0][0].plot([], [], "o", color=colour[name], label=name)[0] for name in series]
+    handles += axes[0][0].plot([], [], label="FP32", **FP32)
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return fig
+
+
+def series_order(row: dict) -> tuple:
+    return (row["recipe"]["name"] in PEERS, row["recipe"]["name"] in UNIFORM, series_of(row))
+
+
+def gains(rows: list[dict]) -> list[float]:
+    """For each row of one width, but the ends, points that the best of a width a layer has more at
+    no more bytes."""
+    found = []
+    for row in rows:
+        if row["recipe"]["name"] not in UNIFORM[1:-1]:
+            continue
+        mixed = [
+            accuracy(other)
+            for other in rows
+            if other["model"] == row["model"]
+            and re.fullmatch(MIXED, other["recipe"]["name"])
+            and other["size_bytes"] <= SAME_BYTES * row["size_bytes"]
+        ]
+        if mixed:
+            found.append(max(mixed) - accuracy(row))
+    return found
+
+
+def finding(rows: list[dict]) -> str:
+    """What a width for each layer gives at the bytes of one for all."""
+    points = gains(rows)
+    if not points:
+        return "Accuracy against size and energy, by how widths are chosen"
+    return (
+        "At the bytes of one width for all layers, a width for each is "
+        f"{min(points):+.2f} to {max(points):+.2f} points better"
+    )
