@@ -4,7 +4,13 @@ import pytest
 import torch
 from small import small_network
 
-from lab.engines import EngineMissing, onnx_runtime_static, openvino_nncf, torch_pt2e
+from lab.engines import (
+    EngineMissing,
+    onnx_runtime_static,
+    openvino_nncf,
+    openvino_nncf_control,
+    torch_pt2e,
+)
 from lab.engines.measure import predict
 from ptq import RECIPES
 from ptq.packing import written_bytes
@@ -44,6 +50,15 @@ def test_peers_compute_about_the_same_in_integers(model, x, engine, most, capsys
         in_float = written_bytes(lambda path: torch.save(model.state_dict(), path))
         n_weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
         assert loaded.size_bytes < in_float - 2 * n_weights
+
+
+def test_accuracy_aware_nncf_keeps_the_predictions_that_it_is_shown(model, x, monkeypatch):
+    """On labels that the network gives itself, at most the allowed share may differ."""
+    labels = model(x).argmax(1)
+    monkeypatch.setattr(openvino_nncf_control, "MAX_DROP", 0.1)
+    loaded = openvino_nncf_control.load(model, None, [(x, labels)], x[:1])
+    assert (loaded.run(x).argmax(1) == labels).double().mean() >= 0.9
+    assert loaded.products["int8"]["Conv"] > 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lab.engines import (
     openvino_bf16,
     openvino_cpu,
     openvino_nncf,
+    openvino_nncf_control,
     published,
 )
 from lab.engines.measure import latency
@@ -20,9 +21,10 @@ from lab.models.checkpoint import model_from_checkpoint
 from lab.tasks import cifar10
 from ptq import RECIPES, Recipe
 
+NOT_TIMED = (published.NAME, openvino_nncf_control.NAME)  # peers that make nothing else to run
 TIMED = (
     *("fp32", "w7a8-convs", "w7a8", "w8a8", "w4"),
-    *(name for name, r in RECIPES.items() if r.peer and r.peer != published.NAME),
+    *(name for name, r in RECIPES.items() if r.peer and r.peer not in NOT_TIMED),
 )
 PROFILED = (
     ("fp32", openvino_cpu),

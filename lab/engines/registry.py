@@ -12,6 +12,7 @@ from lab.engines import (
     openvino_bf16,
     openvino_cpu,
     openvino_nncf,
+    openvino_nncf_control,
     published,
     torch_eager,
     torch_fx,
@@ -19,7 +20,10 @@ from lab.engines import (
 )
 
 OURS = (torch_eager, integer, onnx_runtime, openvino_cpu, openvino_bf16)
-PEERS = (published, torch_fx, openvino_nncf, onnx_runtime_static, torch_pt2e)  # quantize themselves
+PEERS = (  # quantize by themselves
+    *(published, torch_fx, openvino_nncf, openvino_nncf_control),
+    *(onnx_runtime_static, torch_pt2e),
+)
 ENGINES = {engine.NAME: engine for engine in OURS + PEERS}
 
 

@@ -39,6 +39,7 @@ RUNS_ON = {  # the package behind an engine
     "torch-fx": "torch",
     "torch-pt2e": "torch",
     "nncf": "openvino",
+    "nncf-control": "openvino",
     "ort-static": "onnxruntime",
 }
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}

@@ -14,6 +14,7 @@ PROTOCOL = (
 # What people would otherwise use, by its own methods, on the same calibration images.
 PEERS = (
     Recipe("int8-nncf", "INT8, NNCF", peer="nncf", **CALIBRATED),
+    Recipe("int8-nncf-control", "INT8, NNCF, accuracy-aware", peer="nncf-control", **CALIBRATED),
     Recipe("int8-ort", "INT8, ONNX Runtime static", peer="ort-static", **CALIBRATED),
     Recipe("int8-pt2e", "INT8, torchao PT2E", peer="torch-pt2e", **CALIBRATED),
 )

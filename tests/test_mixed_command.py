@@ -1,0 +1,37 @@
+"""Mixed precision as users ask for it, by the name of a recipe."""
+
+from conftest import fails_with_one_line, run
+
+from lab import files
+from ptq.recipe import Recipe
+
+FLAGS = ("--calibration-images", "60", "--latency-runs", "3", "--test-images", "50")
+NAME = "mixed-5bits-fisher-w4a8-nearest"
+
+
+def test_a_budget_gives_a_row_with_its_recipe_whole_that_is_measured_again(checkpoint, tmp_path):
+    command = ("quantize.py", "--checkpoint", checkpoint, *FLAGS)
+    run(*command, "--recipes", NAME, "w4a8-nearest", "w8a8-nearest", "--output", tmp_path)
+    rows = {path.stem.partition("-32@")[0]: path for path in tmp_path.rglob("*@torch-eager.json")}
+    mixed, w4, w8 = (files.read_json(rows[n]) for n in (NAME, "w4a8-nearest", "w8a8-nearest"))
+    recipe = Recipe.fromdict(mixed["recipe"])
+    bits = {spec.weight.bits for spec in recipe.layers if spec.weight}
+    assert recipe.name == NAME and len(bits) > 1 and bits <= {4, 6, 8}
+    sizes = [row["size_bytes"] for row in (w4, mixed, w8)]
+    assert sizes == sorted(sizes) and sizes[1] < sizes[0] + 0.35 * (sizes[2] - sizes[0])
+    energies = [row["energy"]["horowitz"]["total"] for row in (w4, mixed, w8)]
+    assert energies == sorted(energies)
+    out, _ = run("quantize.py", "--from", rows[NAME], "--test-images", "50",
+                 "--latency-runs", "3", "--output", tmp_path / "again")  # fmt: skip
+    assert "| yes |" in out
+    fails_with_one_line(
+        *command, "--recipes", "mixed-3bits-w4a8-nearest", "--output", tmp_path,
+        says="recipe mixed-3bits-w4a8-nearest: a budget of 3 bits is below the smallest "
+        "allocation, 4",
+    )  # fmt: skip
+    fails_with_one_line(
+        *command, "--recipes", "mixed-1e9bytes-w4a8-nearest", "--output", tmp_path,
+        says="a budget of 1000000000 bytes is above the largest allocation",
+    )  # fmt: skip
+    assert len(list(tmp_path.glob("*/*.json"))) == 3
+    fails_with_one_line(*command, "--recipes", "mixed-5MB", says="mixed-5MB names no budget")
