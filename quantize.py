@@ -38,10 +38,11 @@ from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import parse_args
 from lab.outputs import export_files, write_reports
+from lab.recipes import recipe_of
 from lab.report.compare import compare_rows, comparison_table
 from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
 from lab.report.tables import in_protocol, printed, products_text, results_table
-from lab.subject import Subject, load_subject, named, recipe_of
+from lab.subject import Subject, load_subject, named
 from lab.tasks.batches import EvalBatches
 from ptq import packing
 from ptq.analysis.energy import energy_by_prices

@@ -59,7 +59,7 @@ def parse_args(doc: str):
         type=recipe_name,
         default=[recipe.name for recipe in PROTOCOL],
         help=f"what to do to them: {', '.join(RECIPES)}; or 4 to 8 bits a layer within a budget of "
-        "the file or of energy, as mixed-5bits, mixed-700000bytes-fisher or mixed-0.4mJ-noise-w4",
+        "the file, energy or time, as mixed-5bits, mixed-700000bytes, mixed-0.4mJ or mixed-9ms",
     )
     how.add_argument(
         "--engines",

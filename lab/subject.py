@@ -18,7 +18,6 @@ from lab.tasks import TASKS, classification
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from lab.tasks.cifar10 import MEAN, STD
 from lab.tasks.imagefolder import RESIZE, Photos
-from ptq.analysis import costs, mixed
 
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 
@@ -124,29 +123,6 @@ def named(recipe: str):
         yield
     except (ValueError, ImportError) as error:
         raise BadInput(f"recipe {recipe}: {error}") from error
-
-
-def recipe_of(subject: Subject, name: str) -> ptq.Recipe:
-    """The recipe of this name for the subject's network; a mixed one is allocated on some of the
-    images to calibrate on. BadInput if there is none, or none within the budget."""
-    with named(name):
-        if not name.startswith(mixed.PREFIX):
-            return ptq.recipe(name, subject.network)
-        budget = mixed.parse_name(name)
-        batches = cost_batches(subject, budget.base)
-        of_layers = layer_costs(subject, budget.cost, budget.base)
-        return mixed.mixed_recipe(name, subject.network, batches, of_layers)
-
-
-@functools.lru_cache(maxsize=1)  # for many budgets
-def layer_costs(subject: Subject, cost: str, base: str) -> dict:
-    """{name of a layer: {bits: cost}}, as ptq.analysis.mixed takes them."""
-    return mixed.layer_costs(subject.network, cost_batches(subject, base), cost, base)
-
-
-def cost_batches(subject: Subject, base: str) -> EvalBatches:
-    """The images that costs are taken from."""
-    return subject.calibration_batches(ptq.RECIPES[base], costs.IMAGES)[0]
 
 
 @functools.lru_cache(maxsize=1)  # for rows of one checkpoint, one after the other

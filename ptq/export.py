@@ -70,6 +70,22 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     onnx.save(proto, path)
 
 
+def nodes_of_layers(path) -> dict[str, str]:
+    """{name of a convolution or matrix product, or of its output: name of the layer whose codes it
+    takes in} of a file that `to_onnx` wrote."""
+    graph = onnx.load(path).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    found = {}
+    for node in graph.node:
+        if node.op_type in ("Conv", "MatMul"):
+            weight = node.input[1]
+            while weight in made_by:  # behind DequantizeLinear and Unsqueeze
+                weight = made_by[weight].input[0]
+            if weight.endswith(".codes"):
+                found |= dict.fromkeys((node.name, *node.output), weight.removesuffix(".codes"))
+    return found
+
+
 class _QDQ(nn.Module):
     """A quantizer as a pair of ONNX operators. Engines compute with 8-bit codes: what fewer bits
     can't reach is clipped before."""

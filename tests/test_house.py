@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "lab.training": ("lab", "mobilevit"),
     "lab.engines": ("lab.cli", "lab.machine", "lab.engines", "ptq", "mobilevit"),
     "lab.subject": ("lab.cli", "lab.files", "lab.models", "lab.tasks", "ptq"),
+    "lab.recipes": ("lab.cli", "lab.engines", "lab.subject", "lab.tasks", "ptq"),
     "lab.options": ("lab", "ptq", "mobilevit"),
     "lab.outputs": ("lab", "ptq"),
     "lab.report": ("lab.cli", "lab.files", "lab.schema", "lab.report"),

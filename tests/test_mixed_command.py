@@ -1,8 +1,13 @@
 """Mixed precision as users ask for it, by the name of a recipe."""
 
 from conftest import fails_with_one_line, run
+from small import draw, small_network
 
+import ptq
 from lab import files
+from lab.engines import openvino_cpu
+from ptq.export import to_onnx
+from ptq.layers import QuantizedLayer
 from ptq.recipe import Recipe
 
 FLAGS = ("--calibration-images", "60", "--latency-runs", "3", "--test-images", "50")
@@ -35,3 +40,13 @@ def test_a_budget_gives_a_row_with_its_recipe_whole_that_is_measured_again(check
     )  # fmt: skip
     assert len(list(tmp_path.glob("*/*.json"))) == 3
     fails_with_one_line(*command, "--recipes", "mixed-5MB", says="mixed-5MB names no budget")
+
+
+def test_every_layer_with_a_weight_is_timed(tmp_path):
+    network, x = small_network(), draw(2, 3, 64, 64)
+    made = ptq.quantize(network, ptq.recipe("w8a8-nearest", network), [(x, None)])
+    to_onnx(made, x[:1], tmp_path / "a.onnx")
+    found = openvino_cpu.layers_ms({8: tmp_path / "a.onnx"}, x[:1], 3)[8]
+    named = {name for name, module in made.named_modules() if isinstance(module, QuantizedLayer)}
+    assert found.keys() - {openvino_cpu.NO_LAYER} == named
+    assert all(ms >= 0 for ms in found.values()) and sum(found.values()) > 0

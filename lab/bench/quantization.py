@@ -1,6 +1,5 @@
 """Speed of quantized networks on every engine. Their accuracy plays no part here."""
 
-import dataclasses
 import functools
 
 import torch
@@ -18,8 +17,9 @@ from lab.engines import (
 from lab.engines.measure import latency
 from lab.engines.registry import engines_for, row_kind
 from lab.models.checkpoint import model_from_checkpoint
+from lab.recipes import to_nearest
 from lab.tasks import cifar10
-from ptq import RECIPES, Recipe
+from ptq import RECIPES
 
 NOT_TIMED = (published.NAME, openvino_nncf_control.NAME)  # peers that make nothing else to run
 TIMED = (
@@ -105,14 +105,6 @@ def recipes_for(model, names):
             yield ptq.recipe(name, model)
         except ValueError as error:
             print(f"{name}: left out, {error}")
-
-
-def to_nearest(recipe: Recipe) -> Recipe:
-    """The same formats with every weight at its nearest code: as fast to run, and soon made."""
-    if not recipe.layers:
-        return recipe
-    steps = ("nearest", "calibrate") if recipe.quantizes_inputs else ("nearest",)
-    return dataclasses.replace(recipe, steps=steps, units=None)
 
 
 def on_noise(path) -> tuple:

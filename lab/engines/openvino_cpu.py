@@ -15,6 +15,7 @@ PRECISION = "f32"  # where a network is not quantized
 # What computes as simulated. By default OpenVINO takes BF16 where the CPU has it, and rounds to 8
 # bits what meets INT8 or INT4 weights in matrix products, 32 values to a scale.
 AS_SIMULATED = {"INFERENCE_PRECISION_HINT": PRECISION, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+NO_LAYER = ""  # what is no layer's product
 PRODUCTS = {"Convolution": "Conv", "FullyConnected": "MatMul", "MatMul": "MatMul"}
 
 
@@ -144,3 +145,33 @@ def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]
                 ms = 1000 * node.real_time.total_seconds()
                 spent[name][f"{node.node_type} {arithmetic}"] += ms / n
     return {name: {k: ms for k, ms in nodes.items() if ms} for name, nodes in spent.items()}
+
+
+def layers_ms(files: dict, example, n: int) -> dict:
+    """For each of `files`, {key: ONNX file of ptq.export}, {name of a layer: ms that a call spends
+    in its product}, under NO_LAYER in all else: means of `n` calls, in which the files take turns.
+    """
+    from ptq.export import nodes_of_layers
+
+    core = require("openvino")[0].Core()
+    images, requests, layers, spent = _images(example), {}, {}, {}
+    for key, path in files.items():
+        network, layer_of = core.read_model(path), nodes_of_layers(path)
+        network.reshape(list(example[:1].shape))
+        settings = one_thread(PRECISION) | {"PERF_COUNT": True}
+        compiled = core.compile_model(channels_last(network), "CPU", settings)
+        layers[key] = {
+            node.get_friendly_name(): layer_of[name]
+            for node in compiled.get_runtime_model().get_ops()
+            for name in _said(node, "originalLayersNames").split(",")
+            if name in layer_of
+        }
+        requests[key], spent[key] = compiled.create_infer_request(), Counter()
+        requests[key].infer(images)
+    for _ in range(n):
+        for key, request in requests.items():
+            request.infer(images)
+            for node in request.profiling_info:
+                layer = layers[key].get(node.node_name, NO_LAYER)
+                spent[key][layer] += 1000 * node.real_time.total_seconds() / n
+    return spent

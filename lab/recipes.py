@@ -1,0 +1,71 @@
+"""Recipes by name for a subject; those of mixed precision are allocated on its images."""
+
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import ptq
+from lab.cli import BadInput
+from lab.engines import EngineMissing, openvino_cpu, require
+from lab.subject import Subject, named
+from lab.tasks.batches import EvalBatches
+from ptq import Recipe
+from ptq.analysis import costs, mixed
+
+LATENCY_CALLS = 30  # that what a layer takes is averaged over
+
+
+def recipe_of(subject: Subject, name: str) -> Recipe:
+    """The recipe of this name for the subject's network, a mixed one allocated on some of the
+    images to calibrate on. BadInput if there is none, or none within the budget."""
+    with named(name):
+        if not name.startswith(mixed.PREFIX):
+            return ptq.recipe(name, subject.network)
+        budget = mixed.parse_name(name)
+        batches = cost_batches(subject, budget.base)
+        of_layers = layer_costs(subject, budget.cost, budget.base)
+        latency_ms = layer_latencies(subject, budget.base) if budget.unit == "ms" else None
+        return mixed.mixed_recipe(name, subject.network, batches, of_layers, latency_ms)
+
+
+@functools.lru_cache(maxsize=1)  # for many budgets
+def layer_costs(subject: Subject, cost: str, base: str) -> dict:
+    """{name of a layer: {bits: cost}}, as ptq.analysis.mixed takes them."""
+    return mixed.layer_costs(subject.network, cost_batches(subject, base), cost, base)
+
+
+@functools.lru_cache(maxsize=1)
+def layer_latencies(subject: Subject, base: str) -> tuple[dict, float]:
+    """{name of a layer: {bits: ms}} on OpenVINO and one thread, and the ms of all else."""
+    try:
+        require("openvino", "onnx", "onnxscript")
+    except EngineMissing as missing:
+        raise BadInput(f"a budget in ms is measured on OpenVINO: {missing}") from missing
+    from ptq.export import to_onnx
+
+    batches, example = cost_batches(subject, base), subject.sample(subject.img_size)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for bits, recipe in mixed.uniform_recipes(subject.network, base).items():
+            files[bits] = Path(folder, f"{bits}.onnx")
+            network = ptq.quantize(subject.network, to_nearest(recipe), batches)
+            to_onnx(network, example, files[bits])
+        times = openvino_cpu.layers_ms(files, example, LATENCY_CALLS)
+    names = sorted(set().union(*times.values()) - {openvino_cpu.NO_LAYER})
+    prices = {name: {bits: ms.get(name, 0.0) for bits, ms in times.items()} for name in names}
+    fixed = [ms[openvino_cpu.NO_LAYER] for ms in times.values()]
+    return prices, sum(fixed) / len(fixed)
+
+
+def cost_batches(subject: Subject, base: str) -> EvalBatches:
+    """The images that costs are taken from."""
+    return subject.calibration_batches(ptq.RECIPES[base], costs.IMAGES)[0]
+
+
+def to_nearest(recipe: Recipe) -> Recipe:
+    """The same formats with every weight at its nearest code: as fast to run, and soon made."""
+    if not recipe.layers:
+        return recipe
+    steps = ("nearest", "calibrate") if recipe.quantizes_inputs else ("nearest",)
+    return replace(recipe, steps=steps, units=None)
