@@ -73,6 +73,7 @@ class Family:
 CIFAR10 = {"mean": cifar10.MEAN, "std": cifar10.STD}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}  # its own variant pads otherwise
 TIMM = {"crop": 0.9, "interpolation": "bicubic"}  # as its configurations of these networks say
 LITE = {"crop": 0.875, "interpolation": "bicubic"}
 
@@ -284,7 +285,7 @@ def load_timm(model: nn.Module, name: str) -> None:
     try:
         import timm
 
-        source = timm.create_model(name, pretrained=True)
+        source = timm.create_model(TIMM_NAMES.get(name, name), pretrained=True)
     except ImportError as error:
         raise BadInput("--pretrained needs timm: pip install timm") from error
     except (OSError, RuntimeError) as error:  # no network, or no such file on the hub

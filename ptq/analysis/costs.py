@@ -5,19 +5,21 @@ a recipe that gives every weight so many}. Weights are rounded to nearest, input
 Costs of one way compare and add up across layers, to first order; those of two ways do not.
 """
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptq.analysis.sensitivity import sensitivities
-from ptq.graph import NEVER_RAN
+from ptq.analysis.sensitivity import noises, set_tensor
+from ptq.graph import NEVER_RAN, norms_after
 from ptq.methods.nearest import layers_to_round
-from ptq.methods.norms import make_norms_positive
+from ptq.methods.norms import make_norms_positive, shifted, statistics
 from ptq.pipeline import check_batches, quantize
 from ptq.recipe import Recipe
 
@@ -25,15 +27,54 @@ IMAGES = 32  # that costs are taken from: the first
 NOISE_IMAGES = 16  # for each layer and width one call of the network on all of them
 
 
+@torch.no_grad()
 def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
-    """Noise in the network's outputs over their variance, as ptq.analysis.sensitivity finds it."""
-    shown = _first(batches, NOISE_IMAGES)
+    """Noise in the network's outputs over their variance, with one weight rounded at a time.
+
+    Where the recipes shift norms, the batch norm behind the layer is shifted with it: what rounding
+    does to its statistics is most of the noise, and such recipes undo it.
+    """
+    network, rounded = _rounded(model, recipes, batches)
+    x = torch.cat([x for x, _ in _first(batches, NOISE_IMAGES)])
+    before = statistics(network, [(x, None)])
+    norms = {}
+    if any("shift_norms" in recipe.steps for recipe in recipes.values()):
+        norms = {conv: norm for norm, conv in norms_after(network, [(x, None)]).items()}
+
+    @contextlib.contextmanager
+    def alone(name: str, value: Tensor):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(set_tensor(network.get_submodule(name).weight, value))
+            if name in norms:
+                norm = network.get_submodule(norms[name])
+                stack.enter_context(following(norm, before[norms[name]]))
+            yield
+
     costs = defaultdict(dict)
-    for bits, recipe in recipes.items():
-        found = sensitivities(model, _weights_only(recipe), shown, lambda net: _outputs(net, shown))
+    for bits, values in rounded.items():
+        contexts = {name: partial(alone, name, value) for name, value in values.items()}
+        found = noises(network, lambda network: network(x), {"weights": contexts})
         for name, cost in found["noise"]["weights"].items():
             costs[name][bits] = cost
     return dict(costs)
+
+
+@contextlib.contextmanager
+def following(norm: nn.BatchNorm2d, before: tuple[Tensor, Tensor]):
+    """Within this context a norm is shifted by what the statistics of its input are off `before`,
+    their mean and variance."""
+    trained = copy.deepcopy(norm)
+
+    def follow(norm, inputs):
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        norm.running_mean, norm.running_var = shifted(trained, (mean, variance), before)
+
+    handle = norm.register_forward_pre_hook(follow)
+    try:
+        yield
+    finally:
+        handle.remove()
+        norm.running_mean, norm.running_var = trained.running_mean, trained.running_var
 
 
 def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
@@ -147,7 +188,3 @@ def _first(batches, left: int = IMAGES) -> list:
         if not left:
             break
     return shown
-
-
-def _outputs(network: nn.Module, batches) -> Tensor:
-    return torch.cat([network(x) for x, *_ in batches])

@@ -83,11 +83,18 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
 
 
 def _shift(model: nn.Module, reference: nn.Module, after: dict, before: dict) -> None:
-    for name, (mean, variance) in after.items():
-        norm, trained = model.get_submodule(name), reference.get_submodule(name)
-        ratio = (variance + norm.eps) / (before[name][1] + norm.eps)
-        norm.running_mean.copy_(trained.running_mean + mean - before[name][0])
-        norm.running_var.copy_(trained.running_var * ratio)
+    for name, of_input in after.items():
+        norm = model.get_submodule(name)
+        mean, variance = shifted(reference.get_submodule(name), of_input, before[name])
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+
+def shifted(trained: nn.BatchNorm2d, after, before) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a norm, moved from the trained ones as those of its input moved, from
+    `before` to `after`: pairs of mean and variance."""
+    ratio = (after[1] + trained.eps) / (before[1] + trained.eps)
+    return trained.running_mean + after[0] - before[0], trained.running_var * ratio
 
 
 @torch.no_grad()
