@@ -206,11 +206,12 @@ def recipe_of_row(subject: Subject, row: dict, path) -> Recipe:
     name = row["recipe"]["name"]
     with named(name):
         saved = Recipe.fromdict(row["recipe"])
-    if not name.startswith(MIXED) and comparable(recipe_of(subject, name).asdict()) != comparable(
-        row["recipe"]
-    ):
+    if name.startswith(MIXED):
+        return saved
+    todays = recipe_of(subject, name)
+    if comparable(todays.asdict()) != comparable(row["recipe"]):
         raise BadInput(f"{path}: recipe {name} is not what it was when the row was measured")
-    return saved
+    return todays
 
 
 def write_exports(pairs, args) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lab.engines import EngineMissing, torch_eager, torch_fx
-from lab.engines.measure import latency, predict
+from lab.engines.measure import confusion, latency, predict, scores
 from mobilevit import MobileViT
 from ptq import RECIPES
 from ptq.methods.norms import replace_norms
@@ -72,6 +72,23 @@ def test_predictions_keep_their_order_with_any_number_of_workers():
     assert torch.equal(labels, torch.arange(10)) and torch.equal(shared_labels, labels)
     torch.testing.assert_close(alone, shared)
     torch.testing.assert_close(alone[4:6], model(batches[2][0]).detach())
+
+
+def test_of_many_classes_the_five_likeliest_count_too():
+    labels = torch.tensor([0, 1, 2, 3])
+    ranks = torch.tensor([0, 4, 5, 200])  # of the true class among the others
+    logits = torch.zeros(4, 300)
+    for line, label, rank in zip(logits, labels, ranks):
+        others = torch.arange(300)[torch.arange(300) != label]
+        line[torch.cat((others[:rank], label[None], others[rank:]))] = -torch.arange(300.0)
+    assert scores(logits, labels) == {"accuracy_pct": 25.0, "top5_pct": 50.0}
+    assert scores(logits[:, :10], labels).keys() == {"accuracy_pct"}
+    assert confusion(labels, labels, 300) is None and confusion(labels, labels, 4)[1] == [
+        0,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_latency_is_single_threaded_and_restores_the_threads():
