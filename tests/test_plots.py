@@ -204,7 +204,9 @@ def test_findings_are_not_claimed_where_the_rows_do_not_show_them(tree):
 def test_without_results_there_is_no_figure_and_tables_say_so(tmp_path):
     found = load(tmp_path)
     assert [name for name, draw in FIGURES.items() if draw(found) is not None] == []
-    assert set(blocks_of(found).values()) == {"No results yet.", ""}
+    blocks = blocks_of(found)
+    assert "| resnet18 | uniform4 | no results yet |" in blocks.pop("neighbours")
+    assert set(blocks.values()) == {"No results yet.", ""}
     (tmp_path / "results").mkdir()
     fails_with_one_line("plots.py", *flags(tmp_path), says="no CIFAR-10 row and no run yet")
 

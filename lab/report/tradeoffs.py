@@ -51,7 +51,8 @@ def tradeoffs(found: Results):
                     if (row["model"], series_of(row)) == (model, name) and cost(row) is not None
                 )
                 line = "o" if name in PEERS.values() else "o-"
-                axis.plot(*zip(*points or [(None, None)]), line, color=colour[name], ms=5)
+                if points:
+                    axis.plot(*zip(*points), line, color=colour[name], ms=5)
             for row in found.rows:
                 if row["model"] == model and tables.is_baseline(row):
                     axis.axhline(accuracy(row), **FP32)
