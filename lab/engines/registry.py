@@ -12,14 +12,16 @@ from lab.engines import (
     openvino_cpu,
     openvino_nncf,
     published,
+    tensorrt_gpu,
     torch_eager,
     torch_fx,
     torch_pt2e,
 )
 
 OURS = (torch_eager, onnx_runtime, openvino_cpu, openvino_bf16)
+ON_GPU = (tensorrt_gpu,)
 PEERS = (published, torch_fx, openvino_nncf, onnx_runtime_static, torch_pt2e)  # quantize themselves
-ENGINES = {engine.NAME: engine for engine in OURS + PEERS}
+ENGINES = {engine.NAME: engine for engine in OURS + ON_GPU + PEERS}
 
 
 def engines_for(recipe, names=tuple(engine.NAME for engine in OURS)) -> list:

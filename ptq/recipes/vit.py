@@ -58,25 +58,19 @@ def vit_recipe(
         raise ValueError(f"a share is above 0 and at most 1, not {share}")
     names = layers_of(model, parts)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-    drawn = sorted(order[: max(1, round(share * len(names)))].tolist())
-    linear, products = [], []
-    for name in (names[i] for i in drawn):
-        is_linear = isinstance(model.get_submodule(name), nn.Linear)
-        (linear if is_linear else products).append(re.escape(name))
-    observers = {"weight_observer": observer, "input_observer": observer}
+    drawn = [names[i] for i in sorted(order[: max(1, round(share * len(names)))].tolist())]
+    linear = [name for name in drawn if isinstance(model.get_submodule(name), nn.Linear)]
+    products = [name for name in drawn if name not in linear]
     weight = Uniform(bits, granularity=granularity)
     input = Uniform(input_bits or bits, symmetric=False)
-    layers = []
-    if linear:
-        layers.append(LayerSpec("|".join(linear), weight, input, **observers))
-    if products:
-        layers.append(LayerSpec("|".join(products), input=Uniform(PRODUCT_BITS), **observers))
-    return Recipe(
-        f"vit-w{bits}a{input.bits}-{method}",
-        f"{' and '.join(parts)}, share {share:g} by seed {seed}",
-        tuple(layers),
-        **CALIBRATED,
+    formats = ((linear, (weight, input)), (products, (None, Uniform(PRODUCT_BITS))))
+    layers = tuple(
+        LayerSpec("|".join(map(re.escape, group)), *of_group, observer, observer)
+        for group, of_group in formats
+        if group
     )
+    title = f"{' and '.join(parts)}, share {share:g} by seed {seed}"
+    return Recipe(f"vit-w{bits}a{input.bits}-{method}", title, layers, **CALIBRATED)
 
 
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
