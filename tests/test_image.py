@@ -9,7 +9,7 @@ from PIL import Image
 from test_imagefolder import picture
 
 import quantize
-from lab.models import build, default_img_size
+from lab.models import build
 from lab.models.checkpoint import save_checkpoint
 from lab.models.foreign import as_checkpoint, family_of
 from lab.tasks import TASKS

@@ -127,9 +127,8 @@ def test_softmax_has_a_sign_and_early_layers_are_left_alone():
     for module in quantized.modules():
         if isinstance(module, QuantizedAttentionCore):
             assert {q.format for q in module.inputs.values()} == {ptq.Uniform(8)}
-    in_float = [
-        n for n, m in quantized.named_modules() if isinstance(m, QuantizedLayer) if not m.format
-    ]
+    layers = {n: m for n, m in quantized.named_modules() if isinstance(m, QuantizedLayer)}
+    in_float = [name for name, layer in layers.items() if layer.format is None]
     assert in_float == [
         "stem.conv",
         *(f"stages.{i}.0.{layer}.conv" for i in (0, 1) for layer in ("expand", "depthwise")),

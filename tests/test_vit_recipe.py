@@ -135,8 +135,7 @@ def test_a_share_is_drawn_by_the_seed_and_recorded():
         recipe = ptq.vit_recipe(model, parts=("attention", "mlp"), share=share, seed=seed)
         assert Recipe.fromdict(json.loads(json.dumps(recipe.asdict()))) == recipe
         assert f"share {share:g} by seed {seed}" in recipe.title
-        kinds = {"product"}
-        return {name for name in everything if recipe.layer_spec(name, kinds)}
+        return {name for name in everything if recipe.layer_spec(name, {"product"})}
 
     half = drawn(0.5, 1)
     assert len(half) == round(len(everything) / 2) and half == drawn(0.5, 1)
