@@ -47,7 +47,7 @@ def test_attention_taken_apart_computes_the_same(network):
 @pytest.mark.parametrize("bits, method", [(8, "tensor"), (4, "channel"), (8, "histogram")])
 def test_it_is_quantized_saved_and_read_back(network, bits, method, tmp_path):
     _, model = network
-    recipe = ptq.vit_recipe(model, bits, method)
+    recipe = ptq.vit_recipe(model, bits, method, input_bits=8)
     quantized = ptq.quantize(model, recipe, BATCHES)
     linear = sum(type(module).forward is nn.Linear.forward for module in model.modules())
     layers = [m for m in quantized.modules() if isinstance(m, QuantizedLayer)]
@@ -142,6 +142,14 @@ def test_a_share_is_drawn_by_the_seed_and_recorded():
     assert drawn(0.2, 1) < half < drawn(0.8, 1) < drawn(1, 1) == set(everything)
     assert len({frozenset(drawn(0.5, seed)) for seed in range(5)}) > 1
     assert len(drawn(0.01, 0)) == 1
+
+
+def test_inputs_have_the_bits_of_weights_unless_others_are_asked_for():
+    model = small_vit("ours")
+    for bits, words in ((4, {}), (8, {}), (8, {"input_bits": 8})):
+        linear, products = ptq.vit_recipe(model, bits if not words else 4, **words).layers
+        assert linear.input == ptq.Uniform(bits, symmetric=False)
+        assert products.input == ptq.Uniform(8)
 
 
 # Which ranges
