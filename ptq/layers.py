@@ -92,6 +92,11 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.input(x))
 
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies by; transformers looks at its type."""
+        return self.layer.weight
+
     @torch.no_grad()
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
