@@ -1,14 +1,12 @@
 """`quantize.py --image`: what networks of three families see in pictures of every kind."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
+from conftest import fails_with_one_line, run
 from PIL import Image
 from test_imagefolder import picture
 
-import quantize
 from lab.models import build
 from lab.models.checkpoint import save_checkpoint
 from lab.models.foreign import as_checkpoint, family_of
@@ -51,6 +49,8 @@ def checkpoints(tmp_path_factory):
     for name in NETWORKS:
         torch.manual_seed(0)
         network = build(name, num_classes=len(CLASSES)).eval()
+        *_, bias = network.parameters()
+        bias.data.normal_()  # or its classes are all alike
         checkpoint = as_checkpoint(network, name, family_of(name).layouts[0], CLASSES)
         path = folder / name / "best.pth"
         path.parent.mkdir()
@@ -59,22 +59,12 @@ def checkpoints(tmp_path_factory):
     return made
 
 
-def told(monkeypatch, capsys, *args, code=0):
-    """What quantize.py prints on these arguments, with this exit code."""
-    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, args)])
-    with pytest.raises(SystemExit) as end:
-        quantize.main()
-    out, err = capsys.readouterr()
-    assert end.value.code == code, err
-    return out if code == 0 else err
-
-
 @pytest.mark.parametrize("name", NETWORKS)
-def test_both_predictions_are_printed(name, checkpoints, tmp_path, monkeypatch, capsys):
+def test_both_predictions_are_printed(name, checkpoints, tmp_path):
     path, network = checkpoints[name]
     image = PICTURES["jpeg"](tmp_path)
     flags = ("--recipes", "w8a8", "--calibration-images", "8", "--image", image)
-    out = told(monkeypatch, capsys, "--checkpoint", path, *flags)
+    out, _ = run("quantize.py", "--checkpoint", path, *flags)
     lines = out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         f"{name}-synthetic {recipe}@torch-eager" for recipe in ("fp32", "w8a8")
@@ -88,14 +78,14 @@ def test_both_predictions_are_printed(name, checkpoints, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_pictures_of_every_kind_are_taken(kind, checkpoints, tmp_path, monkeypatch, capsys):
+def test_pictures_of_every_kind_are_taken(kind, checkpoints, tmp_path):
     path, _ = checkpoints["resnet18"]
     image = PICTURES[kind](tmp_path)
-    out = told(monkeypatch, capsys, "--checkpoint", path, "--recipes", "fp32", "--image", image)
+    out, _ = run("quantize.py", "--checkpoint", path, "--recipes", "fp32", "--image", image)
     assert len(out.splitlines()) == 1 and out.count("%") == 3
 
 
-def test_a_picture_that_is_none_gets_one_line(checkpoints, tmp_path, monkeypatch, capsys):
+def test_a_picture_that_is_none_gets_one_line(checkpoints, tmp_path):
     path, _ = checkpoints["resnet18"]
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "cut.jpg").write_bytes(PICTURES["jpeg"](tmp_path).read_bytes()[:500])
@@ -106,22 +96,23 @@ def test_a_picture_that_is_none_gets_one_line(checkpoints, tmp_path, monkeypatch
         ".": "no image file at",
     }.items():
         command = ("--checkpoint", path, "--recipes", "w8a8", "--image", tmp_path / name)
-        err = told(monkeypatch, capsys, *command, code=2)
-        assert len(err.splitlines()) == 1 and says in err, err
+        fails_with_one_line("quantize.py", *command, says=says)
 
 
 @pytest.mark.parametrize(
     "option", [("--held-out",), ("--test-images", "5"), ("--export", "x"), ("--per-layer",)]
 )
-def test_options_that_do_nothing_to_a_picture_are_refused(option, monkeypatch, capsys):
+def test_options_that_do_nothing_to_a_picture_are_refused(option):
     command = ("--checkpoint", "a.pth", "--image", "b.jpg", *option)
-    assert "exclude" in told(monkeypatch, capsys, *command, code=2)
+    fails_with_one_line("quantize.py", *command, says="exclude")
 
 
-def test_an_engine_that_is_missing_is_left_out(checkpoints, tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_that_is_missing_is_left_out(checkpoints, tmp_path):
     path, _ = checkpoints["resnet18"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     image, engines = PICTURES["jpeg"](tmp_path), ("--engines", "torch-eager", "tensorrt")
     command = ("--checkpoint", path, "--recipes", "fp32", "--image", image, *engines)
-    lines = told(monkeypatch, capsys, *command).splitlines()
-    assert lines[1].endswith("left out, TensorRT needs an NVIDIA GPU, and torch sees none")
+    out, _ = run("quantize.py", *command)
+    assert out.splitlines()[1].endswith(
+        "left out, TensorRT needs an NVIDIA GPU, and torch sees none"
+    )
