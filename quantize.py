@@ -7,6 +7,7 @@
     python quantize.py --checkpoint A.pth --recipes mixed-5bits         # 4 to 8 bits a layer
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
     python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
+    python quantize.py --checkpoint A.pth --recipes w8a8 --image photo.jpg  # what they see in it
     python quantize.py --from results/mobilevit_xxs/w8a8@openvino.json  # a row again, and compare
     python quantize.py --weights F.pth --model xxs --task imagefolder --data-dir DIR   # your own
 
@@ -37,7 +38,7 @@ from lab.engines.measure import CPU_BATCH, confusion, latency, predict, scores
 from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import parse_args
-from lab.outputs import export_files, write_reports
+from lab.outputs import export_files, prediction_text, write_reports
 from lab.recipes import recipe_of
 from lab.report.compare import compare_rows, comparison_table
 from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
@@ -119,7 +120,7 @@ def write_rows(pairs, args) -> int:
     on."""
     done, status = [], 0
     for subject, recipe in pairs:
-        n = recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
+        n = calibration_images(recipe, args)
         for engine in engines_for(recipe, args.engines):
             what = f"{subject.name} {recipe.name}@{engine.NAME}"
             try:
@@ -145,10 +146,19 @@ def write_rows(pairs, args) -> int:
     return status
 
 
-def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
-    """A row that is there already, or one that is measured and written; whether it was there."""
+def calibration_images(recipe: Recipe, args) -> int:
+    """How many images the recipe calibrates on: as many as were asked for, if it does at all."""
+    return recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
+
+
+def require_formats(recipe: Recipe, engine) -> None:
     if not (recipe.peer or engine in (torch_eager, integer) or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
+
+
+def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
+    """A row that is there already, or one that is measured and written; whether it was there."""
+    require_formats(recipe, engine)
     same = subject.identity(recipe, engine.NAME, n, args.latency_runs)
     path = row_path(Path(args.output, subject.folder), same)
     if args.rows and any(path.resolve() == Path(shipped).resolve() for shipped in args.rows):
@@ -162,6 +172,26 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
     row |= machine.provenance()
     files.write_json(path, row)
     return row, False
+
+
+def show_predictions(pairs, args) -> None:
+    """Print what each (subject, recipe) on each engine takes the picture of --image for."""
+    for subject, recipe in pairs:
+        x = subject.images.showing(args.image).inputs(subject.img_size)
+        for engine in engines_for(recipe, args.engines):
+            what = f"{subject.name} {recipe.name}@{engine.NAME}"
+            try:
+                require_formats(recipe, engine)
+                engine.version()  # before long work: it may be missing
+                made = quantized(subject, recipe, calibration_images(recipe, args))
+                with named(recipe):
+                    loaded = engine.load(made["network"], recipe, made["batches"], x)
+            except EngineMissing as missing:
+                print(f"{what}: left out, {missing}")
+                continue
+            with torch.inference_mode():
+                (logits,) = loaded.run(x)
+            print(f"{what}: {prediction_text(logits, subject.images.classes)}", flush=True)
 
 
 def repeat_rows(args) -> int:
@@ -221,8 +251,7 @@ def write_exports(pairs, args) -> int:
             raise BadInput(f"--export: recipe {recipe.name} has no quantized layers to write")
     status = 0
     for subject, recipe in pairs:
-        n = recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
-        network = quantized(subject, recipe, n)["network"]
+        network = quantized(subject, recipe, calibration_images(recipe, args))["network"]
         name = f"{subject.folder}-{recipe.name}{setting(subject.img_size, subject.seed)}"
         agree = export_files(subject, recipe, network, Path(args.export, name), args.workers)
         status = max(status, int(not agree))
@@ -233,7 +262,8 @@ def write_exports(pairs, args) -> int:
 def main():
     args = parse_args(__doc__)
     machine.keep_freed_memory()
-    files.require_writable(args.export or args.output)
+    if not args.image:
+        files.require_writable(args.export or args.output)
     torch.set_num_threads(args.workers)
     if args.rows:
         sys.exit(repeat_rows(args))
@@ -250,11 +280,14 @@ def main():
         if other is not subject:
             raise BadInput(f"{other.path} and {subject.path} would share the rows' folder")
     pairs = []
+    recipes = dict.fromkeys(["fp32", *args.recipes]) if args.image else args.recipes
     for subject in subjects:
-        for name in args.recipes:
-            pairs.append((subject, recipe_of(subject, name)))
+        pairs += [(subject, recipe_of(subject, name)) for name in recipes]
     if args.per_layer:
         write_reports(pairs, args.output, args.calibration_images, args.workers, args.force)
+        return
+    if args.image:
+        show_predictions(pairs, args)
         return
     sys.exit(write_exports(pairs, args) if args.export else write_rows(pairs, args))
 

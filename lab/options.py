@@ -6,7 +6,7 @@ import torch
 
 from lab import cli
 from lab.engines import torch_eager
-from lab.engines.registry import OURS
+from lab.engines.registry import ON_GPU, OURS
 from lab.models import registered
 from lab.models.checkpoint import MAX_IMG_SIZE
 from lab.tasks import TASKS
@@ -64,7 +64,7 @@ def parse_args(doc: str):
     how.add_argument(
         "--engines",
         nargs="+",
-        choices=[engine.NAME for engine in OURS],
+        choices=[engine.NAME for engine in OURS + ON_GPU],
         default=[torch_eager.NAME],
         help="what executes them, but for recipes whose engine quantizes by itself",
     )
@@ -103,6 +103,11 @@ def parse_args(doc: str):
         "changes the logits",
     )
     out.add_argument(
+        "--image",
+        metavar="FILE",
+        help="in place of rows: what the network and each quantized one take this picture for",
+    )
+    out.add_argument(
         "--export",
         metavar="FOLDER",
         help="in place of rows: write the quantized networks there, as packed safetensors and ONNX",
@@ -117,14 +122,17 @@ def parse_args(doc: str):
         p.error("--heads goes with --weights: a checkpoint holds its own")
     if args.rows:
         settings = ("recipes", "engines", "task", "img_size", "model", "calibration_images", "seed")
-        for name in (*settings, "held_out", "per_layer", "export", "force"):
+        for name in (*settings, "held_out", "per_layer", "image", "export", "force"):
             if getattr(args, name) != p.get_default(name):
                 p.error(f"--from takes all from the row, --{name.replace('_', '-')} excluded")
         args.force = True  # what is there is what the last call measured
     args.output = args.output or ("runs/results" if args.rows else "results")
-    if args.per_layer and args.export:
-        p.error("--per-layer and --export exclude each other")
+    if sum(map(bool, (args.per_layer, args.image, args.export))) > 1:
+        p.error("--per-layer, --image and --export exclude each other")
+    if args.per_layer or args.image or args.export:
+        if args.held_out or args.test_images:
+            p.error("--per-layer, --image and --export exclude --held-out and --test-images")
     if args.per_layer or args.export:
-        if args.held_out or args.test_images or args.engines != [torch_eager.NAME]:
-            p.error("--per-layer and --export exclude --held-out, --test-images and --engines")
+        if args.engines != [torch_eager.NAME]:
+            p.error("--per-layer and --export exclude --engines")
     return args

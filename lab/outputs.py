@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+from torch import Tensor
+
 from lab import files, machine
 from lab.cli import BadInput
 from lab.engines import EngineMissing, parity, require
@@ -19,6 +21,7 @@ from ptq.analysis.sensitivity import sensitivities
 
 REPORT_IMAGES, REPORT_BATCH = 64, 16  # calibration images that a report per layer looks at
 PARITY_IMAGES, PARITY_SHARE = 100, 0.9  # training images that an exported file is checked on
+SHOWN_CLASSES = 3  # of a prediction
 
 
 def write_reports(pairs, output: str, n_calibration: int | None, workers: int, force: bool) -> None:
@@ -81,6 +84,14 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
         "wall_s": time.monotonic() - began,
         **machine.provenance(),
     }
+
+
+def prediction_text(logits: Tensor, classes) -> str:
+    """The likeliest classes of one image and their probabilities, from its logits [K]."""
+    best = logits.softmax(0).topk(min(SHOWN_CLASSES, len(logits)))
+    return ", ".join(
+        f"{classes[k]} {100 * p:.1f} %" for k, p in zip(best.indices.tolist(), best.values.tolist())
+    )
 
 
 def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers: int) -> bool:

@@ -5,12 +5,16 @@ Knows modules, batches and its own files; nothing of data sets, checkpoints or t
     >>> quantized = ptq.quantize(model, ptq.recipe("w8a8", model), batches)
 """
 
+from ptq.analysis.compare import compare_models
+from ptq.attention import open_attention
 from ptq.formats import Uniform
 from ptq.integer.network import integer_network
 from ptq.methods.norms import adapted
+from ptq.packing import load, save
 from ptq.pipeline import quantize
 from ptq.recipe import LayerSpec, Recipe
 from ptq.recipes import RECIPES, recipe
+from ptq.recipes.vit import vit_recipe
 
 __all__ = [
     "RECIPES",
@@ -18,7 +22,12 @@ __all__ = [
     "Recipe",
     "Uniform",
     "adapted",
+    "compare_models",
     "integer_network",
+    "load",
+    "open_attention",
     "quantize",
     "recipe",
+    "save",
+    "vit_recipe",
 ]

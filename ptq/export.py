@@ -5,12 +5,16 @@
 Engines recognise the pattern and compute the product in integers. Weights of pointwise convolutions
 whose product stays in float are stored as matrices, with an Unsqueeze before the Conv. Codes of at
 most four bits are stored as ONNX INT4, two to a byte. Batch norms are folded, which changes scales
-and biases only.
+and biases only. One scale for a weight is written as the same for every output channel.
+
+A file in which all codes are such as TensorRT takes (`tensorrt_fault`) is written for it:
+`trtexec --onnx=FILE --int8`, and from TensorRT 11 on without the flag.
 """
 
 import copy
 import logging
 import warnings
+from dataclasses import replace
 
 import ml_dtypes
 import onnx
@@ -18,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods.norms import fold_norms
 
@@ -33,11 +38,13 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
 
     Raises ValueError for what is not written: activations in more than 8 bits, or in fewer with a
-    scale per channel, weights of more than 8 or without a scale per output channel, quantized
-    inputs of norms and SiLU.
+    scale per channel, weights of more than 8 bits or with scales per group, quantized inputs of
+    norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
+    _spread_scales(model)
     fold_norms(model, [(example,)])
+    for_tensorrt = not tensorrt_fault(model)
     int4 = []
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
@@ -48,6 +55,9 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
             for factor, quantizer in module.inputs.items():
                 module.inputs[factor] = _QDQ(quantizer)
             module.product = _KeyProduct()
+            if for_tensorrt:  # which computes an Einsum in float
+                module.inputs["k"] = nn.Sequential(_Transposed(), module.inputs["k"])
+                module.product = _Product()
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise ValueError("ONNX export of quantized inputs of norms and SiLU is not written")
     with warnings.catch_warnings(), torch.no_grad():
@@ -84,6 +94,33 @@ def nodes_of_layers(path) -> dict[str, str]:
             if weight.endswith(".codes"):
                 found |= dict.fromkeys((node.name, *node.output), weight.removesuffix(".codes"))
     return found
+
+
+def tensorrt_fault(model: nn.Module) -> str:
+    """Why TensorRT does not compute a quantized network in integers, in words; "" if it does.
+
+    It takes 8-bit codes with a sign and without zero-points, one scale for an input, and codes for
+    weights only where the input has codes, too. Source: NVIDIA's TensorRT 11 documentation,
+    "Explicit Quantization", and the parser of ONNX files, onnx/onnx-tensorrt on GitHub.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer) and module.format != Uniform(8):
+            return f"{name} has a zero-point, a scale per channel or not 8 bits"
+        if isinstance(module, QuantizedLayer) and module.format is not None:
+            if module.format.bits != 8:
+                return f"the weight of {name} has {module.format.bits} bits"
+            if not isinstance(module.input, Quantizer):
+                return f"{name} has codes for its weight and none for its input"
+    return ""
+
+
+def _spread_scales(model: nn.Module) -> None:
+    """Give weights of one scale a scale for each output channel, all the same."""
+    for module in model.modules():
+        format = module.format if isinstance(module, QuantizedLayer) else None
+        if format is not None and format.granularity == "tensor":
+            module.format = replace(format, granularity="channel", axis=0)
+            module.scale = module.scale.expand(len(module.codes)).clone()
 
 
 class _QDQ(nn.Module):
@@ -141,6 +178,18 @@ class _KeyProduct(nn.Module):
             shape=(*q.shape[:-1], k.shape[-2]),
             version=OPSET,
         )
+
+
+class _Transposed(nn.Module):
+    def forward(self, k: Tensor) -> Tensor:
+        return k.transpose(-1, -2)
+
+
+class _Product(nn.Module):
+    """q k^T for keys that are transposed already."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k
 
 
 class _Layer(nn.Module):

@@ -92,6 +92,11 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.input(x))
 
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies by; transformers looks at its type."""
+        return self.layer.weight
+
     @torch.no_grad()
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
@@ -129,11 +134,13 @@ class KeyProduct(nn.Module):
 
 class QuantizedAttentionCore(nn.Module):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products: of
-    `format` for q, k and v, and of its unsigned twin for the softmax, which is never negative."""
+    `format` for q, k and v, and of `attention` for the softmax, which is never negative: by
+    default the unsigned twin of `format`."""
 
-    def __init__(self, format: Uniform, observer: str):
+    def __init__(self, format: Uniform, observer: str, attention: Uniform | None = None):
         super().__init__()
-        formats = dict.fromkeys("qkv", format) | {"attention": replace(format, symmetric=False)}
+        attention = attention or replace(format, symmetric=False)
+        formats = dict.fromkeys("qkv", format) | {"attention": attention}
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
         self.product = KeyProduct()
 
@@ -151,7 +158,9 @@ def _layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> nn.Module:
 
 
 def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
-    return QuantizedAttentionCore(spec.input, spec.input_observer) if spec.input else core
+    if not spec.input:
+        return core
+    return QuantizedAttentionCore(spec.input, spec.input_observer, spec.attention)
 
 
 def _pointwise(module: nn.Module, spec: LayerSpec) -> nn.Module:

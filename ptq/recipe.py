@@ -20,11 +20,11 @@ class LayerSpec:
 
     A format that is None leaves its tensor in float. `kind` is a key of ptq.layers.LAYERS:
     "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
-    of q, k and v, and without a sign that of the softmax. "pointwise" are layer norms and SiLU:
-    they compute in float on inputs of that format and keep their weights. The kinds of
-    ptq.methods.fq_vit and ptq.methods.ibert compute in integers; of these, `attention` is the
-    format of a core's softmax, `output` that of what a layer norm puts out, and `published` asks
-    for the arithmetic of the paper instead of ours.
+    of q, k and v, and `attention` that of the softmax: by default that of q without a sign.
+    "pointwise" are layer norms and SiLU: they compute in float on inputs of that format and keep
+    their weights. The kinds of ptq.methods.fq_vit and ptq.methods.ibert compute in integers; of
+    these, `output` is the format of what a layer norm puts out, and `published` asks for the
+    arithmetic of the paper instead of ours.
     """
 
     pattern: str
@@ -43,7 +43,8 @@ class LayerSpec:
         if self.kind in ("product", "pointwise"):
             if isinstance(self.input, PowerOfTwo):
                 raise ValueError(f"{self.kind} layers take inputs of a uniform format")
-            if self.attention or self.output or self.published:
+            integer = self.output or self.published or isinstance(self.attention, Log2)
+            if integer or (self.attention and self.kind == "pointwise"):
                 raise ValueError(f"{self.kind} layers compute in float")
 
 
@@ -106,7 +107,7 @@ class Recipe:
             )
             and (
                 spec.weight is None
-                or (spec.weight.bits <= 8 and spec.weight.granularity == "channel")
+                or (spec.weight.bits <= 8 and not spec.weight.group_size and spec.weight.axis == 0)
             )
             for spec in self.layers
         )

@@ -38,10 +38,15 @@ def test_readme(tmp_path, monkeypatch, capsys):
     assert 0 < moved < 0.05
 
 
-def test_the_primers_example_is_what_it_prints(capsys):
-    run_all("docs/quantization.md")
+def test_the_primers_example_is_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run_all("docs/quantization.md")
     out = capsys.readouterr().out
-    assert "[0, 6, 9, 15]" in out
+    assert "[0, 6, 9, 15]" in out and "'top1_agreement_pct'" in out
+    x = names["batches"][0][0]
+    expected = names["quantized"](x).logits
+    torch.testing.assert_close(names["exported"].module()(x).logits, expected)
+    torch.testing.assert_close(names["traced"](x)["logits"], expected)
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@
     python -m lab.bench loader    # images/s of the loader, against what the model takes, 1 minute
     python -m lab.bench engines   # latency of methods and engines, all in turn, 5 to 7 minutes
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
+    python -m lab.bench tensorrt  # latency of 8 bits and of FP32 on TensorRT, for an NVIDIA GPU
     python -m lab.bench abuse     # malformed inputs and kills through the commands, 5 minutes
 
-Each prints what it writes: results/benchmarks/NAME.json, or, for engines and profile,
+Each prints what it writes: results/benchmarks/NAME.json, or, for engines, profile and tensorrt,
 NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Only ratios carry over to other
 machines. abuse exits with 1 if something ends otherwise than docs/robustness.md says.
 """
@@ -48,9 +49,11 @@ BENCHMARKS = {
     "loader": run_loader,
     "engines": lambda args: quantization.engines(args.checkpoint, args.latency_runs),
     "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
+    "tensorrt": lambda args: quantization.tensorrt(args.checkpoint, args.latency_runs),
     "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
 }
-OF_NETWORKS = ("engines", "profile")  # a file for each model
+OF_NETWORKS = ("engines", "profile", "tensorrt")  # a file for each model
+ON_GPU = ("tensorrt",)
 
 
 def parse_args():
@@ -68,7 +71,7 @@ def parse_args():
     add("--precision", choices=cli.PRECISIONS, help="default: as train.py's")
     add("--data-dir", default="data", help="folder of cifar-10-batches-py, for loader")
 
-    add = p.add_argument_group("engines and profile").add_argument
+    add = p.add_argument_group("engines, profile and tensorrt").add_argument
     add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="the network to run")
     add("--latency-runs", type=at_least(1, 10**6), default=100, help="timed calls")
 
@@ -89,12 +92,13 @@ def main():
     machine.keep_freed_memory()
     files.require_writable(args.output)
     result = BENCHMARKS[args.what](args)
-    on_gpu = args.device == "cuda" and args.what in ("train", "loader")
+    on_gpu = args.what in ON_GPU or (args.device == "cuda" and args.what in ("train", "loader"))
     device = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     print(json.dumps(result, indent=1))
     name = args.what
     if name in OF_NETWORKS:  # and whether integers are faster hangs on VNNI
-        name += f"-{result['model']}" + "-vnni" * machine.has_vnni()
+        vnni = machine.has_vnni() and not on_gpu
+        name += f"-{result['model']}" + "-vnni" * vnni
     path = Path(args.output, f"{name}.json")
     files.write_json(path, result | {"hardware": device} | machine.provenance())
     print(path)

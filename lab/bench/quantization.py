@@ -1,5 +1,6 @@
 """Speed of quantized networks on every engine. Their accuracy plays no part here."""
 
+import copy
 import functools
 
 import torch
@@ -13,6 +14,7 @@ from lab.engines import (
     openvino_nncf,
     openvino_nncf_control,
     published,
+    tensorrt_gpu,
 )
 from lab.engines.measure import latency
 from lab.engines.registry import engines_for, row_kind
@@ -95,6 +97,31 @@ def profile(checkpoint, n_calls: int) -> dict:
         "engine_version": openvino_cpu.version(),
         "calls": n_calls,
         "ms": openvino_cpu.operators_ms(networks, example, n_calls),
+    }
+
+
+def tensorrt(checkpoint, n_calls: int) -> dict:
+    """Milliseconds an image of FP32 and of 8 bits on TensorRT, and of FP32 in torch on the same
+    GPU, all called in turn. Images come from the CPU and logits go back to it.
+
+    `checkpoint`: path of the network. `n_calls`: timed calls of each.
+    """
+    try:
+        engine_version = tensorrt_gpu.version()
+    except EngineMissing as missing:
+        raise BadInput(str(missing)) from missing
+    model, described, batches, example = on_noise(checkpoint)
+    on_gpu = copy.deepcopy(model).cuda()
+    runs = {"fp32@torch-cuda": lambda: on_gpu(example.cuda()).cpu()}
+    recipes = {recipe.name: recipe for recipe in recipes_for(model, ("fp32", "w8a8-tensorrt"))}
+    for name, recipe in recipes.items():
+        network = ptq.quantize(model, to_nearest(recipe), batches)
+        run = tensorrt_gpu.load(network, recipe, batches, example).run
+        runs[f"{name}@{tensorrt_gpu.NAME}"] = functools.partial(run, example)
+    return described | {
+        "recipes": {name: recipe.asdict() for name, recipe in recipes.items()},
+        "engine_version": engine_version,
+        "latency_ms": latency(runs, n_calls),
     }
 
 

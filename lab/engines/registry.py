@@ -14,17 +14,19 @@ from lab.engines import (
     openvino_nncf,
     openvino_nncf_control,
     published,
+    tensorrt_gpu,
     torch_eager,
     torch_fx,
     torch_pt2e,
 )
 
 OURS = (torch_eager, integer, onnx_runtime, openvino_cpu, openvino_bf16)
+ON_GPU = (tensorrt_gpu,)
 PEERS = (  # quantize by themselves
     *(published, torch_fx, openvino_nncf, openvino_nncf_control),
     *(onnx_runtime_static, torch_pt2e),
 )
-ENGINES = {engine.NAME: engine for engine in OURS + PEERS}
+ENGINES = {engine.NAME: engine for engine in OURS + ON_GPU + PEERS}
 
 
 def engines_for(recipe, names=tuple(engine.NAME for engine in OURS)) -> list:

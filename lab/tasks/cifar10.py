@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import classification
+from lab.tasks.photo import thumbnail
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images in [0, 1], per RGB channel
@@ -34,6 +35,10 @@ class Images:
 
     def __getitem__(self, indices) -> "Images":
         return Images(self.images[indices], self.labels[indices], self.classes)
+
+    def showing(self, path) -> "Images":
+        """The picture in a file, made as small as these images, in their place; label -1."""
+        return replace(self, images=thumbnail(path)[None], labels=torch.tensor([-1]))
 
     def inputs(self, img_size: int, device="cpu") -> Tensor:
         """All images as the network's input, float32 [N, 3, S, S]."""

@@ -51,6 +51,10 @@ class Photos:
         files = tuple(self.files[i] for i in torch.arange(len(self))[indices].tolist())
         return replace(self, files=files, labels=self.labels[indices])
 
+    def showing(self, path) -> "Photos":
+        """The picture in a file in place of these; its label is -1."""
+        return replace(self, files=(Path(path),), labels=torch.tensor([-1]))
+
     def inputs(self, img_size: int, device="cpu") -> Tensor:
         """All photos as the network's input, float32 [N, 3, S, S], channels-last.
 

@@ -10,9 +10,10 @@ from ptq.recipes.baselines import PEERS, PROTOCOL
 from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.generic import generic
 from ptq.recipes.ranking import RANKING
+from ptq.recipes.tensorrt import TENSORRT
 from ptq.recipes.uniform import UNIFORM
 
-ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + RANKING + PEERS + INTEGER
+ALL = PROTOCOL + mobilevit.OURS + UNIFORM + ABLATION + RANKING + PEERS + INTEGER + TENSORRT
 RECIPES = {recipe.name: recipe for recipe in ALL}
 
 

@@ -10,13 +10,14 @@ from ptq.recipe import Recipe
 from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.mobilevit import CORES, DEPTHWISE
 from ptq.recipes.ranking import RANKING
+from ptq.recipes.tensorrt import TENSORRT
 from ptq.recipes.uniform import UNIFORM
 
 # Recipes that name no layer but by its kind.
 GENERIC = ("w8a8", "w8a8-nearest", "w7a8", "w6a6", "w6a6-nearest", "w4a8", "w4a8-nearest")
 GENERIC += ("w5a8", "w6a8")
 GENERIC += ("w4", "w4-nearest", "w4-gptq", "w4-adaround", "w4-shift", "w4-minmax")
-GENERIC += tuple(recipe.name for recipe in UNIFORM + INTEGER + RANKING)
+GENERIC += tuple(recipe.name for recipe in UNIFORM + INTEGER + RANKING + TENSORRT)
 
 
 def generic(recipe: Recipe, model: nn.Module) -> Recipe:
@@ -39,7 +40,7 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
         computed = next((kind for kind in integer if kind in kinds_of(module)), None)
         if computed:
             names[computed].append(name)
-        elif "product" in kinds_of(module) and not _in_torch_attention(name, model):
+        elif "product" in kinds_of(module) and not in_torch_attention(name, model):
             names[_group(module)].append(name)
     by_pattern = {spec.pattern: spec for spec in recipe.layers if spec.kind == "product"}
     last = recipe.layers[-1]  # of all layers without a special format
@@ -67,6 +68,6 @@ def _group(module: nn.Module) -> str:
     return "depthwise" if depthwise else "others"
 
 
-def _in_torch_attention(name: str, model: nn.Module) -> bool:
+def in_torch_attention(name: str, model: nn.Module) -> bool:
     parent = name.rpartition(".")[0]
     return isinstance(model.get_submodule(parent), nn.MultiheadAttention)

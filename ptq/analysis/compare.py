@@ -1,0 +1,39 @@
+"""How far two networks are apart on the same images."""
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.inference_mode()
+def compare_models(model: nn.Module, other: nn.Module, batches) -> dict[str, float]:
+    """Mean squared and mean absolute difference of the logits, and how often the classes agree.
+
+    `batches`: (input [b, ...], anything) pairs. Both networks give logits [b, K], or something
+    that holds them as `logits`, as transformers do.
+    {"mse", "mae", "top1_agreement_pct", "n_images"}. ValueError for a network in training mode,
+    for no images, and for logits that are not finite or of different shapes.
+    """
+    if model.training or other.training:
+        raise ValueError("networks are compared in evaluation mode: call eval() first")
+    squares = absolutes = n_logits = n_agree = n_images = 0
+    for x, *_ in batches:
+        a, b = logits_of(model(x)).double(), logits_of(other(x)).double()
+        if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError("logits can't be compared: not finite, or of different shapes")
+        squares += (a - b).square().sum().item()
+        absolutes += (a - b).abs().sum().item()
+        n_agree += int((a.argmax(1) == b.argmax(1)).sum())
+        n_logits, n_images = n_logits + a.numel(), n_images + len(a)
+    if not n_images:
+        raise ValueError("there are no images to compare on")
+    return {
+        "mse": squares / n_logits,
+        "mae": absolutes / n_logits,
+        "top1_agreement_pct": 100 * n_agree / n_images,
+        "n_images": n_images,
+    }
+
+
+def logits_of(output) -> Tensor:
+    """The logits [b, K] in what a network puts out."""
+    return output if isinstance(output, Tensor) else output.logits

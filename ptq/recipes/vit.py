@@ -1,0 +1,90 @@
+"""Recipes for vision transformers by a few words: bits, how ranges are chosen, parts, a share.
+
+They find the layers of ours, timm's, torchvision's and transformers' ViT by their names.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from ptq.formats import Uniform
+from ptq.layers import kinds_of
+from ptq.pipeline import chosen
+from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes.generic import in_torch_attention
+from ptq.recipes.mobilevit import CALIBRATED
+
+# A part of a transformer -> names of its layers. The first that matches counts: in files of
+# transformers, attention has an `output` of its own.
+PARTS = {
+    "attention": r".*\b(attn|attention|self_attention)\b.*",
+    "mlp": r".*\b(mlp|ffn|intermediate|output)\b.*",
+    "classifier": r"classifier|fc|head(s\.head|\.fc)?",
+}
+# A way to choose ranges -> granularity of weights, observer of weights and inputs.
+METHODS = {
+    "tensor": ("tensor", "minmax"),
+    "channel": ("channel", "minmax"),
+    "histogram": ("channel", "mse"),
+}
+PRODUCT_BITS = 8  # of q, k, v and the softmax, whatever the bits of layers
+
+
+def vit_recipe(
+    model: nn.Module,
+    bits: int = 8,
+    method: str = "channel",
+    parts: tuple[str, ...] = tuple(PARTS),
+    share: float = 1.0,
+    seed: int = 0,
+    input_bits: int | None = None,
+) -> Recipe:
+    """A recipe for the linear layers and attention products of a vision transformer.
+
+    `bits`: of weights and, unless `input_bits` says otherwise, of the inputs of linear layers.
+    `method`: of METHODS. "tensor" has one scale for a weight, from its smallest to its largest
+    value, "channel" one for each output channel; "histogram" has one for each output channel, too,
+    and all ranges are those of the least squared error, of inputs over a histogram of what was
+    seen in calibration.
+    `parts`: of PARTS. `share`: of their layers and products, drawn with `seed`; a larger share
+    contains a smaller one of the same seed. The recipe names those that were drawn.
+
+    ValueError for words that there are none of, a share that is not above 0 and at most 1, and a
+    part that the network does not have.
+    """
+    granularity, observer = chosen(METHODS, method, "method")
+    if not 0 < share <= 1:
+        raise ValueError(f"a share is above 0 and at most 1, not {share}")
+    names = layers_of(model, parts)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    drawn = [names[i] for i in sorted(order[: max(1, round(share * len(names)))].tolist())]
+    linear = [name for name in drawn if isinstance(model.get_submodule(name), nn.Linear)]
+    products = [name for name in drawn if name not in linear]
+    weight = Uniform(bits, granularity=granularity)
+    input = Uniform(input_bits or bits, symmetric=False)
+    formats = ((linear, (weight, input)), (products, (None, Uniform(PRODUCT_BITS))))
+    layers = tuple(
+        LayerSpec("|".join(map(re.escape, group)), *of_group, observer, observer)
+        for group, of_group in formats
+        if group
+    )
+    title = f"{' and '.join(parts)}, share {share:g} by seed {seed}"
+    return Recipe(f"vit-w{bits}a{input.bits}-{method}", title, layers, **CALIBRATED)
+
+
+def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers and attention products in these parts, from input to output."""
+    for part in parts:
+        chosen(PARTS, part, "part")
+    part_of = {
+        name: next((part for part, names in PARTS.items() if re.fullmatch(names, name)), None)
+        for name, module in model.named_modules()
+        if "product" in kinds_of(module) and not isinstance(module, nn.Conv2d)
+        if not in_torch_attention(name, model)
+    }
+    for part in parts:
+        if part not in part_of.values():
+            hint = ": see ptq.open_attention" if part == "attention" else ""
+            raise ValueError(f"no layer of the network is known as its {part}{hint}")
+    return [name for name, part in part_of.items() if part in parts]
