@@ -5,6 +5,9 @@
     python quantize.py --checkpoint runs/mobilevit_xxs-synthetic/best.pth \\
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
+    python quantize.py --checkpoint A.pth --recipes w8a8 --profile      # every tensor, as a page
+    python quantize.py --checkpoint A.pth --recipes w8a8 --profile --suggest  # what to except
+    python quantize.py --checkpoint A.pth --recipes suggested.json      # a recipe from a file
     python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
     python quantize.py --from results/mobilevit_xxs/w8a8@openvino.json  # a row again, and compare
     python quantize.py --weights F.pth --model xxs --task imagefolder --data-dir DIR   # your own
@@ -37,10 +40,11 @@ from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import parse_args
 from lab.outputs import export_files, write_reports
+from lab.profiles import profile_folder, write_profile
 from lab.report.compare import compare_rows, comparison_table
 from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
 from lab.report.tables import in_protocol, printed, products_text, results_table
-from lab.subject import Subject, load_subject, named
+from lab.subject import Subject, load_subject, named, read_recipe
 from lab.tasks.batches import EvalBatches
 from ptq import RECIPES, packing
 from ptq.recipe import Recipe
@@ -210,6 +214,15 @@ def write_exports(pairs, args) -> int:
     return status
 
 
+def write_profiles(pairs, args) -> None:
+    """What each recipe does to each tensor of its subject."""
+    folders = [profile_folder(*pair, args.output, args.force) for pair in pairs]
+    for (subject, recipe), folder in zip(pairs, folders):
+        n = recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
+        made = functools.partial(quantized, subject, n_calibration=n)
+        write_profile(subject, recipe, folder, made, args.workers, args.suggest)
+
+
 @cli.command
 def main():
     args = parse_args(__doc__)
@@ -233,10 +246,16 @@ def main():
     pairs = []
     for subject in subjects:
         for name in args.recipes:
+            if name.endswith(".json"):
+                pairs.append((subject, read_recipe(name)))
+                continue
             with named(RECIPES[name]):
                 pairs.append((subject, ptq.recipe(name, subject.network)))
     if args.per_layer:
         write_reports(pairs, args.output, args.calibration_images, args.workers, args.force)
+        return
+    if args.profile:
+        write_profiles(pairs, args)
         return
     sys.exit(write_exports(pairs, args) if args.export else write_rows(pairs, args))
 

@@ -7,10 +7,16 @@ from lab.engines import torch_eager
 from lab.engines.registry import OURS
 from lab.models import registered
 from lab.models.checkpoint import MAX_IMG_SIZE
+from lab.profiles import EXCEPTIONS
 from lab.tasks import TASKS
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES
 from ptq.recipes.baselines import PROTOCOL
+
+
+def recipe(text: str) -> str:
+    """The type of an option that is a recipe's name or a JSON file with one."""
+    return text if text.endswith(".json") else cli.known(RECIPES, "recipe")(text)
 
 
 def parse_args(doc: str):
@@ -42,9 +48,9 @@ def parse_args(doc: str):
     how.add_argument(
         "--recipes",
         nargs="+",
-        type=cli.known(RECIPES, "recipe"),
+        type=recipe,
         default=[recipe.name for recipe in PROTOCOL],
-        help=f"what to do to them: {', '.join(RECIPES)}",
+        help=f"what to do to them: a JSON file with a recipe, or {', '.join(RECIPES)}",
     )
     how.add_argument(
         "--engines",
@@ -88,6 +94,20 @@ def parse_args(doc: str):
         "changes the logits",
     )
     out.add_argument(
+        "--profile",
+        action="store_true",
+        help="in place of rows: a page, tables and histograms of what the recipe does to each "
+        "tensor, on training images, and the accuracy by class",
+    )
+    out.add_argument(
+        "--suggest",
+        nargs="?",
+        choices=EXCEPTIONS,
+        const="16-bit",
+        help="with --profile: also a recipe that makes exceptions of the worst tensors, as many as "
+        "halve the noise in the outputs on held-out images, 16-bit if not told",
+    )
+    out.add_argument(
         "--export",
         metavar="FOLDER",
         help="in place of rows: write the quantized networks there, as packed safetensors and ONNX",
@@ -102,14 +122,20 @@ def parse_args(doc: str):
         p.error("--heads goes with --weights: a checkpoint holds its own")
     if args.rows:
         settings = ("recipes", "engines", "task", "img_size", "model", "calibration_images", "seed")
-        for name in (*settings, "held_out", "per_layer", "export", "force"):
+        for name in (*settings, "held_out", "per_layer", "profile", "export", "force"):
             if getattr(args, name) != p.get_default(name):
                 p.error(f"--from takes all from the row, --{name.replace('_', '-')} excluded")
         args.force = True  # what is there is what the last call measured
     args.output = args.output or ("runs/results" if args.rows else "results")
-    if args.per_layer and args.export:
-        p.error("--per-layer and --export exclude each other")
+    if sum(map(bool, (args.per_layer, args.profile, args.export))) > 1:
+        p.error("--per-layer, --profile and --export exclude each other")
     if args.per_layer or args.export:
         if args.held_out or args.test_images or args.engines != [torch_eager.NAME]:
             p.error("--per-layer and --export exclude --held-out, --test-images and --engines")
+    if args.profile and args.engines != [torch_eager.NAME]:
+        p.error("--profile excludes --engines")
+    if args.suggest and not args.profile:
+        p.error("--suggest goes with --profile")
+    if args.suggest and args.weights:
+        p.error("--suggest chooses on the images that a run held out: --weights has none")
     return args

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import ptq
-from lab.cli import BadInput
-from lab.files import sha256
+from lab.cli import BadInput, shortened
+from lab.files import read_json, sha256
 from lab.models import TASK_OF, require_img_size, require_task, run_name
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import as_checkpoint, read_weights
@@ -122,6 +123,20 @@ def named(recipe):
         yield
     except ValueError as error:
         raise BadInput(f"recipe {recipe.name}: {error}") from error
+
+
+def read_recipe(path) -> ptq.Recipe:
+    """The recipe in a JSON file, such as `quantize.py --suggest` writes."""
+    try:
+        recipe = ptq.Recipe.fromdict(read_json(path))
+    except ValueError as error:
+        raise BadInput(f"{shortened(path)}: {error}") from error
+    if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:
+        raise BadInput(
+            f"{shortened(path)}: a recipe in a file has layers and a name of at most 60 letters, "
+            "digits, dots, hyphens and underscores: files of results are called by it"
+        )
+    return recipe
 
 
 @functools.lru_cache(maxsize=1)  # for rows of one checkpoint, one after the other

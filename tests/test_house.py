@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "lab.subject": ("lab.cli", "lab.files", "lab.models", "lab.tasks", "ptq"),
     "lab.options": ("lab", "ptq", "mobilevit"),
     "lab.outputs": ("lab", "ptq"),
+    "lab.profiles": ("lab", "ptq"),
     "lab.report": ("lab.cli", "lab.files", "lab.schema", "lab.report"),
     "lab.bench": ("lab", "ptq", "mobilevit"),
     **{script: ("lab", "ptq", "mobilevit") for script in SCRIPTS},
