@@ -26,7 +26,7 @@ ENOUGH = 0.5  # of the noise in the outputs is left when a suggestion excepts en
 def profile_folder(subject: Subject, recipe: Recipe, output: str, force: bool) -> Path:
     """Where the files of a profile go; BadInput if there can be none or if they are there."""
     if not recipe.layers:
-        raise BadInput(f"--profile: recipe {recipe.name} has no quantized layers to look into")
+        raise BadInput(f"--profile: recipe {recipe.name} has no quantized layers: choose --recipes")
     name = f"{recipe.name}{setting(subject.img_size, subject.seed)}"
     folder = Path(output, subject.folder, "profile", name)
     if folder.exists() and not force:

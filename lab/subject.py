@@ -18,6 +18,7 @@ from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS, classification
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from lab.tasks.cifar10 import MEAN, STD
+from ptq.packing import check_pattern
 
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
 
@@ -129,6 +130,8 @@ def read_recipe(path) -> ptq.Recipe:
     """The recipe in a JSON file, such as `quantize.py --suggest` writes."""
     try:
         recipe = ptq.Recipe.fromdict(read_json(path))
+        for spec in recipe.layers:
+            check_pattern(spec.pattern)
     except ValueError as error:
         raise BadInput(f"{shortened(path)}: {error}") from error
     if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import fails_with_one_line, run
 from small import draw, small_network
 from torch import nn
 
 import ptq
+from lab import files
 from lab.engines.measure import class_scores
 from ptq.analysis.exceptions import with_exceptions
 from ptq.analysis.profile import attention, profile
@@ -285,3 +287,37 @@ def test_scores_agree_with_those_of_scikit_learn():
     top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(8))
     assert found["top5_pct"] == pytest.approx(100 * top5)
     assert found["n_absent"] == 1 and class_scores(logits[:, :5], labels % 5)["top5_pct"] is None
+
+
+def test_a_profile_with_a_suggestion_that_quantize_takes(checkpoint, tmp_path):
+    command = ("quantize.py", "--checkpoint", checkpoint, "--held-out")
+    command += ("--calibration-images", "32", "--output", tmp_path)
+    profiled = (*command, "--recipes", "w4a8-nearest", "--profile")
+    out, _ = run(*profiled, "--suggest")
+    (folder,) = tmp_path.rglob("w4a8-nearest-32")
+    names = {path.name for path in folder.iterdir()}
+    assert {"profile.json", "tensors.csv", "report.html", "suggested.json"} <= names
+    assert sum(name.endswith(".png") for name in names) == len(names) - 4 > 1
+    report = files.read_json(folder / "profile.json")
+    trained = torch.load(checkpoint, weights_only=True)
+    assert report["scores"]["float"]["top1_pct"] == pytest.approx(trained["val_accuracy_pct"])
+    tries = [one["noise"] for one in report["suggestion"]["tries"]]
+    assert tries[-1] <= tries[0] / 2 and report["suggestion"]["n_images"] == 200
+    assert report["tensors"][0]["layer"] in out
+    run(*command, "--recipes", folder / "suggested.json", "--latency-runs", "3")
+    row = files.read_json(next(tmp_path.rglob("w4a8-nearest-suggested-32@torch-eager.json")))
+    suggested = report["scores"]["suggested"]["top1_pct"]
+    assert row["score"]["accuracy_pct"] == pytest.approx(suggested)
+    fails_with_one_line(*profiled, says="is there already: --force replaces it")
+
+
+def test_wrong_calls_are_one_line(checkpoint, tmp_path):
+    command = ("quantize.py", "--checkpoint", checkpoint, "--recipes")
+    fails_with_one_line(*command, "fp32", "--profile", says="fp32 has no quantized layers")
+    fails_with_one_line(*command, "w4", "--suggest", says="--suggest goes with --profile")
+    path = tmp_path / "mine.json"
+    for name in ("../w8a8", ""):
+        files.write_json(path, ptq.RECIPES["w8a8"].asdict() | {"name": name})
+        fails_with_one_line(*command, path, says="a recipe in a file has layers and a name")
+    path.write_text("[]")
+    fails_with_one_line(*command, path, says="mine.json: not a recipe")

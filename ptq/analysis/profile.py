@@ -104,14 +104,12 @@ class Both:
                 weight = self.float.get_submodule(tensor.layer).layer.weight.requires_grad_()
                 codes = quantized.get_submodule(tensor.layer).codes
                 self.weights[tensor] = [weight]
-                self.weight_errors[tensor] = [self.error(tensor, weight, codes)]
+                self.weight_errors[tensor] = self.error(tensor, weight, codes)
 
     def see(self, image: Tensor) -> None:
         """Take in what both networks make of an image, [1, ...]."""
         values, calls, logits = self.float_pass(image)
-        errors = {t: [self.error(t, x) for x in of_t] for t, of_t in values.items()}
-        self.differentiate(logits, values | self.weights, errors | self.weight_errors)
-        del errors
+        self.differentiate(logits, values)
         values = {t: [x.detach() for x in of_tensor] for t, of_tensor in values.items()}
         logits = logits.detach()
         with torch.no_grad():
@@ -149,20 +147,23 @@ class Both:
             logits = self.float(image)
         return dict(values), calls, logits
 
-    def differentiate(self, logits: Tensor, values: dict, errors: dict) -> None:
-        """Add to `fisher` and `noise` of each tensor what this image gives."""
-        nodes = [node for of_tensor in values.values() for node in of_tensor]
+    def differentiate(self, logits: Tensor, values: dict) -> None:
+        """Take in the float values of all tensors, and what their errors do to the outputs."""
+        nodes = [node for of_tensor in (values | self.weights).values() for node in of_tensor]
         direction = torch.randn(logits.shape, generator=self.generator).to(logits.device)
         with torch.enable_grad():
             loss = sampled_loss(logits, self.generator)
         of_loss = torch.autograd.grad(loss, nodes, retain_graph=True, allow_unused=True)
         along = torch.autograd.grad(logits, nodes, direction, allow_unused=True)
-        of_loss, along = iter(of_loss), iter(along)
-        for tensor, of_tensor in values.items():
-            gradients = [(next(of_loss), next(along)) for _ in of_tensor]
-            pairs = [(g, a, e) for (g, a), e in zip(gradients, errors[tensor]) if g is not None]
-            tensor.fisher += sum(float(g.square().mean()) for g, _, _ in pairs) / len(of_tensor)
-            change = sum(float((a * e).sum()) for _, a, e in pairs)
+        gradients = iter(zip(of_loss, along))
+        for tensor, of_tensor in (values | self.weights).items():
+            change = 0.0
+            for node, (of_node, along_node) in zip(of_tensor, gradients):
+                error = self.weight_errors.get(tensor)
+                error = self.error(tensor, node) if error is None else error
+                if of_node is not None:  # else nothing of it reaches the outputs
+                    tensor.fisher += float(of_node.square().mean()) / len(of_tensor)
+                    change += float((along_node * error).sum())
             tensor.noise += change**2 / logits.numel()
 
     def quantized_pass(self, image: Tensor, values: dict, calls: dict) -> Tensor:
