@@ -6,6 +6,7 @@ what `lab.bench profile` measures.
 
 import csv
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def short(value: float) -> str:
 
 def share(value: float) -> str:
     """In percent, and 0 only where there is none."""
-    return "0" if value == 0 else f"{100 * value:.2g}"
+    return "0" if value == 0 else f"{100 * value:.3g}"
 
 
 def cumulative(tensor: dict, name: str):
@@ -202,7 +203,8 @@ def csv_text(profile: dict) -> str:
 
 
 def write_histograms(profile: dict, folder: Path) -> list[Path]:
-    """Sheets of histograms as PNG, worst tensors first: filled in float, a line once quantized."""
+    """Sheets of histograms as PNG, worst tensors first: filled in float, a line once quantized, by
+    the logarithm of the counts."""
     tensors, per_sheet = profile["tensors"], SHEET_ROWS * SHEET_COLUMNS
     paths = []
     for first in range(0, len(tensors), per_sheet):
@@ -226,9 +228,9 @@ def histogram_sheet(tensors: list[dict]):
         picture = tensor["histogram"]
         step = (picture["high"] - picture["low"]) / len(picture["float"])
         edges = [picture["low"] + i * step for i in range(len(picture["float"]) + 1)]
-        axis.stairs(picture["float"], edges, fill=True, color=style.SKY)
-        axis.stairs(picture["quantized"], edges, color=style.VERMILION, linewidth=0.8)
-        axis.set_yscale("symlog")
+        before, after = ([math.log1p(n) for n in picture[key]] for key in ("float", "quantized"))
+        axis.stairs(before, edges, fill=True, color=style.SKY)
+        axis.stairs(after, edges, color=style.VERMILION, linewidth=0.8)
         axis.set_yticks([])
         axis.set_title(f"{tensor['layer']}, {tensor['role']}", fontsize=style.SMALL, loc="left")
     return fig

@@ -4,6 +4,7 @@ All is in the page before its script runs; the script sorts the table and search
 """
 
 import math
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from string import Template
@@ -25,7 +26,7 @@ def page(profile: dict) -> str:
         headings="".join(map(heading, COLUMNS)),
         lines="\n".join(line(i, tensor) for i, tensor in enumerate(tensors)),
         suggestion=suggestion_section(profile["suggestion"]),
-        blocks="\n".join(block_line(block, profile["blocks"]) for block in profile["blocks"]),
+        blocks=blocks_table(profile["blocks"]),
         accuracy=accuracy_section(profile),
         meanings="\n".join(
             f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS.values()
@@ -100,7 +101,7 @@ def facts_of(tensor: dict) -> list[tuple[str, str]]:
         ("Format covers", " to ".join(map(short, tensor["range"]))),
         ("Mean, σ", f"{short(tensor['mean'])}, {short(tensor['sigma'])}"),
         ("Scale", ends(tensor["scale"], short, tensor["n_scales"])),
-        ("Zero-point", ends(tensor["zero_point"], str, tensor["n_scales"])),
+        ("Zero-point", ends(tensor["zero_point"], str, 1)),
         ("Codes used", f"{tensor['codes_used']} of {tensor['n_codes']}"),
         (
             "Clipped",
@@ -180,62 +181,76 @@ def figure(drawing: str, width: int, label: str, title: str, low: str, high: str
 # Blocks, accuracy, suggestion
 
 
-def block_line(block: dict, blocks: list[dict]) -> str:
-    values = {"own": block["local_db"], "all": block["cumulative_db"]}
-    known = [b[key] for b in blocks for key in ("local_db", "cumulative_db") if b[key] is not None]
-    longest = max([1.0, *known])
-    bars = ""
-    for place, (kind, value) in enumerate(values.items()):
+def table(columns: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table of cells in HTML, the first of each line its name."""
+    heads = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    rows = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, *cells in lines
+    )
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def blocks_table(blocks: list[dict]) -> str:
+    columns = ("Block", "Alone, dB", "In network, dB", "Alone above, in network below")
+    values = [(block["local_db"], block["cumulative_db"]) for block in blocks]
+    longest = max([1.0, *(value for pair in values for value in pair if value is not None)])
+    lines = (
+        (escape(block["name"]), *map(db, pair), bars(pair, longest))
+        for block, pair in zip(blocks, values)
+    )
+    return table(columns, lines)
+
+
+def bars(pair: tuple[float | None, float | None], longest: float) -> str:
+    """Bars below one another; a whole one where nothing was lost."""
+    rects = ""
+    for y, kind, value in zip((0, 5), ("own", "all"), pair):
         width = 100 if value is None else max(100 * value / longest, 0)
-        bars += f'<rect class="{kind}" y="{5 * place}" width="{width:.1f}" height="4.5"/>'
+        rects += f'<rect class="{kind}" y="{y}" width="{width:.1f}" height="4.5"/>'
     box = 'class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true"'
-    cells = "".join(f"<td>{db(value)}</td>" for value in values.values())
-    name = escape(block["name"])
-    return f'<tr><th scope="row">{name}</th>{cells}<td><svg {box}>{bars}</svg></td></tr>'
+    return f"<svg {box}>{rects}</svg>"
 
 
 SCORES = {
     "top1_pct": "Top-1",
     "top5_pct": "Top-5",
-    "precision_pct": "Macro precision",
-    "recall_pct": "Macro recall",
-    "f1_pct": "Macro F1",
+    "precision_pct": "Precision",
+    "recall_pct": "Recall",
+    "f1_pct": "F1",
 }
+OF_CLASS = ("precision_pct", "recall_pct", "f1_pct")
 
 
 def accuracy_section(profile: dict) -> str:
     scores = profile["scores"]
     n_images, n_absent = scores["float"]["n_images"], scores["float"]["n_absent"]
+    absent = f" {n_absent} classes have no image and are left out of the means." * bool(n_absent)
     changed = " and ".join(
         f"the {which} one for {n}" for which, n in profile["n_changed"].items() if which != "float"
     )
-    absent = f" {n_absent} classes have no image and are left out of the means." * bool(n_absent)
-    head = "".join(f'<th scope="col">{title}, %</th>' for title in SCORES.values())
-    lines = "".join(
-        f'<tr><th scope="row">{escape(which)}</th>'
-        + "".join(f"<td>{percent(of_one[key])}</td>" for key in SCORES)
-        + "</tr>"
+    columns = ("Network", *(f"{title}, %" for title in SCORES.values()))
+    lines = (
+        (escape(which), *(percent(of_one[key]) for key in SCORES))
         for which, of_one in scores.items()
     )
-    keys = ("precision_pct", "recall_pct", "f1_pct")
-    titles = [f"{SCORES[key].split()[1]}, {which}" for key in keys for which in scores]
-    of_classes = ""
-    for k, name in enumerate(profile["classes"]):
-        cells = (percent(of_one["classes"][k][key]) for key in keys for of_one in scores.values())
-        of_classes += f'<tr><th scope="row">{escape(name)}</th>'
-        of_classes += f"<td>{scores['float']['classes'][k]['n_images']}</td>"
-        of_classes += "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    titles = (f"{SCORES[key]}, {escape(which)}" for key in OF_CLASS for which in scores)
+    of_classes = (
+        (
+            escape(name),
+            str(scores["float"]["classes"][k]["n_images"]),
+            *(percent(s["classes"][k][key]) for key in OF_CLASS for s in scores.values()),
+        )
+        for k, name in enumerate(profile["classes"])
+    )
     return (
-        f"<p>On {n_images} {escape(profile['split'])} images. Another class than the "
-        f"float network's is predicted by {changed}. Macro: the mean over classes, each "
-        f"counting the same. Precision: of images given a class, how many have it; recall: of "
-        f"images of a class, how many were given it; F1: their harmonic mean.{absent}</p>"
-        f'<table><thead><tr><th class="word" scope="col">Network</th>{head}</tr></thead>'
-        f"<tbody>{lines}</tbody></table>"
-        f"<details><summary>Class by class, %</summary><table><thead><tr>"
-        f'<th class="word" scope="col">Class</th><th scope="col">Images</th>{heads}</tr></thead>'
-        f"<tbody>{of_classes}</tbody></table></details>"
+        f"<p>On {n_images} {escape(profile['split'])} images. Another class than the float "
+        f"network's is predicted by {changed}. Precision: of images given a class, how many have "
+        f"it. Recall: of images of a class, how many were given it. F1: their harmonic mean. All "
+        f"three are means over classes, each counting the same (macro).{absent}</p>"
+        f"{table(columns, lines)}<details><summary>Class by class, %</summary>"
+        f"{table(('Class', 'Images', *titles), of_classes)}</details>"
     )
 
 
@@ -247,17 +262,15 @@ def suggestion_section(found: dict | None) -> str:
     if found is None:
         return ""
     tensors = "".join(f"<li>{escape(', '.join(pair))}</li>" for pair in found["tensors"])
-    tries = "".join(
-        f'<tr><th scope="row">{one["n_tensors"]}</th><td>{short(one["noise"])}</td>'
-        f"<td>{one['n_changed']}</td><td>{percent(one['top1_pct'])}</td></tr>"
-        for one in found["tries"]
+    columns = ("Worst excepted", "Noise in the outputs", "Predictions changed", "Top-1, %")
+    lines = (
+        (str(t["n_tensors"]), short(t["noise"]), str(t["n_changed"]), percent(t["top1_pct"]))
+        for t in found["tries"]
     )
+    written = escape(found["exceptions"].replace("-bit", " bits"))
     return (
-        f'<h2 id="suggestion">Suggested exceptions</h2><p>These tensors in '
-        f"{escape(found['exceptions'])}, all others as they are: the shortest list tried that "
-        f"halves the noise in the outputs on {found['n_images']} held-out images. The recipe is in "
-        f"<code>{escape(found['file'])}</code>.</p><ol>{tensors}</ol>"
-        f'<table><thead><tr><th class="word" scope="col">Worst tensors excepted</th>'
-        f'<th scope="col">Noise in the outputs</th><th scope="col">Predictions changed</th>'
-        f'<th scope="col">Top-1, %</th></tr></thead><tbody>{tries}</tbody></table>'
+        f'<h2 id="suggestion">Suggested exceptions</h2><p>These tensors in {written}, all others '
+        f"as they are: the shortest list tried that halves the noise in the outputs on "
+        f"{found['n_images']} held-out images. The recipe is in "
+        f"<code>{escape(found['file'])}</code>.</p><ol>{tensors}</ol>{table(columns, lines)}"
     )

@@ -115,13 +115,14 @@ class Both:
         with torch.no_grad():
             for name, (args, kwargs, y) in calls.items():
                 alone = self.quantized.get_submodule(name)(*args, **kwargs)
-                self.blocks[name].local.add(y, first_tensor(alone), None)
+                with located("output", name):
+                    self.blocks[name].local.add(y, first_tensor(alone), None)
             self.outputs.add(logits, self.quantized_pass(image, values, calls), None)
         self.seen.append(logits.flatten())
 
     def error(self, tensor: Watched, x: Tensor, codes: Tensor | None = None) -> Tensor:
         """What quantization adds to the values of a tensor, which are taken in."""
-        with torch.no_grad(), located(tensor):
+        with torch.no_grad(), located(tensor.role, tensor.layer):
             return tensor.stats.add(x.detach(), codes) - x
 
     def float_pass(self, image: Tensor) -> tuple[dict, dict, Tensor]:
@@ -170,7 +171,7 @@ class Both:
         """Compare what the quantized network puts out at the same places; its outputs."""
 
         def compare(tensor, args, kwargs, output):
-            with located(tensor):
+            with located(tensor.role, tensor.layer):
                 is_softmax = tensor.role == "attention"
                 tensor.stats.add_quantized(values[tensor].pop(0), output, is_softmax)
 
@@ -189,7 +190,8 @@ class Both:
 
         def compare_block(name, args, kwargs, output):
             if name in calls:
-                self.blocks[name].cumulative.add(calls.pop(name)[2], first_tensor(output), None)
+                with located("output", name):
+                    self.blocks[name].cumulative.add(calls.pop(name)[2], first_tensor(output), None)
 
         integer, plain = defaultdict(list), {}
         for tensor in self.tensors:
@@ -318,9 +320,9 @@ def hooked(network: nn.Module, paths: dict, hook):
 
 
 @contextlib.contextmanager
-def located(tensor: Watched):
-    """Name the tensor that a ValueError is about."""
+def located(role: str, name: str):
+    """Say which tensor a ValueError is about."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{tensor.role} of {tensor.layer}: {error}") from error
+        raise ValueError(f"{role} of {name}: {error}") from error
