@@ -97,7 +97,8 @@ class Both:
         self.block_of = {t.layer: block_of(model, t.layer) for t in self.tensors}
         self.blocks = {name: Block() for name in self.block_of.values()}
         self.outputs, self.seen = Error(), []
-        self.generator = torch.Generator().manual_seed(0)
+        device = next(model.parameters()).device
+        self.generator = torch.Generator(device).manual_seed(0)
         self.weights, self.weight_errors = {}, {}
         for tensor in self.tensors:
             if tensor.path is None:
@@ -151,7 +152,7 @@ class Both:
     def differentiate(self, logits: Tensor, values: dict) -> None:
         """Take in the float values of all tensors, and what their errors do to the outputs."""
         nodes = [node for of_tensor in (values | self.weights).values() for node in of_tensor]
-        direction = torch.randn(logits.shape, generator=self.generator).to(logits.device)
+        direction = torch.randn(logits.shape, generator=self.generator, device=logits.device)
         with torch.enable_grad():
             loss = sampled_loss(logits, self.generator)
         of_loss = torch.autograd.grad(loss, nodes, retain_graph=True, allow_unused=True)
@@ -268,7 +269,8 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
     if isinstance(layer, CORES) and "attention" not in layer.inputs:
         format, grid = spec.attention, ()
         if isinstance(format, Uniform):  # as I-BERT was published: codes in units of 2**-bits
-            grid = (torch.tensor([2.0**-format.bits]), torch.zeros(1, dtype=torch.int32))
+            scale = torch.full_like(layer.inputs["q"].scale, 2.0**-format.bits)
+            grid = (scale, torch.zeros_like(scale, dtype=torch.int32))
         stats = TensorStats(format, grid, CORE_AXIS["attention"])
         found.append(Watched(name, "attention", f"{name}.softmax", stats))
     return found

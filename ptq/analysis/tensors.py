@@ -117,7 +117,8 @@ class TensorStats:
         """Plain values; None where there is no such number."""
         n = self.local.n
         mean = self.total / n
-        sigma = math.sqrt(max(float(self.local.signal.sum()) / n - mean**2, 0))
+        variance = max(float(self.local.signal.sum()) / n - mean**2, 0)
+        sigma = math.sqrt(variance) if self.low < self.high else 0.0
         codes = self.counts
         if self.n_codes > SHOWN_CODES + 1:  # that of a 0 beyond the bits of a logarithmic format
             codes = codes.view(SHOWN_CODES, -1).sum(1)
@@ -204,7 +205,7 @@ def edges(histogram: Histogram) -> np.ndarray:
 
 def cumulated(histogram: Histogram) -> np.ndarray:
     """How many values lie below each edge, [BINS + 1]."""
-    return np.concatenate([[0], histogram.counts[0].cumsum(0).numpy()])
+    return np.concatenate([[0], histogram.counts[0].cumsum(0).cpu().numpy()])
 
 
 def outliers(histogram: Histogram, mean: float, sigma: float) -> float:
