@@ -35,7 +35,8 @@ def with_exceptions(
         spec = excepted(model.get_submodule(layer), specs[layer], of_layer, bits)
         patterns.setdefault(replace(spec, pattern=""), []).append(re.escape(layer))
     exceptions = [replace(spec, pattern="|".join(names)) for spec, names in patterns.items()]
-    changed = replace(recipe, name=name, layers=(*exceptions, *recipe.layers))
+    title = f"{recipe.title}, but for {len(roles)} layers"
+    changed = replace(recipe, name=name, title=title, layers=(*exceptions, *recipe.layers))
     used = {changed.layer_spec(n, kinds_of(module)) for n, module in model.named_modules()}
     return replace(changed, layers=tuple(spec for spec in changed.layers if spec in used))
 
