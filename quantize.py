@@ -6,6 +6,9 @@
         --calibration-images 256 --latency-runs 10                          # smoke, under a minute
     python quantize.py --checkpoint A.pth --recipes mixed-5bits         # 4 to 8 bits a layer
     python quantize.py --checkpoint A.pth --recipes w8a8 --per-layer    # which layers feel it
+    python quantize.py --checkpoint A.pth --recipes w8a8 --profile      # every tensor, as a page
+    python quantize.py --checkpoint A.pth --recipes w8a8 --profile --suggest  # what to except
+    python quantize.py --checkpoint A.pth --recipes suggested.json      # a recipe from a file
     python quantize.py --checkpoint A.pth --recipes w4 --export exported  # files to use
     python quantize.py --checkpoint A.pth --recipes w8a8 --image photo.jpg  # what they see in it
     python quantize.py --from results/mobilevit_xxs/w8a8@openvino.json  # a row again, and compare
@@ -39,6 +42,7 @@ from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import parse_args
 from lab.outputs import export_files, prediction_text, write_reports
+from lab.profiles import profile_folder, write_profile
 from lab.recipes import recipe_of
 from lab.report.compare import compare_rows, comparison_table
 from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
@@ -184,7 +188,7 @@ def show_predictions(pairs, args) -> None:
                 require_formats(recipe, engine)
                 engine.version()  # before long work: it may be missing
                 made = quantized(subject, recipe, calibration_images(recipe, args))
-                with named(recipe):
+                with named(recipe.name):
                     loaded = engine.load(made["network"], recipe, made["batches"], x)
             except EngineMissing as missing:
                 print(f"{what}: left out, {missing}")
@@ -258,6 +262,14 @@ def write_exports(pairs, args) -> int:
     return status
 
 
+def write_profiles(pairs, args) -> None:
+    """What each recipe does to each tensor of its subject."""
+    folders = [profile_folder(*pair, args.output, args.force) for pair in pairs]
+    for (subject, recipe), folder in zip(pairs, folders):
+        made = functools.partial(quantized, subject, n_calibration=calibration_images(recipe, args))
+        write_profile(subject, recipe, folder, made, args.workers, args.suggest)
+
+
 @cli.command
 def main():
     args = parse_args(__doc__)
@@ -285,6 +297,9 @@ def main():
         pairs += [(subject, recipe_of(subject, name)) for name in recipes]
     if args.per_layer:
         write_reports(pairs, args.output, args.calibration_images, args.workers, args.force)
+        return
+    if args.profile:
+        write_profiles(pairs, args)
         return
     if args.image:
         show_predictions(pairs, args)

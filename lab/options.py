@@ -9,15 +9,32 @@ from lab.engines import torch_eager
 from lab.engines.registry import ON_GPU, OURS
 from lab.models import registered
 from lab.models.checkpoint import MAX_IMG_SIZE
+from lab.profiles import EXCEPTIONS
 from lab.tasks import TASKS
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES
 from ptq.analysis import mixed
 from ptq.recipes.baselines import PROTOCOL
 
+# What comes in place of rows, and the options that it excludes.
+EXCLUDED = {
+    "per_layer": ("held_out", "test_images", "engines"),
+    "profile": ("engines",),
+    "image": ("held_out", "test_images"),
+    "export": ("held_out", "test_images", "engines"),
+}
+
+
+def flags(*names: str) -> str:
+    """Names of options as they are typed, in a list."""
+    *first, last = (f"--{name.replace('_', '-')}" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
+
 
 def recipe_name(text: str) -> str:
-    """The type of --recipes: a name in RECIPES, or that of a budget for mixed precision."""
+    """The type of --recipes: a name in RECIPES, a budget for mixed precision, or a JSON file."""
+    if text.endswith(".json"):
+        return text
     if not text.startswith(mixed.PREFIX):
         return cli.known(RECIPES, "recipe")(text)
     try:
@@ -58,8 +75,9 @@ def parse_args(doc: str):
         nargs="+",
         type=recipe_name,
         default=[recipe.name for recipe in PROTOCOL],
-        help=f"what to do to them: {', '.join(RECIPES)}; or 4 to 8 bits a layer within a budget of "
-        "the file, energy or time, as mixed-5bits, mixed-700000bytes, mixed-0.4mJ or mixed-9ms",
+        help=f"what to do to them: {', '.join(RECIPES)}; 4 to 8 bits a layer within a budget of "
+        "the file, energy or time, as mixed-5bits, mixed-700000bytes, mixed-0.4mJ or mixed-9ms; or "
+        "a JSON file with a recipe",
     )
     how.add_argument(
         "--engines",
@@ -103,6 +121,20 @@ def parse_args(doc: str):
         "changes the logits",
     )
     out.add_argument(
+        "--profile",
+        action="store_true",
+        help="in place of rows: a page, tables and histograms of what the recipe does to each "
+        "tensor, on training images, and the accuracy by class",
+    )
+    out.add_argument(
+        "--suggest",
+        nargs="?",
+        choices=EXCEPTIONS,
+        const="16-bit",
+        help="with --profile: also a recipe that makes exceptions of the worst tensors, as many as "
+        "halve the noise in the outputs on held-out images, 16-bit if not told",
+    )
+    out.add_argument(
         "--image",
         metavar="FILE",
         help="in place of rows: what the network and each quantized one take this picture for",
@@ -122,17 +154,20 @@ def parse_args(doc: str):
         p.error("--heads goes with --weights: a checkpoint holds its own")
     if args.rows:
         settings = ("recipes", "engines", "task", "img_size", "model", "calibration_images", "seed")
-        for name in (*settings, "held_out", "per_layer", "image", "export", "force"):
+        for name in (*settings, "held_out", "per_layer", "profile", "image", "export", "force"):
             if getattr(args, name) != p.get_default(name):
-                p.error(f"--from takes all from the row, --{name.replace('_', '-')} excluded")
+                p.error(f"--from takes all from the row, {flags(name)} excluded")
         args.force = True  # what is there is what the last call measured
     args.output = args.output or ("runs/results" if args.rows else "results")
-    if sum(map(bool, (args.per_layer, args.image, args.export))) > 1:
-        p.error("--per-layer, --image and --export exclude each other")
-    if args.per_layer or args.image or args.export:
-        if args.held_out or args.test_images:
-            p.error("--per-layer, --image and --export exclude --held-out and --test-images")
-    if args.per_layer or args.export:
-        if args.engines != [torch_eager.NAME]:
-            p.error("--per-layer and --export exclude --engines")
+    modes = [mode for mode in EXCLUDED if getattr(args, mode)]
+    if len(modes) > 1:
+        p.error(f"{flags(*EXCLUDED)} exclude each other")
+    for mode in modes:
+        for name in EXCLUDED[mode]:
+            if getattr(args, name) != p.get_default(name):
+                p.error(f"{flags(mode)} excludes {flags(*EXCLUDED[mode])}")
+    if args.suggest and not args.profile:
+        p.error("--suggest goes with --profile")
+    if args.suggest and args.weights:
+        p.error("--suggest chooses on the images that a run held out: --weights has none")
     return args

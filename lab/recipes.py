@@ -1,24 +1,30 @@
 """Recipes by name for a subject; those of mixed precision are allocated on its images."""
 
 import functools
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import ptq
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
 from lab.engines import EngineMissing, openvino_cpu, require
+from lab.files import read_json
 from lab.subject import Subject, named
 from lab.tasks.batches import EvalBatches
 from ptq import Recipe
 from ptq.analysis import costs, mixed
+from ptq.packing import check_pattern
 
 LATENCY_CALLS = 30  # that what a layer takes is averaged over
 
 
 def recipe_of(subject: Subject, name: str) -> Recipe:
-    """The recipe of this name for the subject's network, a mixed one allocated on some of the
-    images to calibrate on. BadInput if there is none, or none within the budget."""
+    """The recipe of this name for the subject's network, or in this JSON file; a mixed one is
+    allocated on some of the images to calibrate on. BadInput if there is none, or none within the
+    budget."""
+    if name.endswith(".json"):
+        return read_recipe(name)
     with named(name):
         if not name.startswith(mixed.PREFIX):
             return ptq.recipe(name, subject.network)
@@ -27,6 +33,22 @@ def recipe_of(subject: Subject, name: str) -> Recipe:
         of_layers = layer_costs(subject, budget.cost, budget.base)
         latency_ms = layer_latencies(subject, budget.base) if budget.unit == "ms" else None
         return mixed.mixed_recipe(name, subject.network, batches, of_layers, latency_ms)
+
+
+def read_recipe(path) -> ptq.Recipe:
+    """The recipe in a JSON file, such as `quantize.py --suggest` writes."""
+    try:
+        recipe = ptq.Recipe.fromdict(read_json(path))
+        for spec in recipe.layers:
+            check_pattern(spec.pattern)
+    except ValueError as error:
+        raise BadInput(f"{shortened(path)}: {error}") from error
+    if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:
+        raise BadInput(
+            f"{shortened(path)}: a recipe in a file has layers and a name of at most 60 letters, "
+            "digits, dots, hyphens and underscores: files of results are called by it"
+        )
+    return recipe
 
 
 @functools.lru_cache(maxsize=1)  # for many budgets

@@ -97,7 +97,7 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
     for spec in recipe.layers:
-        _check_pattern(spec.pattern)
+        check_pattern(spec.pattern)
     model = copy.deepcopy(model).eval()
     attach(model, layer_specs(model, recipe))
     try:
@@ -107,7 +107,7 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     return model, recipe
 
 
-def _check_pattern(pattern: str) -> None:
+def check_pattern(pattern: str) -> None:
     """Raise ValueError for a pattern that is none, or that could take forever to match: a file can
     come from anywhere."""
     try:

@@ -107,6 +107,11 @@ OPTIONS = {
         *("--weights x", f"--weights {LONG} --model s", "--weights / --model s", "--model s"),
         *(f"--checkpoint {HERE} --calibration-batches 3", f"--checkpoint {HERE} --force=3"),
         f"--checkpoint {HERE} --recipes fp32 --export OUT",
+        *(f"--checkpoint {HERE} --suggest float", f"--checkpoint {HERE} --recipes /dev/x.json"),
+        *(
+            f"--checkpoint {HERE} --recipes fp32 --profile",
+            f"--checkpoint {HERE} --profile --export x",
+        ),
     ),
     "plots.py": (
         *(f"--results {LONG}", "--results /dev/null", f"--pages {LONG}", "--pages /dev/null"),

@@ -64,6 +64,36 @@ def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]] | 
     return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
 
 
+def class_scores(logits: Tensor, labels: Tensor) -> dict:
+    """Top-1 and top-5 accuracy, and precision, recall and F1 of each class and their means, in %.
+
+    A class without images has none of the three and is left out of the means. One that is never
+    predicted has a precision of 0. Top-5 is None for fewer than six classes.
+    """
+    n, n_classes = logits.shape
+    matrix = torch.tensor(confusion(labels, logits.argmax(1), n_classes)).double()  # [true, given]
+    right, given, of_class = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+    scores = {
+        "precision_pct": 100 * right / given.clamp(min=1),
+        "recall_pct": 100 * right / of_class.clamp(min=1),
+        "f1_pct": 200 * right / (given + of_class).clamp(min=1),
+    }
+    present = of_class > 0
+    among_five = (logits.topk(min(5, n_classes)).indices == labels[:, None]).any(1)
+    return {
+        "n_images": n,
+        "top1_pct": 100 * float(right.sum()) / n,
+        "top5_pct": 100 * float(among_five.sum()) / n if n_classes > 5 else None,
+        **{name: float(of_each[present].mean()) for name, of_each in scores.items()},
+        "n_absent": int((~present).sum()),
+        "classes": [
+            {"n_images": int(of_class[k])}
+            | {name: float(of_each[k]) if present[k] else None for name, of_each in scores.items()}
+            for k in range(n_classes)
+        ],
+    }
+
+
 def latency(runs: dict[str, Callable], n: int = 100, warmup: int = 10) -> dict:
     """Milliseconds a call of each of `runs` takes, for one image on one thread: median, p10 and p90
     of `n`.

@@ -35,7 +35,7 @@ def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     does to its statistics is most of the noise, and such recipes undo it.
     """
     network, rounded = _rounded(model, recipes, batches)
-    x = torch.cat([x for x, _ in _first(batches, NOISE_IMAGES)])
+    x = torch.cat([x for x, *_ in first_images(batches, NOISE_IMAGES)])
     before = statistics(network, [(x, None)])
     norms = {}
     if any("shift_norms" in recipe.steps for recipe in recipes.values()):
@@ -89,12 +89,10 @@ def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     weights = [network.get_submodule(name).weight.requires_grad_() for name in names]
     totals = [torch.zeros_like(weight) for weight in weights]
     generator = torch.Generator(weights[0].device).manual_seed(0)
-    images = torch.cat([x for x, *_ in _first(batches)])
+    images = torch.cat([x for x, *_ in first_images(batches)])
     with torch.enable_grad():
         for image in images:  # a batch's gradient has no squares of single images
-            log_p = network(image[None]).movedim(1, -1).flatten(0, -2).log_softmax(1)  # [n, K]
-            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            loss = -log_p.gather(1, labels).sum()
+            loss = sampled_loss(network(image[None]), generator)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             if any(gradient is None for gradient in gradients):
                 raise ValueError(NEVER_RAN)
@@ -117,7 +115,7 @@ def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     output of each sample is a matrix [places, channels]. A mean over images.
     """
     network, rounded = _rounded(model, recipes, batches)
-    shown = _first(batches)
+    shown = first_images(batches)
     n_images = sum(len(x) for x, *_ in shown)
     costs = {name: dict.fromkeys(rounded, 0.0) for name in next(iter(rounded.values()))}
 
@@ -145,6 +143,16 @@ def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
 
 
 COSTS = {"noise": noise, "fisher": fisher, "nuclear": nuclear}
+
+
+def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of logits [B, K, ...] at labels drawn from what they predict, summed.
+
+    The mean square of its gradient is the diagonal of the Fisher information.
+    """
+    log_p = logits.movedim(1, -1).flatten(0, -2).log_softmax(1)  # [n, K]
+    labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    return -log_p.gather(1, labels).sum()
 
 
 def nuclear_norms(y: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def _weights_only(recipe: Recipe) -> Recipe:
     return replace(recipe, layers=layers, steps=("nearest",), units=None)
 
 
-def _first(batches, left: int = IMAGES) -> list:
+def first_images(batches, left: int = IMAGES) -> list:
     """The first `left` images of the batches, as batches."""
     shown = []
     for x, *_ in batches:

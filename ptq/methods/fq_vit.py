@@ -179,12 +179,13 @@ class LogSoftmaxCore(IntegerLayer):
             formats["attention"] = self.attention
         observer = spec.input_observer
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
+        self.softmax = nn.Softmax(-1)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
 
     def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = self.inputs["scores"](self.scores(q, k)).softmax(-1)
+        attention = self.softmax(self.inputs["scores"](self.scores(q, k)))
         if "attention" in self.inputs:
             attention = self.inputs["attention"](attention)
         return attention @ self.inputs["v"](v)

@@ -42,10 +42,11 @@ class IntegerCore(IntegerLayer):
             formats["attention"] = spec.attention
         observer = spec.input_observer
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
+        self.softmax = nn.Softmax(-1)
 
     def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
-        attention = scores.softmax(-1)
+        attention = self.softmax(scores)
         if "attention" in self.inputs:
             attention = self.inputs["attention"](attention)
         return attention @ self.inputs["v"](v)

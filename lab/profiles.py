@@ -1,0 +1,159 @@
+"""Profiles: what a recipe does to each tensor and to the accuracy, and which tensors to except."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lab import files, machine
+from lab.cli import BadInput
+from lab.engines.measure import CPU_BATCH, class_scores, predict
+from lab.report.profile import csv_text, printed_profile, write_histograms
+from lab.report.profile_page import page
+from lab.report.rows import setting
+from lab.subject import Subject, load_subject, named
+from lab.tasks.batches import EvalBatches
+from ptq.analysis.exceptions import WIDE, can_except, with_exceptions
+from ptq.analysis.profile import IMAGES, profile
+from ptq.pipeline import layer_specs
+from ptq.recipe import Recipe
+
+EXCEPTIONS = {"16-bit": WIDE, "float": None}  # what a suggestion makes of the worst: bits
+ENOUGH = 0.5  # of the noise in the outputs is left when a suggestion excepts enough tensors
+
+
+def profile_folder(subject: Subject, recipe: Recipe, output: str, force: bool) -> Path:
+    """Where the files of a profile go; BadInput if there can be none or if they are there."""
+    if not recipe.layers:
+        raise BadInput(f"--profile: recipe {recipe.name} has no quantized layers: choose --recipes")
+    name = f"{recipe.name}{setting(subject.img_size, subject.seed)}"
+    folder = Path(output, subject.folder, "profile", name)
+    if folder.exists() and not force:
+        raise BadInput(f"{folder} is there already: --force replaces it")
+    return folder
+
+
+def write_profile(
+    subject: Subject,
+    recipe: Recipe,
+    folder: Path,
+    quantized: Callable[[Recipe], dict],
+    workers: int,
+    exceptions: str | None,
+) -> None:
+    """Write the profile of a recipe as JSON, CSV, PNG and a page; print its worst tensors.
+
+    `quantized(recipe)` gives the network quantized by a recipe, with its calibration batches.
+    `exceptions`: a key of EXCEPTIONS, to write the recipe with the worst tensors as such, too.
+    """
+    began = time.monotonic()
+    made = quantized(recipe)
+    batches = made["batches"] or subject.calibration_batches(recipe, IMAGES)[0]
+    with named(recipe.name):
+        found = profile(subject.network, made["network"], recipe, batches)
+    networks = {"float": subject.network, "quantized": made["network"]}
+    suggestion = None
+    if exceptions:
+        suggested, suggestion = suggest(subject, recipe, found, quantized, workers, exceptions)
+        suggestion["file"] = str(folder / "suggested.json")
+        networks["suggested"] = quantized(suggested)["network"]
+    outputs = {
+        which: predict(network, EvalBatches(subject.images, subject.img_size, CPU_BATCH), workers)
+        for which, network in networks.items()
+    }
+    predictions = {which: logits.argmax(1) for which, (logits, _) in outputs.items()}
+    report = {
+        "model": subject.name,
+        "task": subject.task,
+        "split": subject.split,
+        "img_size": subject.img_size,
+        "checkpoint_sha256": subject.sha256,
+        "recipe": recipe.asdict(),
+        "seed": subject.seed,
+        **found,
+        "classes": list(subject.images.classes),
+        "scores": {which: class_scores(*of_network) for which, of_network in outputs.items()},
+        "n_changed": {
+            which: int((predicted != predictions["float"]).sum())
+            for which, predicted in predictions.items()
+        },
+        "suggestion": suggestion,
+        "calibration": made["calibration"],
+        "wall_s": time.monotonic() - began,
+        **machine.provenance(),
+    }
+    files.write_json(folder / "profile.json", report)
+    files.write_text(folder / "tensors.csv", csv_text(report))
+    files.write_text(folder / "report.html", page(report))
+    write_histograms(report, folder)
+    if suggestion:
+        files.write_json(folder / "suggested.json", suggested.asdict())
+    print(f"{folder}, in {time.monotonic() - began:.0f} s\n{printed_profile(report)}", flush=True)
+
+
+def suggest(
+    subject: Subject, recipe: Recipe, found: dict, quantized, workers: int, exceptions: str
+) -> tuple[Recipe, dict]:
+    """The recipe with as many of the worst tensors as exceptions as halve the noise in the outputs
+    on held-out images, and how it was found.
+
+    It begins with as many as halve it by what the profile says of each, and doubles their number
+    until they do. The noise is a mean square over the float outputs' variance.
+    """
+    specs = layer_specs(subject.network, recipe)
+    worst = [
+        t
+        for t in found["tensors"]
+        if can_except(subject.network.get_submodule(t["layer"]), specs[t["layer"]])
+    ]
+    if not worst:
+        raise BadInput(f"--suggest: no tensor of recipe {recipe.name} can be an exception")
+    images = held_out_images(subject)
+    expected = outputs_on(images, subject, subject.network, workers)
+
+    def tried(made: dict, n: int) -> dict:
+        logits = outputs_on(images, subject, made["network"], workers)
+        changed = (logits.argmax(1) != expected.argmax(1)).sum()
+        return {
+            "n_tensors": n,
+            "noise": float((logits - expected).square().mean() / expected.var()),
+            "n_changed": int(changed),
+            "top1_pct": 100 * float((logits.argmax(1) == images.labels).double().mean()),
+        }
+
+    tries = [tried(quantized(recipe), 0)]
+    n = enough([tensor["noise"] for tensor in worst])
+    while True:
+        tensors = [(tensor["layer"], tensor["role"]) for tensor in worst[:n]]
+        name = f"{recipe.name}-suggested"
+        suggested = with_exceptions(subject.network, recipe, tensors, name, EXCEPTIONS[exceptions])
+        tries.append(tried(quantized(suggested), n))
+        if tries[-1]["noise"] <= ENOUGH * tries[0]["noise"] or n == len(worst):
+            break
+        n = min(2 * n, len(worst))
+    how = {"tensors": tensors, "exceptions": exceptions, "tries": tries, "n_images": len(images)}
+    return suggested, how
+
+
+def enough(noises: list[float]) -> int:
+    """How many of the first terms of a sum leave ENOUGH of it or less; at least 1."""
+    left = sum(noises)
+    limit = ENOUGH * left
+    for n, noise in enumerate(noises, 1):
+        left -= noise
+        if left <= limit:
+            return n
+    return len(noises)
+
+
+def held_out_images(subject: Subject):
+    """The training images that the subject's run held out."""
+    if subject.split == "held-out":
+        return subject.images
+    settings = (subject.data_dir, subject.task, subject.img_size)
+    return load_subject(subject.path, *settings, held_out=True, seed=subject.seed).images
+
+
+def outputs_on(images, subject: Subject, network: nn.Module, workers: int) -> Tensor:
+    return predict(network, EvalBatches(images, subject.img_size, CPU_BATCH), workers)[0]

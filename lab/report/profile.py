@@ -1,0 +1,250 @@
+"""A profile's columns, its table as CSV, and its histograms as sheets of PNG.
+
+A profile says what quantization does to each tensor (`quantize.py --profile`); where time goes is
+what `lab.bench profile` measures.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.files import atomic
+from lab.report import style
+from lab.report.tables import cell, markdown
+
+PRINTED = 10  # tensors
+SHEET_ROWS, SHEET_COLUMNS = 6, 4  # histograms on one sheet
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: how its value is found in a tensor and shown, and what it means.
+
+    Text for words; None stands where there is no such number.
+    """
+
+    title: str
+    meaning: str
+    value: Callable[[dict], object]
+    text: Callable[[object], str] = str
+
+
+def number(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+def short(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    """In percent, and 0 only where there is none."""
+    return "0" if value == 0 else f"{100 * value:.3g}"
+
+
+def cumulative(tensor: dict, name: str):
+    return tensor["cumulative"] and tensor["cumulative"][name]
+
+
+COLUMNS = {
+    "layer": Column("Layer", "The layer that the tensor belongs to.", lambda t: t["layer"]),
+    "role": Column(
+        "Tensor",
+        "Its part in the layer: the weight, the input, or in attention q, k, v, the scores and the "
+        "softmax (attention); output is what an integer layer puts out.",
+        lambda t: t["role"],
+    ),
+    "format": Column(
+        "Format",
+        "How a value is written: int has a sign, uint a zero-point, log2 only powers of two. A "
+        "scale may be shared by the tensor or by each of its channels.",
+        lambda t: t["format"],
+    ),
+    "noise": Column(
+        "Noise",
+        "How much the network's outputs change when this tensor alone is quantized: the mean "
+        "square of the change over the outputs' variance, estimated from gradients. The table "
+        "begins with the largest: look there first.",
+        lambda t: t["noise"],
+        short,
+    ),
+    "qsnr_db": Column(
+        "QSNR alone, dB",
+        "Signal over error when only this tensor is quantized: 10 log10 of the sum of squared "
+        "values over the sum of squared errors. 6 dB more is about one bit more; 40 is typical of "
+        "8 bits, 20 of 4. ∞: nothing was lost.",
+        lambda t: t["local"]["qsnr_db"],
+        number(1),
+    ),
+    "cumulative_db": Column(
+        "QSNR in network, dB",
+        "The same in the quantized network, where errors of everything before have arrived too. "
+        "Weights have none: nothing comes before them.",
+        lambda t: cumulative(t, "qsnr_db"),
+        number(1),
+    ),
+    "worst_channel_db": Column(
+        "Worst channel, dB",
+        "QSNR alone of the channel (in scores and softmax: the head) that fares worst. Far below "
+        "the tensor's: a scale for each channel would help.",
+        lambda t: t["local"]["worst_channel_db"],
+        number(1),
+    ),
+    "mse": Column(
+        "MSE alone",
+        "Mean squared error when only this tensor is quantized.",
+        lambda t: t["local"]["mse"],
+        short,
+    ),
+    "mse_over_rounding": Column(
+        "MSE / (s²/12)",
+        "The same over the error of plain rounding, the squared scale over 12. About 1: rounding "
+        "alone; well above: values are clipped; below: many values lie on a level, such as 0.",
+        lambda t: t["mse_over_rounding"],
+        number(2),
+    ),
+    "cumulative_mse": Column(
+        "MSE in network",
+        "Mean squared error in the quantized network.",
+        lambda t: cumulative(t, "mse"),
+        short,
+    ),
+    "cosine": Column(
+        "Cosine in network",
+        "Of the angle between the float tensor and the one in the quantized network (for weights: "
+        "alone). 1: the same direction.",
+        lambda t: (t["cumulative"] or t["local"])["cosine"],
+        number(5),
+    ),
+    "codes_used": Column(
+        "Codes used, %",
+        "Share of the format's codes that occurred. A small share: bits are wasted, mostly by a "
+        "few values far out.",
+        lambda t: t["codes_used"] / t["n_codes"],
+        share,
+    ),
+    "clipped": Column(
+        "Clipped, %",
+        "Share of values beyond the range that the format covers; they become its ends "
+        "(saturation).",
+        lambda t: t["clipped_low"] + t["clipped_high"],
+        share,
+    ),
+    "outliers": Column(
+        "Outliers, %",
+        "Share of float values more than 3 standard deviations from the mean; 0.27 % of normal "
+        "values are.",
+        lambda t: t["outliers"],
+        share,
+    ),
+    "outliers_quantized": Column(
+        "Outliers left, %",
+        "The same share once quantized, by the float tensor's deviation. Less: outliers were "
+        "clipped.",
+        lambda t: t["outliers_quantized"],
+        share,
+    ),
+    "kurtosis": Column(
+        "Kurtosis",
+        "Weight of the tails: 3 for normal values, more for long tails, which need a wide range.",
+        lambda t: t["kurtosis"],
+        number(1),
+    ),
+    "distance": Column(
+        "Divergence, σ",
+        "How far values move on average to turn the float distribution into the quantized one "
+        "(earth mover's distance), in standard deviations.",
+        lambda t: t["distance_sigmas"],
+        short,
+    ),
+    "fisher": Column(
+        "Fisher score",
+        "Mean squared gradient of the loss with respect to one element, at labels drawn from what "
+        "the network predicts: how sharply the network feels this tensor, whatever its error is.",
+        lambda t: t["fisher"],
+        short,
+    ),
+    "row_sum": Column(
+        "Row sum",
+        "Mean sum of a row of the quantized softmax; 1 in float. Off 1: attention scales v.",
+        lambda t: t["row_sums"] and t["row_sums"]["mean"],
+        number(4),
+    ),
+}
+WORDS = ("layer", "role", "format")  # columns that hold no numbers
+INFINITE = ("qsnr_db", "cumulative_db", "worst_channel_db")  # where nothing was lost
+
+
+def cell_text(name: str, tensor: dict) -> str:
+    """What the table shows of a tensor in a column."""
+    value = COLUMNS[name].value(tensor)
+    if value is not None:
+        return COLUMNS[name].text(value)
+    of_weight = name == "cumulative_db" and tensor["cumulative"] is None
+    return "∞" if name in INFINITE and not of_weight else "–"
+
+
+def csv_text(profile: dict) -> str:
+    """A line a tensor, worst first; columns are COLUMNS and what its section shows besides."""
+    more = ("bits", "n_scales", "n_values", "n_codes", "min", "max", "mean", "sigma")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    pairs = ("range", "scale", "zero_point")
+    writer.writerow([*COLUMNS, *more, *(f"{p}_{end}" for p in pairs for end in ("low", "high"))])
+    for tensor in profile["tensors"]:
+        values = [column.value(tensor) for column in COLUMNS.values()]
+        ends = [end for pair in pairs for end in tensor[pair] or (None, None)]
+        writer.writerow([*values, *(tensor[name] for name in more), *ends])
+    return out.getvalue()
+
+
+def write_histograms(profile: dict, folder: Path) -> list[Path]:
+    """Sheets of histograms as PNG, worst tensors first: filled in float, a line once quantized, by
+    the logarithm of the counts."""
+    tensors, per_sheet = profile["tensors"], SHEET_ROWS * SHEET_COLUMNS
+    paths = []
+    for first in range(0, len(tensors), per_sheet):
+        shown = tensors[first : first + per_sheet]
+        path = folder / f"histograms-{first // per_sheet + 1:02}.png"
+        with atomic(path) as tmp:
+            figure = histogram_sheet(shown)
+            figure.savefig(tmp, format="png", dpi=100)
+            style.plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def histogram_sheet(tensors: list[dict]):
+    size = (4 * SHEET_COLUMNS, 2 * SHEET_ROWS)
+    fig, axes = style.plt.subplots(SHEET_ROWS, SHEET_COLUMNS, figsize=size)
+    fig.subplots_adjust(0.02, 0.03, 0.98, 0.96, wspace=0.08, hspace=0.55)
+    for axis in axes.flat[len(tensors) :]:
+        axis.axis("off")
+    for axis, tensor in zip(axes.flat, tensors):
+        picture = tensor["histogram"]
+        step = (picture["high"] - picture["low"]) / len(picture["float"])
+        edges = [picture["low"] + i * step for i in range(len(picture["float"]) + 1)]
+        before, after = ([math.log1p(n) for n in picture[key]] for key in ("float", "quantized"))
+        axis.stairs(before, edges, fill=True, color=style.SKY)
+        axis.stairs(after, edges, color=style.VERMILION, linewidth=0.8)
+        axis.set_yticks([])
+        axis.set_title(f"{tensor['layer']}, {tensor['role']}", fontsize=style.SMALL, loc="left")
+    return fig
+
+
+def printed_profile(profile: dict) -> str:
+    """The lines that quantize.py prints for a profile: accuracies, and the worst tensors."""
+    scores = ", ".join(
+        f"{which} {of_network['top1_pct']:.2f} % ({profile['n_changed'][which]} changed)"
+        for which, of_network in profile["scores"].items()
+    )
+    names = ("layer", "role", "noise", "qsnr_db", "cumulative_db", "codes_used", "clipped")
+    lines = [
+        {COLUMNS[name].title: cell(cell_text(name, tensor)) for name in names}
+        for tensor in profile["tensors"][:PRINTED]
+    ]
+    return f"Top-1 on {profile['split']} images: {scores}\n{markdown(lines)}"
