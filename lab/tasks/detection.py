@@ -84,7 +84,7 @@ def _losses(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Smooth L1 of the offsets of the matched anchors; cross-entropy of these, and of NEGATIVES times
     as many others: those of the image that look least like background.
     """
-    offsets, logits, anchors = outputs[..., :4], outputs[..., 4:-4], outputs[0, :, -4:]
+    offsets, logits, anchors = outputs[..., :4], outputs[..., 4:-4], outputs[0, :, -4:].detach()
     real = (targets[..., 4] >= 0) & (targets[..., 5] == 0)
     matched = boxes.match(targets[..., :4], real, anchors)  # [b, A]
     positive = matched >= 0
