@@ -212,7 +212,9 @@ def test_the_fisher_score_is_the_squared_gradient_at_drawn_labels():
     assert of(found, "0", "weight")["fisher"] == pytest.approx(squares.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "fq-vit-a4", "fq-vit-a4-published", "i-bert"])
+@pytest.mark.parametrize(
+    "name", ["w8a8", "fq-vit-a4", "fq-vit-a4-published", "i-bert", "i-vit-published"]
+)
 def test_rows_of_the_softmax(network, images, name):
     quantized, found = profiled(network, name, images)
     core = next(t["layer"] for t in found["tensors"] if t["role"] == "attention")
