@@ -2,23 +2,14 @@
 
 import json
 import math
-import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
 from small import draw, small_network
 from torch import nn
 
 import ptq
-from lab import files
-from lab.cli import BadInput
 from lab.engines.measure import class_scores
-from lab.options import parse_args
-from lab.profiles import enough, profile_folder
-from lab.recipes import read_recipe
-from ptq.analysis.exceptions import with_exceptions
 from ptq.analysis.profile import attention, profile
 from ptq.analysis.sensitivity import sensitivities
 from ptq.analysis.tensors import Error, TensorStats
@@ -212,7 +203,9 @@ def test_the_fisher_score_is_the_squared_gradient_at_drawn_labels():
     assert of(found, "0", "weight")["fisher"] == pytest.approx(squares.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "fq-vit-a4", "fq-vit-a4-published", "i-bert"])
+@pytest.mark.parametrize(
+    "name", ["w8a8", "fq-vit-a4", "fq-vit-a4-published", "i-bert", "i-vit-published"]
+)
 def test_rows_of_the_softmax(network, images, name):
     quantized, found = profiled(network, name, images)
     core = next(t["layer"] for t in found["tensors"] if t["role"] == "attention")
@@ -254,33 +247,6 @@ def test_what_is_not_finite_is_named(network, images):
         profile(network, quantized, recipe, [(images[0][0] * torch.inf, None)])
 
 
-def test_exceptions_get_16_bits_or_floats(network, images):
-    recipe = ptq.recipe("w8a8", network)
-    core = next(n for n, m in network.named_modules() if n.endswith("core"))
-    tensors = [("classifier", "input"), (core, "q"), ("stem.conv", "weight")]
-    wide = with_exceptions(network, recipe, tensors, "wide")
-    quantized = ptq.quantize(network, wide, images)
-    assert quantized.classifier.input.format.bits == 16 and quantized.classifier.format.bits == 8
-    assert {m.format.bits for m in quantized.get_submodule(core).inputs.values()} == {16}
-    assert quantized.stem.conv.format.bits == 16 and quantized.stem.conv.input.format.bits == 8
-    assert ptq.Recipe.fromdict(json.loads(json.dumps(wide.asdict()))) == wide
-    plain = ptq.quantize(network, with_exceptions(network, recipe, tensors, "f", None), images)
-    assert isinstance(plain.classifier.input, nn.Identity)
-    assert type(plain.get_submodule(core)) is type(network.get_submodule(core))
-    assert plain.stem.conv.format is None
-
-
-def test_integer_layers_become_float_ones_as_exceptions(network, images):
-    recipe = ptq.recipe("fq-vit", network)
-    norms = [n for n, m in network.named_modules() if isinstance(m, nn.LayerNorm)]
-    changed = with_exceptions(network, recipe, [(n, "input") for n in norms], "float-norms")
-    quantized = ptq.quantize(network, changed, images)
-    assert all(type(quantized.get_submodule(name)) is nn.LayerNorm for name in norms)
-    with pytest.raises(ValueError, match="GELU of kind i-bert-act can be no exception"):
-        model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
-        with_exceptions(model, ptq.recipe("i-bert", model), [("1", "input")], "none")
-
-
 def test_scores_agree_with_those_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     logits, labels = draw(200, 8), torch.arange(200) % 7  # the last class has no image
@@ -295,67 +261,3 @@ def test_scores_agree_with_those_of_scikit_learn():
     top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(8))
     assert found["top5_pct"] == pytest.approx(100 * top5)
     assert found["n_absent"] == 1 and class_scores(logits[:, :5], labels % 5)["top5_pct"] is None
-
-
-def test_a_profile_with_a_suggestion_that_quantize_takes(checkpoint, tmp_path):
-    command = ("quantize.py", "--checkpoint", checkpoint, "--held-out", "--output", tmp_path)
-    out, _ = run(*command, "--recipes", "w4-nearest", "--profile", "--suggest")
-    (folder,) = tmp_path.rglob("w4-nearest-32")
-    names = {path.name for path in folder.iterdir()}
-    assert {"profile.json", "tensors.csv", "report.html", "suggested.json"} <= names
-    assert sum(name.endswith(".png") for name in names) == len(names) - 4 > 0
-    report = files.read_json(folder / "profile.json")
-    trained = torch.load(checkpoint, weights_only=True)
-    assert report["scores"]["float"]["top1_pct"] == pytest.approx(trained["val_accuracy_pct"])
-    tries = [one["noise"] for one in report["suggestion"]["tries"]]
-    assert tries[-1] <= tries[0] / 2 and report["suggestion"]["n_images"] == 200
-    assert report["tensors"][0]["layer"] in out
-    run(*command, "--recipes", folder / "suggested.json", "--latency-runs", "1")
-    row = files.read_json(next(tmp_path.rglob("w4-nearest-suggested-32@torch-eager.json")))
-    suggested = report["scores"]["suggested"]["top1_pct"]
-    assert row["score"]["accuracy_pct"] == pytest.approx(suggested)
-
-
-def test_what_can_have_no_profile_or_has_one_already(tmp_path):
-    subject = SimpleNamespace(folder="a", img_size=256, seed=0)
-    with pytest.raises(BadInput, match="fp32 has no quantized layers"):
-        profile_folder(subject, ptq.RECIPES["fp32"], tmp_path, False)
-    folder = profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, False)
-    folder.mkdir(parents=True)
-    with pytest.raises(BadInput, match="is there already: --force replaces it"):
-        profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, False)
-    assert profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, True) == folder
-
-
-def test_options_that_do_not_go_together(monkeypatch, capsys):
-    for options, says in {
-        ("--suggest",): "--suggest goes with --profile",
-        ("--profile", "--per-layer"): "exclude each other",
-        ("--profile", "--engines", "openvino"): "--profile excludes --engines",
-    }.items():
-        monkeypatch.setattr("sys.argv", ["quantize.py", "--checkpoint", "A.pth", *options])
-        with pytest.raises(SystemExit, match="2"):
-            parse_args("")
-        assert says in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ({"name": "../w8a8"}, "a recipe in a file has layers and a name"),
-        ({"layers": [], "steps": []}, "a recipe in a file has layers and a name"),
-        ({"steps": 3}, "steps of a Recipe can't be '3'"),
-        ({"type": "Layer"}, "no part of one is a 'Layer'"),
-    ],
-)
-def test_files_with_no_recipe_are_refused(tmp_path, change, says):
-    path = tmp_path / "mine.json"
-    files.write_json(path, ptq.RECIPES["w8a8"].asdict())
-    assert read_recipe(path) == ptq.RECIPES["w8a8"]
-    files.write_json(path, ptq.RECIPES["w8a8"].asdict() | change)
-    with pytest.raises(BadInput, match=re.escape(says)):
-        read_recipe(path)
-
-
-def test_as_many_of_the_worst_as_make_half_of_the_noise():
-    assert [enough(noises) for noises in ([4, 3, 2, 1], [9, 1], [1, 1, 1, 1])] == [2, 1, 2]

@@ -268,8 +268,8 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
             found.append(Watched(name, role, f"{name}.{path}", stats))
     if isinstance(layer, CORES) and "attention" not in layer.inputs:
         format, grid = spec.attention, ()
-        if isinstance(format, Uniform):  # as I-BERT was published: codes in units of 2**-bits
-            scale = torch.full_like(layer.inputs["q"].scale, 2.0**-format.bits)
+        if isinstance(format, Uniform):  # as published: fixed units, no quantizer
+            scale = torch.full_like(layer.inputs["q"].scale, 1 / layer.integer_softmax()[1])
             grid = (scale, torch.zeros_like(scale, dtype=torch.int32))
         stats = TensorStats(format, grid, CORE_AXIS["attention"])
         found.append(Watched(name, "attention", f"{name}.softmax", stats))

@@ -1,0 +1,120 @@
+"""Exceptions to a recipe, the command that suggests some, and recipes in files."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run
+from small import draw, small_network
+from torch import nn
+
+import ptq
+from lab import files
+from lab.cli import BadInput
+from lab.options import parse_args
+from lab.profiles import enough, profile_folder
+from lab.recipes import read_recipe
+from ptq.analysis.exceptions import with_exceptions
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [(draw(4, 3, 32, 32, seed=i), None) for i in range(2)]
+
+
+def test_exceptions_get_16_bits_or_floats(network, images):
+    recipe = ptq.recipe("w8a8", network)
+    core = next(n for n, m in network.named_modules() if n.endswith("core"))
+    tensors = [("classifier", "input"), (core, "q"), ("stem.conv", "weight")]
+    wide = with_exceptions(network, recipe, tensors, "wide")
+    quantized = ptq.quantize(network, wide, images)
+    assert quantized.classifier.input.format.bits == 16 and quantized.classifier.format.bits == 8
+    assert {m.format.bits for m in quantized.get_submodule(core).inputs.values()} == {16}
+    assert quantized.stem.conv.format.bits == 16 and quantized.stem.conv.input.format.bits == 8
+    assert ptq.Recipe.fromdict(json.loads(json.dumps(wide.asdict()))) == wide
+    plain = ptq.quantize(network, with_exceptions(network, recipe, tensors, "f", None), images)
+    assert isinstance(plain.classifier.input, nn.Identity)
+    assert type(plain.get_submodule(core)) is type(network.get_submodule(core))
+    assert plain.stem.conv.format is None
+
+
+def test_integer_layers_become_float_ones_as_exceptions(network, images):
+    recipe = ptq.recipe("fq-vit", network)
+    norms = [n for n, m in network.named_modules() if isinstance(m, nn.LayerNorm)]
+    changed = with_exceptions(network, recipe, [(n, "input") for n in norms], "float-norms")
+    quantized = ptq.quantize(network, changed, images)
+    assert all(type(quantized.get_submodule(name)) is nn.LayerNorm for name in norms)
+    with pytest.raises(ValueError, match="GELU of kind i-bert-act can be no exception"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+        with_exceptions(model, ptq.recipe("i-bert", model), [("1", "input")], "none")
+
+
+def test_a_profile_with_a_suggestion_that_quantize_takes(checkpoint, tmp_path):
+    command = ("quantize.py", "--checkpoint", checkpoint, "--held-out", "--output", tmp_path)
+    out, _ = run(*command, "--recipes", "w4-nearest", "--profile", "--suggest")
+    (folder,) = tmp_path.rglob("w4-nearest-32")
+    names = {path.name for path in folder.iterdir()}
+    assert {"profile.json", "tensors.csv", "report.html", "suggested.json"} <= names
+    assert sum(name.endswith(".png") for name in names) == len(names) - 4 > 0
+    report = files.read_json(folder / "profile.json")
+    trained = torch.load(checkpoint, weights_only=True)
+    assert report["scores"]["float"]["top1_pct"] == pytest.approx(trained["val_accuracy_pct"])
+    tries = [one["noise"] for one in report["suggestion"]["tries"]]
+    assert tries[-1] <= tries[0] / 2 and report["suggestion"]["n_images"] == 200
+    assert report["tensors"][0]["layer"] in out
+    run(*command, "--recipes", folder / "suggested.json", "--latency-runs", "1")
+    row = files.read_json(next(tmp_path.rglob("w4-nearest-suggested-32@torch-eager.json")))
+    suggested = report["scores"]["suggested"]["top1_pct"]
+    assert row["score"]["accuracy_pct"] == pytest.approx(suggested)
+
+
+def test_what_can_have_no_profile_or_has_one_already(tmp_path):
+    subject = SimpleNamespace(folder="a", img_size=256, seed=0)
+    with pytest.raises(BadInput, match="fp32 has no quantized layers"):
+        profile_folder(subject, ptq.RECIPES["fp32"], tmp_path, False)
+    folder = profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, False)
+    folder.mkdir(parents=True)
+    with pytest.raises(BadInput, match="is there already: --force replaces it"):
+        profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, False)
+    assert profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, True) == folder
+
+
+def test_options_that_do_not_go_together(monkeypatch, capsys):
+    for options, says in {
+        ("--suggest",): "--suggest goes with --profile",
+        ("--profile", "--per-layer"): "exclude each other",
+        ("--profile", "--engines", "openvino"): "--profile excludes --engines",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["quantize.py", "--checkpoint", "A.pth", *options])
+        with pytest.raises(SystemExit, match="2"):
+            parse_args("")
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"name": "../w8a8"}, "a recipe in a file has layers and a name"),
+        ({"layers": [], "steps": []}, "a recipe in a file has layers and a name"),
+        ({"steps": 3}, "steps of a Recipe can't be '3'"),
+        ({"type": "Layer"}, "no part of one is a 'Layer'"),
+    ],
+)
+def test_files_with_no_recipe_are_refused(tmp_path, change, says):
+    path = tmp_path / "mine.json"
+    files.write_json(path, ptq.RECIPES["w8a8"].asdict())
+    assert read_recipe(path) == ptq.RECIPES["w8a8"]
+    files.write_json(path, ptq.RECIPES["w8a8"].asdict() | change)
+    with pytest.raises(BadInput, match=re.escape(says)):
+        read_recipe(path)
+
+
+def test_as_many_of_the_worst_as_make_half_of_the_noise():
+    assert [enough(noises) for noises in ([4, 3, 2, 1], [9, 1], [1, 1, 1, 1])] == [2, 1, 2]
