@@ -216,6 +216,10 @@ class _Layer(nn.Module):
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
             self.register_buffer("scale", quantized.scale)
 
+    @property
+    def weight(self) -> Tensor:  # as QuantizedLayer has it
+        return self.layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         x, layer = self.input(x), self.layer
         if self.format is None:
