@@ -116,7 +116,7 @@ def train(args, world: World) -> int:
     sampler = batches_of(stages).sampler
     sides = [stage.scaled(scale).side for stage in stages for scale in sampler.scales]
     settings = network_settings(args.settings)
-    model = fresh_model(args.model, len(data.classes), heads, args.seed, sides, **settings)
+    model = fresh_model(args.model, len(data.classes), heads, args.seed, sides, settings)
     if not args.resume:
         source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
         load_start(model, args.model, **source, task=args.task, val_size=args.val_size)

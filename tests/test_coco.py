@@ -99,10 +99,10 @@ def test_what_lies_outside_or_has_no_area_is_left_out(tmp_path):
 def test_settings_make_the_network():
     settings = network_settings(["first_stride=8", "heads=1,1,1"])
     assert settings == {"first_stride": 8, "heads": [1, 1, 1]} and network_settings(None) == {}
-    model = fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], **settings)
+    model = fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], settings)
     assert (model.first_stride, model.num_classes) == (8, 3)
     with pytest.raises(BadInput, match="can't be built"):
-        fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], stride=8)
+        fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], {"stride": 8})
 
 
 STAGES = [Stage(64, 64, 1), Stage(96, 96, 1)]

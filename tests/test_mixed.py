@@ -245,7 +245,7 @@ def test_fisher_is_the_expected_rise_of_the_divergence(monkeypatch):
     model = nn.Sequential(nn.Linear(3, 2)).eval()
     x = draw(400, 3)
     monkeypatch.setattr(costs_module, "IMAGES", 400)
-    monkeypatch.setattr(costs_module._first, "__defaults__", (400,))
+    monkeypatch.setattr(costs_module.first_images, "__defaults__", (400,))
     found = layer_costs(model, [(x, None)], "fisher")["0"]
     p = model(x).detach().softmax(1)  # of two classes: E[g g^T] = p (1 - p) x x^T for each output
     diagonal = (p.prod(1)[:, None] * x.square()).mean(0)

@@ -89,13 +89,18 @@ def test_engines_predict_as_simulated(found, engine):
         assert round(agreement_pct(row, other), 2) >= least and round(apart, 2) <= most, what
 
 
+WITHOUT_ROWS = {"tradeoffs"}  # figures whose rows have not been measured yet
+
+
 def test_every_figure_can_be_drawn_and_is_on_a_page(found):
     pages = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *ROOT.glob("docs/*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     shipped = {path.name for path in (ROOT / "results" / "figures").iterdir()}
-    assert shipped == {f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")}
+    names = FIGURES.keys() - WITHOUT_ROWS
+    assert shipped == {f"{name}{suffix}" for name in names for suffix in (".png", ".svg")}
     for name, draw in FIGURES.items():
-        assert draw(found) is not None and f"figures/{name}.png" in text, name
+        drawn = draw(found) is not None
+        assert drawn == (name in names) and drawn == (f"figures/{name}.png" in text), name
 
 
 def test_benchmarks_are_of_todays_recipes(found):

@@ -39,13 +39,17 @@ def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> i
 
 
 def fresh_model(
-    name: str, num_classes: int, heads: int | None, seed: int, sides: list[int], **settings
+    name: str,
+    num_classes: int,
+    heads: int | None,
+    seed: int,
+    sides: list[int],
+    settings: dict | None = None,
 ) -> nn.Module:
     """The network `name` with random weights, which takes images of all `sides`, in pixels; `heads`
-    as its variant has them if None."""
+    as its `settings` or its variant have them if None."""
     torch.manual_seed(seed)
-    if heads is not None:
-        settings["heads"] = heads
+    settings = (settings or {}) | ({} if heads is None else {"heads": heads})
     try:
         model = build(name, num_classes=num_classes, **settings)
     except ValueError as error:

@@ -133,7 +133,8 @@ def translated(
         if name in MOVES:
             return inputs, None, of_inputs[0]
         if name in RESIZES:
-            return inputs, Unresized(node.target, name), of_inputs[0]
+            settings = node.args[len(inputs) :]  # the patch side
+            return inputs, Unresized(node.target, name, settings), of_inputs[0]
         if name in FUNCTIONS:
             operator = FUNCTIONS[name](node, of_inputs)
             return inputs, operator, getattr(operator, "codes", of_inputs[0])

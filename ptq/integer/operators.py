@@ -292,15 +292,16 @@ class Constant(nn.Module):
 
 
 class Unresized(nn.Module):
-    """A function that resizes feature maps to fit, of those that fit. ValueError for others."""
+    """A function of feature maps and `settings` that resizes them to fit, of those that fit.
+    ValueError for others."""
 
-    def __init__(self, resize, name: str):
+    def __init__(self, resize, name: str, settings: Sequence):
         super().__init__()
-        self.resize, self.name = resize, name
+        self.resize, self.name, self.settings = resize, name, settings
 
     def forward(self, *inputs: Tensor) -> Tensor:
         try:
-            return self.resize(*inputs)
+            return self.resize(*inputs, *self.settings)
         except NotImplementedError as error:  # torch interpolates no integers
             raise ValueError(
                 f"{self.name} interpolates a feature map here, which has no integer form: choose "
