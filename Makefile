@@ -18,7 +18,7 @@ reproduce: $(VENV)/dev
 	    --latency-runs 20 --output runs/results
 
 test: $(VENV)/dev
-	$(PY) -m pytest --numprocesses 2
+	$(PY) -m pytest --numprocesses 2 --dist worksteal
 
 $(VENV)/dev: requirements-dev.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
