@@ -99,7 +99,8 @@ def suggest(
     on held-out images, and how it was found.
 
     It begins with as many as halve it by what the profile says of each, and doubles their number
-    until they do. The noise is a mean square over the float outputs' variance.
+    until they do or half of all tensors are exceptions. The noise is a mean square over the float
+    outputs' variance.
     """
     specs = layer_specs(subject.network, recipe)
     worst = [
@@ -123,16 +124,19 @@ def suggest(
         }
 
     tries = [tried(quantized(recipe), 0)]
-    n = enough([tensor["noise"] for tensor in worst])
+    most = max(1, len(worst) // 2)
+    n = min(enough([tensor["noise"] for tensor in worst]), most)
     while True:
         tensors = [(tensor["layer"], tensor["role"]) for tensor in worst[:n]]
         name = f"{recipe.name}-suggested"
         suggested = with_exceptions(subject.network, recipe, tensors, name, EXCEPTIONS[exceptions])
         tries.append(tried(quantized(suggested), n))
-        if tries[-1]["noise"] <= ENOUGH * tries[0]["noise"] or n == len(worst):
+        halved = tries[-1]["noise"] <= ENOUGH * tries[0]["noise"]
+        if halved or n == most:
             break
-        n = min(2 * n, len(worst))
-    how = {"tensors": tensors, "exceptions": exceptions, "tries": tries, "n_images": len(images)}
+        n = min(2 * n, most)
+    how = {"tensors": tensors, "exceptions": exceptions, "halved": halved, "tries": tries}
+    how["n_images"] = len(images)
     return suggested, how
 
 

@@ -31,6 +31,7 @@ def report():
         "exceptions": "16-bit",
         "n_images": 50,
         "file": "suggested.json",
+        "halved": True,
         "tries": [{"n_tensors": 0, "noise": 1e-3, "n_changed": 2, "top1_pct": 90.0}],
     }
     return profile(network, quantized, recipe, images) | {

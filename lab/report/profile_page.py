@@ -268,9 +268,12 @@ def suggestion_section(found: dict | None) -> str:
         for t in found["tries"]
     )
     written = escape(found["exceptions"].replace("-bit", " bits"))
+    which = (
+        "shortest list tried that halves" if found["halved"] else "longest list tried; none halves"
+    )
     return (
         f'<h2 id="suggestion">Suggested exceptions</h2><p>These tensors in {written}, all others '
-        f"as they are: the shortest list tried that halves the noise in the outputs on "
+        f"as they are: the {which} the noise in the outputs on "
         f"{found['n_images']} held-out images. The recipe is in "
         f"<code>{escape(found['file'])}</code>.</p><ol>{tensors}</ol>{table(columns, lines)}"
     )
