@@ -46,7 +46,7 @@ def engines(checkpoint, n_calls: int) -> dict:
     for recipe in recipes_for(model, TIMED):
         network = ptq.quantize(model, to_nearest(recipe), batches)
         for engine in engines_for(recipe):
-            if row_kind(recipe, engine) == "simulated":
+            if row_kind(recipe, engine) != "measured":
                 continue
             what = f"{recipe.name}@{engine.NAME}"
             try:
