@@ -261,3 +261,4 @@ def test_scores_agree_with_those_of_scikit_learn():
     top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(8))
     assert found["top5_pct"] == pytest.approx(100 * top5)
     assert found["n_absent"] == 1 and class_scores(logits[:, :5], labels % 5)["top5_pct"] is None
+    assert len(class_scores(draw(120, 101), torch.arange(120) % 101)["classes"]) == 101

@@ -43,25 +43,29 @@ def over(batches, act: Callable, workers=1) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*shown))
 
 
+def top_pct(logits: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Percent of the images whose class is among the `k` likeliest: logits [N, K], labels [N]."""
+    likeliest = logits.topk(min(k, logits.shape[1])).indices
+    return 100 * int((likeliest == labels[:, None]).any(1).sum()) / len(labels)
+
+
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Percent of the images whose class is the likeliest and, of many classes, among the five
     likeliest: logits [N, K], labels [N]."""
-
-    def percent(right: Tensor) -> float:
-        return 100 * int(right.sum()) / len(labels)
-
-    found = {"accuracy_pct": percent(logits.argmax(1) == labels)}
+    found = {"accuracy_pct": 100 * int((logits.argmax(1) == labels).sum()) / len(labels)}
     if logits.shape[1] > FEW_CLASSES:
-        found["top5_pct"] = percent((logits.topk(5).indices == labels[:, None]).any(1))
+        found["top5_pct"] = top_pct(logits, labels, 5)
     return found
 
 
+def pairs(labels: Tensor, predictions: Tensor, n: int) -> Tensor:
+    """Images of each of `n` true classes (rows) that were given each class, int64 [n, n]."""
+    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n)
+
+
 def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]] | None:
-    """Images of each of `n` true classes (outer) that were given each class (inner); None for more
-    classes than a file should hold pairs of."""
-    if n > FEW_CLASSES:
-        return None
-    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n).tolist()
+    """`pairs` for a file; None for more classes than it should hold pairs of."""
+    return pairs(labels, predictions, n).tolist() if n <= FEW_CLASSES else None
 
 
 def class_scores(logits: Tensor, labels: Tensor) -> dict:
@@ -71,7 +75,7 @@ def class_scores(logits: Tensor, labels: Tensor) -> dict:
     predicted has a precision of 0. Top-5 is None for fewer than six classes.
     """
     n, n_classes = logits.shape
-    matrix = torch.tensor(confusion(labels, logits.argmax(1), n_classes)).double()  # [true, given]
+    matrix = pairs(labels, logits.argmax(1), n_classes).double()
     right, given, of_class = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
     scores = {
         "precision_pct": 100 * right / given.clamp(min=1),
@@ -79,11 +83,10 @@ def class_scores(logits: Tensor, labels: Tensor) -> dict:
         "f1_pct": 200 * right / (given + of_class).clamp(min=1),
     }
     present = of_class > 0
-    among_five = (logits.topk(min(5, n_classes)).indices == labels[:, None]).any(1)
     return {
         "n_images": n,
         "top1_pct": 100 * float(right.sum()) / n,
-        "top5_pct": 100 * float(among_five.sum()) / n if n_classes > 5 else None,
+        "top5_pct": top_pct(logits, labels, 5) if n_classes > 5 else None,
         **{name: float(of_each[present].mean()) for name, of_each in scores.items()},
         "n_absent": int((~present).sum()),
         "classes": [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lab.cli import BadInput
-from lab.engines.measure import CPU_BATCH, over
+from lab.engines.measure import CPU_BATCH, over, top_pct
 from lab.models import default_img_size, settings_of
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import flip_colours, read_weights
@@ -76,8 +76,7 @@ def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
     probed = layout.heads is not None  # MobileViT of another project
     colours = probed_colours(model, photos, size, device) if probed else ""
     logits, labels = judged(model, photos, size, imagefolder, device)
-    right = logits.topk(min(5, n)).indices == labels[:, None]  # [N, 5]
-    top_1, top_5 = (100 * right[:, :k].any(1).double().mean().item() for k in (1, 5))
+    top_1, top_5 = (top_pct(logits, labels, k) for k in (1, 5))
     printed = (
         f"{name} of {path} ({layout.name}{colours}): top-1 {top_1:.2f} %, top-5 {top_5:.2f} % "
         f"({len(labels)} images at {size})"

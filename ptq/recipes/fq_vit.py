@@ -1,4 +1,7 @@
-"""FQ-ViT, I-BERT and I-ViT: networks of integers but for what `-published` leaves in float.
+"""FQ-ViT, I-BERT and I-ViT, whose layers compute in integers.
+
+The recipes without `-published` give networks of integers alone; the papers' code leaves some in
+float.
 
 `fq-vit` has an 8-bit softmax, `fq-vit-a4` one of 4-bit powers of two. `-published`: the formats,
 observers and arithmetic of the paper's code.
