@@ -49,3 +49,12 @@ class Idle(nn.Module):
 
     def forward(self, x):
         return self.used(x)
+
+
+def require_traced_and_exported(model, example, x, expected):
+    """Require that torch.fx's and torch.export's forms of a model, the latter made with `example`
+    and for any batch, give `expected` for `x`."""
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(x), expected)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from small import require_traced_and_exported
 from test_foreign import assert_computes, cvnets_names, randomized, saved, transformers_network
 
 from lab.cli import BadInput
@@ -33,10 +34,7 @@ def test_fx_and_export_with_any_batch():
     example, x = torch.randn(2, 3, 72, 64), torch.randn(3, 3, 72, 64)
     expected = model(x)
     assert expected.shape == (3, 3, 72, 64)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(x), expected)
+    require_traced_and_exported(model, example, x, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import require_traced_and_exported
 from torch.nn.functional import softmax
 from torchvision.models.detection import _utils as theirs
 from torchvision.models.detection.ssd import SSD
@@ -211,10 +212,7 @@ def test_fx_and_export_with_any_batch():
     model = SSDLite("xxs", 3, first_stride=8).eval()
     example, x = torch.randn(2, 3, 96, 64), torch.randn(3, 3, 96, 64)
     expected = model(x)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(x), expected)
+    require_traced_and_exported(model, example, x, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -33,18 +33,22 @@ def loaded(network) -> Loaded:
 
 
 def quantized(model, calibration, example):
-    """`model` quantized by NNCF with what it recommends for transformers and for accuracy, full
-    bias correction included, on every image of `calibration`, a sequence of (input, labels)."""
+    """`model` quantized by NNCF with `recommended`, on every image of `calibration`, a sequence of
+    (input, labels)."""
     nncf, _ = require("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)
     network, _ = openvino_cpu.exported(model, example)
     images = [image[None].contiguous().numpy() for x, _ in calibration for image in x]
     with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
-        return nncf.quantize(
-            network,
-            nncf.Dataset(images),
-            preset=nncf.QuantizationPreset.MIXED,
-            model_type=nncf.ModelType.TRANSFORMER,
-            fast_bias_correction=False,
-            subset_size=len(images),
-        )
+        return nncf.quantize(network, nncf.Dataset(images), **recommended(len(images)))
+
+
+def recommended(n_images: int) -> dict:
+    """What NNCF recommends for transformers and for accuracy, full bias correction included."""
+    nncf = require("nncf")[0]
+    return {
+        "preset": nncf.QuantizationPreset.MIXED,
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "fast_bias_correction": False,
+        "subset_size": n_images,
+    }

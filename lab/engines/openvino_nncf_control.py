@@ -44,8 +44,5 @@ def quantized(model, calibration, example):
             images,
             judge,
             max_drop=MAX_DROP,
-            preset=nncf.QuantizationPreset.MIXED,
-            model_type=nncf.ModelType.TRANSFORMER,
-            fast_bias_correction=False,
-            subset_size=len(pairs),
+            **openvino_nncf.recommended(len(pairs)),
         )
