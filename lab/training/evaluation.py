@@ -38,8 +38,8 @@ def judged(model, data, img_size: int, task, device: torch.device) -> tuple[Tens
 def trained_task(checkpoint: dict, path):
     """The module of the task that train.py trained the checkpoint at `path` on."""
     if checkpoint["task"] not in TRAINABLE:
-        known = " and ".join(TRAINABLE)
-        raise BadInput(f"{path} was trained on {checkpoint['task']}, --eval knows {known}")
+        known = ", ".join(TRAINABLE)
+        raise BadInput(f"{path} was trained on {checkpoint['task']}; --eval knows {known}")
     return TASKS[checkpoint["task"]]
 
 
