@@ -173,7 +173,7 @@ def test_a_task_or_classes_that_eval_does_not_know_are_one_line(good, tmp_path):
     seven = MobileViT("xxs", 7)
     weights = {"settings": settings_of(seven), "state_dict": seven.state_dict()}
     for change, says in (
-        ({"task": "birds"}, "was trained on birds, --eval knows cifar10 and synthetic"),
+        ({"task": "birds"}, "was trained on birds; --eval knows cifar10, synthetic"),
         (weights | {"classes": list("abcdefg")}, "tells 7 classes apart, synthetic has 10"),
     ):
         save_checkpoint(tmp_path / "a.pth", good | change)
