@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from conftest import FORKS
 from torch import nn
 
 from lab.cli import BadInput
@@ -41,7 +42,8 @@ def test_two_halves_are_normalised_as_one_batch(tmp_path, dtype, atol):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (tmp_path / "port").write_text(str(store.port))
     del store  # frees the port for the processes
-    torch.multiprocessing.spawn(worker, (tmp_path, dtype), nprocs=2)
+    how = "forkserver" if FORKS else "spawn"
+    torch.multiprocessing.start_processes(worker, (tmp_path, dtype), 2, start_method=how)
     expected = one_step(nn.BatchNorm2d(5), x, weights)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for rank, half in enumerate(halves):

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from conftest import ROOT
 
+from lab.bench.quantization import engines
+from lab.cli import BadInput
 from lab.engines import EngineMissing, torch_eager, torch_fx
 from lab.engines.measure import confusion, latency, predict, scores
 from mobilevit import MobileViT
@@ -26,7 +29,7 @@ def test_fx_computes_in_int8():
 def test_fx_feels_as_a_whole_what_its_int8_network_does():
     torch.manual_seed(0)
     model = MobileViT("xxs").eval()
-    batches = [(torch.randn(16, 3, 64, 64), None)]
+    batches = [(torch.randn(8, 3, 32, 32), None)]
     replace_norms(model, None, batches, None)
     found = torch_fx.sensitivities(
         model, RECIPES["int8-fx"], batches, lambda network: network(batches[0][0])
@@ -100,3 +103,8 @@ def test_latency_is_single_threaded_and_restores_the_threads():
     finally:
         torch.set_num_threads(1)
     assert stats["a"]["p10"] <= stats["a"]["median"] <= stats["a"]["p90"]
+
+
+def test_a_benchmark_of_nothing_that_runs_is_one_line():
+    with pytest.raises(BadInput, match="nothing can be timed here"):
+        engines(ROOT / "checkpoints" / "mobilevit_xxs" / "best.pth", ["fp16"], 1)  # simulated

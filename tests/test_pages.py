@@ -1,12 +1,19 @@
-"""Every Python snippet of README and docs runs as it stands."""
+"""Every Python snippet of README and docs runs as it stands, every command has options that exist."""
 
 import re
+import shlex
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
+from test_house import PAGES
 from torchvision.transforms.v2.functional import to_pil_image
 
+import plots
+import quantize
+import train
+from lab.bench import __main__ as bench
 from lab.tasks import TASKS
 from lab.tasks.cifar10 import CLASSES
 from ptq.methods import STEPS
@@ -71,3 +78,34 @@ def test_extending(model, batches, registries):
     names = run_all("docs/extending.md", model=model, batches=labelled)
     names["test_three_sigma_of_normal_numbers"]()
     assert torch.isfinite(names["quantized"](batches[0][0])).all()
+
+
+PARSERS = {
+    "train.py": partial(train.parse_args, ""),
+    "quantize.py": partial(quantize.parse_args, ""),
+    "plots.py": plots.parse_args,
+    "lab.bench": bench.parse_args,
+}
+
+
+def commands(page):
+    """The commands of ours in a page, as words from the script's name on."""
+    text = page.read_text().replace("\\\n", " ").replace("$side", "128")
+    for block in re.findall(r"```(?:ba)?sh\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            at = [i for i, word in enumerate(words) if word in PARSERS]
+            if at:
+                yield words[at[0] :]
+
+
+PUBLISHED = [pytest.param(c, id=" ".join(c)) for page in PAGES for c in commands(page)]
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_a_published_command_is_understood(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("results", "runs/results"):  # plots.py requires the one that it is to read
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", command)
+    PARSERS[command[0]]()

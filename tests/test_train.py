@@ -130,12 +130,11 @@ def test_loader_processes_may_be_spawned(tmp_path):
     assert out == "stopped at step 1 of 72: --resume goes on\n"
 
 
-def test_two_processes_train_as_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run("train.py", *SYNTHETIC, "--output", one)
+def test_two_processes_train_as_one(checkpoint, tmp_path):
     module = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
-    run("train.py", *SYNTHETIC, "--output", two, module=module)
-    for ours, theirs in zip(log_without_times(one), log_without_times(two), strict=True):
+    run("train.py", *SYNTHETIC, "--output", tmp_path, module=module)
+    logs = log_without_times(checkpoint.parent), log_without_times(tmp_path)
+    for ours, theirs in zip(*logs, strict=True):
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=5e-3)
         assert float(ours["val_loss"]) == pytest.approx(float(theirs["val_loss"]), abs=5e-2)
 
@@ -173,8 +172,9 @@ def test_a_run_may_end_within_an_epoch_and_resume_there(tmp_path):
 
 def test_a_run_may_stop_before_its_epochs_are_validated(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # One step an epoch.
-    command = ("train.py", *SYNTHETIC, "--batch-size", "1800", "--optimizer", "muon", "--output")
+    # One step an epoch, of all images that are not held out.
+    few = ("--val-size", "1800", "--batch-size", "200")
+    command = ("train.py", *SYNTHETIC, *few, "--optimizer", "muon", "--output")
     run(*command, whole)
     late = ("--max-minutes", "0.0001")  # after a single step
     outs = [
@@ -211,19 +211,19 @@ def test_every_ingredient_of_the_full_recipe_runs(tmp_path):
 
 
 def test_a_run_chooses_the_epochs_that_fit_its_minutes(tmp_path):
-    shares = "--minutes 8 --resolutions 32/64:0.5,64:0.5 --validate-every 3 --warmup 0.1"
+    shares = "--minutes 3 --resolutions 32/64:0.5,64:0.5 --validate-every 3 --warmup 0.1"
     data = "--task synthetic --batch-size 50 --augment crop-flip --jpeg 0.5 --erase 0.5"
     command = ("train.py", *shares.split(), *data.split(), "--output", tmp_path)
     out, _ = run(*command, "--max-minutes", "0.001", code=3)
-    assert out.startswith("--minutes 8: ") and " images/s at 64, so --resolutions 32/64:" in out
+    assert out.startswith("--minutes 3: ") and " images/s at 64, so --resolutions 32/64:" in out
     config = files.read_json(tmp_path / "config.json")
-    assert (config["minutes"], config["shares"]) == (8, "32/64:0.5,64:0.5")
+    assert (config["minutes"], config["shares"]) == (3, "32/64:0.5,64:0.5")
     assert f"so --resolutions {config['resolutions']}\n" in out
     # Resumed, it goes on with these epochs, whatever the time.
     out, _ = run(*command, "--resume", "--max-minutes", "0.001", code=3)
     assert "--minutes" not in out and "--resume goes on" in out
-    fails_with_one_line(*command, "--resume", "--minutes", "9", says="--minutes 8.0 (now 9.0)")
-    both = ("--minutes", "8", "--epochs", "2")
+    fails_with_one_line(*command, "--resume", "--minutes", "9", says="--minutes 3.0 (now 9.0)")
+    both = ("--minutes", "3", "--epochs", "2")
     fails_with_one_line("train.py", *both, says="--minutes replaces --epochs")
 
 

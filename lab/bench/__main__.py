@@ -29,6 +29,7 @@ from lab.cli import above, at_least
 from lab.models import registered
 from lab.models.checkpoint import MAX_IMG_SIZE
 from mobilevit import MIN_IMG_SIZE
+from ptq import RECIPES
 
 
 def run_train(args) -> dict:
@@ -47,7 +48,7 @@ def _of_training(args) -> dict:
 BENCHMARKS = {
     "train": run_train,
     "loader": run_loader,
-    "engines": lambda args: quantization.engines(args.checkpoint, args.latency_runs),
+    "engines": lambda args: quantization.engines(args.checkpoint, args.recipes, args.latency_runs),
     "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
     "tensorrt": lambda args: quantization.tensorrt(args.checkpoint, args.latency_runs),
     "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
@@ -74,6 +75,8 @@ def parse_args():
     add = p.add_argument_group("engines, profile and tensorrt").add_argument
     add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="the network to run")
     add("--latency-runs", type=at_least(1, 10**6), default=100, help="timed calls")
+    known, help = cli.known(RECIPES, "recipe"), "what engines times"
+    add("--recipes", nargs="+", type=known, default=quantization.TIMED, help=help)
 
     add = p.add_argument_group("abuse").add_argument
     add("--inputs", type=at_least(0, 10**6), default=600, help="malformed inputs to try")

@@ -36,14 +36,14 @@ PROFILED = (
 )
 
 
-def engines(checkpoint, n_calls: int) -> dict:
+def engines(checkpoint, names, n_calls: int) -> dict:
     """Milliseconds an image of every method on every engine, all called in turn on one thread.
 
-    `checkpoint`: path of the network. `n_calls`: timed calls of each.
+    `checkpoint`: path of the network. `names`: recipes. `n_calls`: timed calls of each.
     """
     model, described, batches, example = on_noise(checkpoint)
     runs, versions, recipes = {}, {}, {}
-    for recipe in recipes_for(model, TIMED):
+    for recipe in recipes_for(model, names):
         network = ptq.quantize(model, to_nearest(recipe), batches)
         for engine in engines_for(recipe):
             if row_kind(recipe, engine) != "measured":
@@ -61,6 +61,8 @@ def engines(checkpoint, n_calls: int) -> dict:
                 continue
             runs[what] = functools.partial(run, example)
             recipes[recipe.name] = recipe.asdict()
+    if not runs:
+        raise BadInput("nothing can be timed here")
     return described | {
         "recipes": recipes,
         "engine_versions": versions,
