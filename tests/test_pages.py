@@ -1,4 +1,4 @@
-"""Every Python snippet of README and docs runs as it stands, every command has options that exist."""
+"""Every Python snippet of README and docs runs as it stands; every command is understood."""
 
 import re
 import shlex
