@@ -9,7 +9,7 @@ QUANTIZE = $(PY) quantize.py --checkpoint $(BEST) --calibration-images 64 --late
 
 ON_CIFAR10 = $(if $(DATA_DIR),reproduce loader)
 .PHONY: all reproduce loader minutes engines profile rows per-layer export training
-all: $(ON_CIFAR10) engines rows per-layer export minutes profile training
+all: $(ON_CIFAR10) rows engines per-layer export minutes profile training
 
 reproduce:
 	$(MAKE) -f Makefile reproduce TEST_IMAGES=200
@@ -25,17 +25,18 @@ $(BEST):
 	    --augment none --output $(RUN)
 
 minutes: $(BEST)
-	$(PY) train.py --task synthetic --img-size 64 --minutes 0.2 --batch-size 32 \
+	$(PY) train.py --task synthetic --img-size 64 --minutes 0.3 --batch-size 32 \
 	    --warmup-epochs 0.2 --augment none --optimizer muon --teacher $(BEST) --output $(OUT)/timed
 
 engines: $(BEST)
-	$(BENCH) engines --recipes w8a8 int8-fx int8-pt2e --checkpoint $(BEST) --latency-runs 3
+	$(BENCH) engines --recipes w8a8 int8-fx --checkpoint $(BEST) --latency-runs 3
 
 profile: $(BEST)
 	$(BENCH) profile --checkpoint $(BEST) --latency-runs 3
 
 rows: $(BEST)
-	$(QUANTIZE) --model xxs --recipes mixed-5bits int8-nncf int8-ort --output $(OUT)/results
+	$(QUANTIZE) --model xxs --recipes mixed-5bits int8-nncf int8-ort int8-pt2e \
+	    --output $(OUT)/results
 
 per-layer: $(BEST)
 	$(QUANTIZE) --recipes w8a8 int8-fx --per-layer --output $(OUT)/results
