@@ -42,4 +42,4 @@ per-layer: $(BEST)
 	$(QUANTIZE) --recipes w8a8 int8-fx --per-layer --output $(OUT)/results
 
 export: $(BEST)
-	$(QUANTIZE) --recipes w7a8 w8a8-tensorrt --export $(OUT)/exported
+	$(QUANTIZE) --recipes w8a8-tensorrt --export $(OUT)/exported
