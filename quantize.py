@@ -43,6 +43,7 @@ from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import CLASSIFIERS_ONLY, flags, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
+from lab.pictures import picture_path, write_picture
 from lab.profiles import profile_folder, write_profile
 from lab.recipes import recipe_of
 from lab.report.compare import compare_rows, comparison_table
@@ -178,7 +179,11 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
 
 
 def show_predictions(pairs, args) -> None:
-    """Print what each (subject, recipe) on each engine takes the picture of --image for."""
+    """Print what each (subject, recipe) on each engine takes the picture of --image for or, where
+    that is no single class, draw it."""
+    drawn = {}
+    others = [subject for subject, _ in pairs if not subject.classifies]
+    paths = {s: picture_path(s, args.image, args.output, args.force) for s in others}
     for subject, recipe in pairs:
         x = subject.images.showing(args.image).inputs(subject.img_size)
         for engine in engines_for(recipe, args.engines):
@@ -193,8 +198,13 @@ def show_predictions(pairs, args) -> None:
                 print(f"{what}: left out, {missing}")
                 continue
             with torch.inference_mode():
-                (logits,) = loaded.run(x)
-            print(f"{what}: {prediction_text(logits, subject.images.classes)}", flush=True)
+                outputs = loaded.run(x)
+            if subject.classifies:
+                print(f"{what}: {prediction_text(outputs[0], subject.images.classes)}", flush=True)
+            else:
+                drawn.setdefault(subject, {})[f"{recipe.name}@{engine.NAME}"] = outputs
+    for subject, outputs in drawn.items():
+        write_picture(paths[subject], subject, args.image, outputs)
 
 
 def repeat_rows(args) -> int:

@@ -23,7 +23,7 @@ EXCLUDED = {
     "image": ("held_out", "test_images"),
     "export": ("held_out", "test_images", "engines"),
 }
-CLASSIFIERS_ONLY = ("per_layer", "profile", "image")
+CLASSIFIERS_ONLY = ("per_layer", "profile")
 
 
 def flags(*names: str) -> str:
@@ -138,7 +138,8 @@ def parse_args(doc: str):
     out.add_argument(
         "--image",
         metavar="FILE",
-        help="in place of rows: what the network and each quantized one take this picture for",
+        help="in place of rows: what the network and each quantized one take this picture for; of "
+        "detectors and segmenters, a PNG of what they see in it",
     )
     out.add_argument(
         "--export",

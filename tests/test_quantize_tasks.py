@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails_with_one_line, run
+from PIL import Image
 from test_coco import annotated
 from test_segmentation import NAMES, picture
 
 from lab import files
 from lab.models import build, settings_of
 from lab.models.checkpoint import FORMAT, save_checkpoint
+from lab.pictures import COLOURS, draw_boxes, draw_classes
+from lab.report import style
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
 from ptq.methods.norms import replace_norms
@@ -119,6 +122,32 @@ def test_an_exported_file_gives_what_was_simulated(made, tmp_path):
     out, _ = run(*of(made), "--recipes", "w8a8", "--export", tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert out.count("predicts as simulated on 12 of 12 images") == 8
+
+
+def test_a_picture_shows_each_network_beside_float(made, tmp_path):
+    task, folder, _ = made
+    photo = TASKS[task].load(folder, train=False).files[1]
+    command = (*of(made), "--recipes", "w8a8", "--image", photo, "--output", tmp_path)
+    out, _ = run(*command)
+    (path,) = tmp_path.rglob("pictures/1.png")
+    assert out == f"{path}\n"
+    assert Image.open(path).size[0] == 1275
+    fails_with_one_line(*command, says="1.png is there already: --force replaces it")
+
+
+def test_boxes_and_classes_are_drawn_where_they_are():
+    _, (axis, other) = style.plt.subplots(1, 2)
+    outputs = torch.tensor([[0, 0, 0, 0, -9, -9, 9, 0.5, 0.5, 0.4, 0.2]])  # on its anchor
+    unsure = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0.2, 0.2, 0.1, 0.1]])
+    assert draw_boxes(axis, torch.stack((outputs, unsure), 1), height=100, width=200) == {1}
+    (box,) = axis.patches
+    assert box.get_bbox().bounds == pytest.approx((60, 40, 80, 20))
+    outputs = torch.tensor([[[[9.0, 0]], [[0, 9]]]])  # left and right
+    assert draw_classes(other, outputs, height=2, width=4) == {0, 1}
+    (drawn,) = other.images
+    assert drawn.get_array().shape == (2, 4, 3)
+    assert (drawn.get_array()[:, :2] == COLOURS[0]).all()
+    style.plt.close()
 
 
 @pytest.mark.parametrize(
