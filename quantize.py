@@ -16,8 +16,9 @@
 
 Each (checkpoint, recipe, engine) becomes one file results/MODEL/RECIPE@ENGINE.json, MODEL followed
 by the folder of the run for a checkpoint that does not ship. A row that is there already is kept,
-unless it was made otherwise: that is an error. Accuracy is on all test images and all cores,
-latency of one image on one thread. Prints one line a row and a table at the end.
+unless it was made otherwise: that is an error. Accuracy, or mAP or mIoU of a detector or segmenter,
+is on all test images and all cores, latency of one image on one thread. Prints one line a row and a
+table at the end.
 """
 
 from lab import cli
@@ -37,18 +38,25 @@ import ptq
 from lab import files, machine
 from lab.cli import BadInput
 from lab.engines import EngineMissing, integer, torch_eager
-from lab.engines.measure import CPU_BATCH, confusion, latency, predict, scores
+from lab.engines.measure import latency
 from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
-from lab.options import parse_args
-from lab.outputs import export_files, prediction_text, write_reports
+from lab.options import CLASSIFIERS_ONLY, flags, parse_args
+from lab.outputs import answered, export_files, prediction_text, write_reports
+from lab.pictures import picture_path, write_picture
 from lab.profiles import profile_folder, write_profile
 from lab.recipes import recipe_of
 from lab.report.compare import compare_rows, comparison_table
-from lab.report.rows import comparable, read_row, reusable_row, row_path, setting
+from lab.report.rows import (
+    comparable,
+    has_predictions,
+    read_row,
+    reusable_row,
+    row_path,
+    setting,
+)
 from lab.report.tables import in_protocol, printed, products_text, results_table
 from lab.subject import Subject, load_subject, named
-from lab.tasks.batches import EvalBatches
 from ptq import packing
 from ptq.analysis.energy import energy_by_prices
 from ptq.analysis.mixed import PREFIX as MIXED
@@ -78,18 +86,13 @@ def quantized(subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
     }
 
 
-def measure(subject: Subject, recipe: Recipe, engine, made: dict, workers: int, runs: int) -> dict:
+def measure(subject: Subject, recipe: Recipe, engine, made: dict, runs: int) -> dict:
     """Load the quantized network that was `made` into the engine, run, judge and time it."""
     began = time.monotonic()
     sample = subject.sample(subject.img_size)
     loaded = engine.load(made["network"], recipe, made["batches"], sample)
     quantize_s = made["seconds"] + time.monotonic() - began
-    images = EvalBatches(subject.images, subject.img_size, CPU_BATCH)
-    logits, labels = predict(loaded.run, images, workers)
-    if not logits.isfinite().all():
-        raise BadInput("the logits are not finite")
-    predictions = logits.argmax(1)
-    n_correct = int((predictions == labels).sum())
+    answers = answered(subject, loaded.run)
 
     trained_at = subject.sample(subject.checkpoint["img_size"])
     timed = {"row": lambda: loaded.run(sample), "fp32": lambda: subject.model(trained_at)}
@@ -103,10 +106,7 @@ def measure(subject: Subject, recipe: Recipe, engine, made: dict, workers: int, 
         "classes": list(subject.images.classes),
         "engine_version": engine.version(),
         "kind": row_kind(recipe, engine),
-        "n_correct": n_correct,
-        "score": scores(logits, labels),
-        "predictions": predictions.tolist(),
-        "confusion": confusion(labels, predictions, len(subject.images.classes)),
+        **answers,
         "size_bytes": loaded.size_bytes,
         "size_is_estimate": loaded.size_is_estimate,
         "products": products,
@@ -172,14 +172,18 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
         return row, True
     engine.version()  # before long work: it may be missing
     made = quantized(subject, recipe, n)
-    row = same | measure(subject, recipe, engine, made, args.workers, args.latency_runs)
+    row = same | measure(subject, recipe, engine, made, args.latency_runs)
     row |= machine.provenance()
     files.write_json(path, row)
     return row, False
 
 
 def show_predictions(pairs, args) -> None:
-    """Print what each (subject, recipe) on each engine takes the picture of --image for."""
+    """Print what each (subject, recipe) on each engine takes the picture of --image for or, where
+    that is no single class, draw it."""
+    drawn = {}
+    others = [subject for subject, _ in pairs if not subject.classifies]
+    paths = {s: picture_path(s, args.image, args.output, args.force) for s in others}
     for subject, recipe in pairs:
         x = subject.images.showing(args.image).inputs(subject.img_size)
         for engine in engines_for(recipe, args.engines):
@@ -194,8 +198,13 @@ def show_predictions(pairs, args) -> None:
                 print(f"{what}: left out, {missing}")
                 continue
             with torch.inference_mode():
-                (logits,) = loaded.run(x)
-            print(f"{what}: {prediction_text(logits, subject.images.classes)}", flush=True)
+                outputs = loaded.run(x)
+            if subject.classifies:
+                print(f"{what}: {prediction_text(outputs[0], subject.images.classes)}", flush=True)
+            else:
+                drawn.setdefault(subject, {})[f"{recipe.name}@{engine.NAME}"] = outputs
+    for subject, outputs in drawn.items():
+        write_picture(paths[subject], subject, args.image, outputs)
 
 
 def repeat_rows(args) -> int:
@@ -208,7 +217,12 @@ def repeat_rows(args) -> int:
             raise BadInput(f"{path}: no engine is called {shipped['engine']}")
         held_out = shipped["split"] == "held-out"
         settings = (args.data_dir, shipped["task"], shipped["img_size"], held_out)
-        subject = load_subject(shipped["checkpoint"], *settings, args.test_images, shipped["seed"])
+        n_images = min(args.test_images or shipped["n_images"], shipped["n_images"])
+        subject = load_subject(shipped["checkpoint"], *settings, n_images, shipped["seed"])
+        if len(subject.images) < shipped["n_images"] and not has_predictions(shipped):
+            raise BadInput(
+                f"{path} has one score for {shipped['n_images']} images: measure them all"
+            )
         if subject.sha256 != shipped["checkpoint_sha256"]:
             raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
         recipe = recipe_of_row(subject, shipped, path)
@@ -222,7 +236,8 @@ def repeat_rows(args) -> int:
         except EngineMissing as missing:
             print(f"{what}: left out, {missing}")
             continue
-        line, agree = compare_rows(shipped, row, subject.images.labels.tolist())
+        labels = subject.images.labels.tolist() if subject.classifies else []
+        line, agree = compare_rows(shipped, row, labels)
         status = max(status, int(not agree))
         lines.append(line)
         print(printed(row), flush=True)
@@ -291,6 +306,11 @@ def main():
         other = by_folder.setdefault(subject.folder, subject)
         if other is not subject:
             raise BadInput(f"{other.path} and {subject.path} would share the rows' folder")
+        for option in CLASSIFIERS_ONLY:
+            if getattr(args, option) and not subject.classifies:
+                raise BadInput(
+                    f"{flags(option)} is for classifiers, {subject.path} is for {subject.task}"
+                )
     pairs = []
     recipes = dict.fromkeys(["fp32", *args.recipes]) if args.image else args.recipes
     for subject in subjects:

@@ -37,7 +37,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lab import cli, files, machine
@@ -47,8 +46,9 @@ from lab.tasks import TASKS
 from lab.tasks.augment import Augmentation
 from lab.tasks.batches import TrainBatches
 from lab.training import budget
-from lab.training.distributed import World, leave_process_group
+from lab.training.distributed import World
 from lab.training.evaluation import test_score, weights_score
+from lab.training.loader import loader
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, parse_args
 from lab.training.run import Run, finish, hardware, tensorboard_writer
@@ -219,7 +219,7 @@ def stages_that_fit(
         stage = replace(share, epochs=TRIAL_EPOCHS)
         trial = run_of([stage])
         steps = range(len(trial.schedule))
-        batches = iter(loader(batches_of([stage]), steps, workers, trial.world))
+        batches = loader(batches_of([stage]), steps, workers, trial.world)
         step_s, of_validation = seconds(trial, share, batches)
         epoch_s.append(trial.sampler.steps_per_epoch * step_s)
         validation_s.append(of_validation)
@@ -233,18 +233,6 @@ def stages_that_fit(
         )
         print(f"--minutes {minutes:g}: {speeds}, so --resolutions {budget.written(stages)}")
     return stages
-
-
-def loader(batches: TrainBatches, steps: range, workers: int, world: World):
-    """The batches of `steps` in turn, made by `workers` processes, or by this one if 0."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=leave_process_group,
-    )
 
 
 def loop(

@@ -23,6 +23,7 @@ EXCLUDED = {
     "image": ("held_out", "test_images"),
     "export": ("held_out", "test_images", "engines"),
 }
+CLASSIFIERS_ONLY = ("per_layer", "profile")
 
 
 def flags(*names: str) -> str:
@@ -99,7 +100,7 @@ def parse_args(doc: str):
     judge.add_argument(
         "--held-out",
         action="store_true",
-        help="evaluate on the held-out training images, to choose on",
+        help="evaluate on the images that the run held out, to choose on",
     )
     judge.add_argument(
         "--latency-runs", type=cli.at_least(1, 10**6), default=100, help="timed calls per row"
@@ -137,7 +138,8 @@ def parse_args(doc: str):
     out.add_argument(
         "--image",
         metavar="FILE",
-        help="in place of rows: what the network and each quantized one take this picture for",
+        help="in place of rows: what the network and each quantized one take this picture for; of "
+        "detectors and segmenters, a PNG of what they see in it",
     )
     out.add_argument(
         "--export",

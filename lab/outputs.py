@@ -1,26 +1,31 @@
-"""What comes of a quantized network besides rows: reports per layer, and files to use."""
+"""What comes of a quantized network: its answers, reports per layer, and files to use."""
 
 import functools
 import sys
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lab import files, machine
 from lab.cli import BadInput
 from lab.engines import EngineMissing, parity, require
-from lab.engines.measure import CPU_BATCH, predict
+from lab.engines.measure import CPU_BATCH, over, predict
 from lab.engines.registry import ENGINES
 from lab.report.rows import setting
 from lab.report.studies import per_layer_table
 from lab.subject import Subject, named
+from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
+from lab.tasks.classification import confusion
+from lab.training.evaluation import judged
 from ptq import Recipe, packing
 from ptq.analysis.sensitivity import sensitivities
 
 REPORT_IMAGES, REPORT_BATCH = 64, 16  # calibration images that a report per layer looks at
 PARITY_IMAGES, PARITY_SHARE = 100, 0.9  # training images that an exported file is checked on
+PARITY_SCENES = 16  # instead, where outputs are many
 SHOWN_CLASSES = 3  # of a prediction
 
 
@@ -86,6 +91,24 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
     }
 
 
+def answered(subject: Subject, run) -> dict:
+    """What a row says of the answers to the subject's images that `run` gives: the score and, where
+    an answer is a class, all of them."""
+    task, classes = TASKS[subject.task], subject.images.classes
+    columns = judged(run, subject.images, subject.img_size, task, torch.device("cpu"))
+    if not all(column.isfinite().all() for column in columns):
+        raise BadInput("the outputs are not finite")
+    score = task.objective.score(*columns, classes)
+    answers = {"score": {name: value for name, value in score.items() if name.endswith("_pct")}}
+    if subject.classifies:
+        logits, labels = columns
+        predictions = logits.argmax(1)
+        answers["n_correct"] = score["n_correct"]
+        answers["predictions"] = predictions.tolist()
+        answers["confusion"] = confusion(labels, predictions, len(classes))
+    return answers
+
+
 def prediction_text(logits: Tensor, classes) -> str:
     """The likeliest classes of one image and their probabilities, from its logits [K]."""
     best = logits.softmax(0).topk(min(SHOWN_CLASSES, len(logits)))
@@ -120,9 +143,9 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
 
 def as_simulated(subject: Subject, network, file: Path, workers: int) -> bool:
     """Whether every engine predicts with an ONNX file what was simulated, in words on stdout."""
-    images, _ = subject.calibration(PARITY_IMAGES)
+    images, _ = subject.calibration(PARITY_IMAGES if subject.classifies else PARITY_SCENES)
     batches = EvalBatches(images, subject.img_size, CPU_BATCH)
-    expected = predict(network, batches, workers)[0]
+    (expected,) = over(batches, lambda x, _: [network(x)], workers)
     agree = True
     for result in parity.check(file, [x for x, _ in batches], expected):
         print(f"  {parity.in_words(result)}", flush=True)

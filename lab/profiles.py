@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines.measure import CPU_BATCH, class_scores, predict
+from lab.engines.measure import CPU_BATCH, predict
 from lab.report.profile import csv_text, printed_profile, write_histograms
 from lab.report.profile_page import page
 from lab.report.rows import setting
 from lab.subject import Subject, load_subject, named
 from lab.tasks.batches import EvalBatches
+from lab.tasks.classification import class_scores
 from ptq.analysis.exceptions import WIDE, can_except, with_exceptions
 from ptq.analysis.profile import IMAGES, profile
 from ptq.pipeline import layer_specs

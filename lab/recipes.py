@@ -29,6 +29,8 @@ def recipe_of(subject: Subject, name: str) -> Recipe:
         if not name.startswith(mixed.PREFIX):
             return ptq.recipe(name, subject.network)
         budget = mixed.parse_name(name)
+        if budget.cost == "fisher" and subject.task == "detection":
+            raise ValueError("Fisher information is of logits: a detector's outputs hold boxes too")
         batches = cost_batches(subject, budget.base)
         of_layers = layer_costs(subject, budget.cost, budget.base)
         latency_ms = layer_latencies(subject, budget.base) if budget.unit == "ms" else None

@@ -55,6 +55,11 @@ class Subject:
         return self.path.resolve().is_relative_to(Path(__file__).parents[1] / "checkpoints")
 
     @property
+    def classifies(self) -> bool:
+        """Whether its answer to an image is one class."""
+        return TASKS[self.task].objective is classification
+
+    @property
     def adapts(self) -> bool:
         """Whether images have another size than the network was trained at."""
         return self.img_size != self.checkpoint["img_size"]
@@ -75,14 +80,16 @@ class Subject:
     @functools.cached_property
     def train(self):
         """The training images."""
-        return load_images(self.task, self.data_dir, True, self.checkpoint)
+        images = TASKS[self.task].load(self.data_dir, train=True)
+        return as_known(images, self.task, self.checkpoint)
 
     def calibration(self, n: int) -> tuple[object, dict]:
         """`n` training images, drawn with `seed` and by classes alike, and their description.
 
-        All of them if there are fewer.
+        All of them if there are fewer. Where an image has no one class, each is as likely.
         """
-        labels = self.train.labels
+        none = torch.zeros(len(self.train), dtype=torch.int64)
+        labels = self.train.labels if self.classifies else none
         val_size = self.checkpoint["config"].get("val_size")
         usable = split(labels, val_size)[0] if val_size else torch.arange(len(labels))
         n = min(n, len(usable))
@@ -139,7 +146,7 @@ def load_subject(
 ) -> Subject:
     """The checkpoint at `path` with the images of its task, or of `task`, at its size or another.
 
-    `held_out`: judge on the training images that its run held out, not on the test images.
+    `held_out`: judge on the images that its run chose the weights on, not on the test images.
     `n_images`: only the first so many. `seed`: of the choice of calibration images. `weights_of`:
     the file holds mere weights of the network of this name, ours or another project's, with `heads`
     attention heads if not the usual number. BadInput if the checkpoint, the images or the two
@@ -153,17 +160,19 @@ def load_subject(
     else:
         model, checkpoint = model_from_checkpoint(path)
         task = task or checkpoint["task"]
+        require_task(checkpoint["model"], task)
     if task not in TASKS:
         raise BadInput(f"{path} was trained on {task}: known are {', '.join(TASKS)}")
-    if TASKS[task].objective is not classification:
-        raise BadInput(f"{path} is for {task}, but only classifiers are measured here")
+    source = TASKS[task]
     if weights_of:
-        classes = TASKS[task].load(data_dir, held_out).classes
+        classes = source.load(data_dir, held_out).classes
         checkpoint = as_checkpoint(model, weights_of, layout, classes, str(path))
     if img_size:
         require_img_size(model, img_size, "--img-size")
-    images = load_images(task, data_dir, held_out, checkpoint)
-    if held_out:
+    own_val = held_out and hasattr(source, "load_val")
+    images = source.load_val(data_dir) if own_val else source.load(data_dir, train=held_out)
+    images = as_known(images, task, checkpoint)
+    if held_out and not own_val:
         val_size = checkpoint["config"].get("val_size")
         if not val_size:
             raise BadInput(f"{path} does not say how many training images its run held out")
@@ -183,13 +192,14 @@ def load_subject(
     )
 
 
-def load_images(task: str, data_dir: str, train: bool, checkpoint: dict):
-    """The images of a task, with pixels and labels as the checkpoint's network knows them."""
-    images = TASKS[task].load(data_dir, train)
+def as_known(images, task: str, checkpoint: dict):
+    """`images` of `task` with pixels and labels as the checkpoint's network knows them."""
     ours, theirs = images.classes, tuple(checkpoint["classes"])
     if len(ours) != len(theirs):
         raise BadInput(f"{task} has {len(ours)} classes, the network tells {len(theirs)} apart")
     if set(ours) == set(theirs) and ours != theirs:
+        if TASKS[task].objective is not classification:
+            raise BadInput(f"{task} has the network's classes, but in another order")
         number = torch.tensor([theirs.index(name) for name in ours])
         images = replace(images, labels=number[images.labels], classes=theirs)
     if isinstance(images, Photos):

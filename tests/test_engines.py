@@ -7,7 +7,8 @@ from conftest import ROOT
 from lab.bench.quantization import engines
 from lab.cli import BadInput
 from lab.engines import EngineMissing, torch_eager, torch_fx
-from lab.engines.measure import confusion, latency, predict, scores
+from lab.engines.measure import latency, predict
+from lab.tasks.classification import confusion, score
 from mobilevit import MobileViT
 from ptq import RECIPES
 from ptq.methods.norms import replace_norms
@@ -84,8 +85,9 @@ def test_of_many_classes_the_five_likeliest_count_too():
     for line, label, rank in zip(logits, labels, ranks):
         others = torch.arange(300)[torch.arange(300) != label]
         line[torch.cat((others[:rank], label[None], others[rank:]))] = -torch.arange(300.0)
-    assert scores(logits, labels) == {"accuracy_pct": 25.0, "top5_pct": 50.0}
-    assert scores(logits[:, :10], labels).keys() == {"accuracy_pct"}
+    found = score(logits, labels, range(300))
+    assert (found["accuracy_pct"], found["top5_pct"], found["n_correct"]) == (25.0, 50.0, 1)
+    assert "top5_pct" not in score(logits[:, :10], labels, range(10))
     assert confusion(labels, labels, 300) is None and confusion(labels, labels, 4)[1] == [
         0,
         1,

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "lab.recipes": ("lab.cli", "lab.engines", "lab.files", "lab.subject", "lab.tasks", "ptq"),
     "lab.options": ("lab", "ptq", "mobilevit"),
     "lab.outputs": ("lab", "ptq"),
+    "lab.pictures": ("lab",),
     "lab.profiles": ("lab", "ptq"),
     "lab.report": ("lab.cli", "lab.files", "lab.schema", "lab.report"),
     "lab.bench": ("lab", "ptq", "mobilevit"),

@@ -9,7 +9,7 @@ from small import draw, small_network
 from torch import nn
 
 import ptq
-from lab.engines.measure import class_scores
+from lab.tasks.classification import class_scores
 from ptq.analysis.profile import attention, profile
 from ptq.analysis.sensitivity import sensitivities
 from ptq.analysis.tensors import Error, TensorStats

@@ -12,9 +12,9 @@ import torch
 from small import draw, small_network
 
 import ptq
-from lab.engines.measure import class_scores
 from lab.report.profile import COLUMNS, csv_text, write_histograms
 from lab.report.profile_page import page
+from lab.tasks.classification import class_scores
 from ptq.analysis.profile import profile
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")

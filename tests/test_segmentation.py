@@ -187,6 +187,18 @@ def test_a_run_is_judged_by_miou_and_can_be_read_again(folder, tmp_path):
     assert out.strip().endswith(metrics["printed"].split("test ")[1])
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_mask_that_is_no_good_ends_a_run_in_one_line(folder, tmp_path, workers):
+    """In the process that reads it, too."""
+    Image.new("L", (60, 40), 3).save(folder / "train" / "labels" / "5.png")
+    what = ("--task", "segmentation", "--model", "deeplab_mobilevit_xxs", "--img-size", "32")
+    how = ("--batch-size", "4", "--warmup-epochs", "0", "--epochs", "1", "--workers", workers)
+    fails_with_one_line(
+        "train.py", *what, *how, "--data-dir", folder, "--output", tmp_path / "run",
+        says="train.py: error: " + str(folder / "train/labels/5.png") + " has pixels of 3",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "options, says",
     [

@@ -30,9 +30,10 @@ def require(*packages: str) -> list:
 class Loaded:
     """A network that an engine is ready to run.
 
-    `run`: images [b, 3, S, S] -> logits [b, K]. `size_bytes`: the file that holds its weights;
-    `size_is_estimate`: by a formula, as no such file is written. `products`: how many convolutions
-    and matrix products it computes in integers and how many in float, where the engine tells.
+    `run`: images [b, 3, S, S] -> logits [b, K] or what else the network puts out, [b, ...].
+    `size_bytes`: the file that holds its weights; `size_is_estimate`: by a formula, as no such file
+    is written. `products`: how many convolutions and matrix products it computes in integers and
+    how many in float, where the engine tells.
     """
 
     run: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Accuracy and latency of anything that runs: the same two functions for every engine."""
+"""Outputs and latency of anything that runs: the same functions for every engine."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 CPU_BATCH = 25  # images to evaluate at a time; their activations then fit the cache of one core
-FEW_CLASSES = 100  # up to so many, a row holds who was taken for whom; beyond, the top five count
 
 
 def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
@@ -41,60 +40,6 @@ def over(batches, act: Callable, workers=1) -> tuple[Tensor, ...]:
 
     shown = tqdm(results(), "evaluating", len(batches), leave=False, disable=None)
     return tuple(torch.cat(column) for column in zip(*shown))
-
-
-def top_pct(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Percent of the images whose class is among the `k` likeliest: logits [N, K], labels [N]."""
-    likeliest = logits.topk(min(k, logits.shape[1])).indices
-    return 100 * int((likeliest == labels[:, None]).any(1).sum()) / len(labels)
-
-
-def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Percent of the images whose class is the likeliest and, of many classes, among the five
-    likeliest: logits [N, K], labels [N]."""
-    found = {"accuracy_pct": 100 * int((logits.argmax(1) == labels).sum()) / len(labels)}
-    if logits.shape[1] > FEW_CLASSES:
-        found["top5_pct"] = top_pct(logits, labels, 5)
-    return found
-
-
-def pairs(labels: Tensor, predictions: Tensor, n: int) -> Tensor:
-    """Images of each of `n` true classes (rows) that were given each class, int64 [n, n]."""
-    return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n)
-
-
-def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]] | None:
-    """`pairs` for a file; None for more classes than it should hold pairs of."""
-    return pairs(labels, predictions, n).tolist() if n <= FEW_CLASSES else None
-
-
-def class_scores(logits: Tensor, labels: Tensor) -> dict:
-    """Top-1 and top-5 accuracy, and precision, recall and F1 of each class and their means, in %.
-
-    A class without images has none of the three and is left out of the means. One that is never
-    predicted has a precision of 0. Top-5 is None for fewer than six classes.
-    """
-    n, n_classes = logits.shape
-    matrix = pairs(labels, logits.argmax(1), n_classes).double()
-    right, given, of_class = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
-    scores = {
-        "precision_pct": 100 * right / given.clamp(min=1),
-        "recall_pct": 100 * right / of_class.clamp(min=1),
-        "f1_pct": 200 * right / (given + of_class).clamp(min=1),
-    }
-    present = of_class > 0
-    return {
-        "n_images": n,
-        "top1_pct": 100 * float(right.sum()) / n,
-        "top5_pct": top_pct(logits, labels, 5) if n_classes > 5 else None,
-        **{name: float(of_each[present].mean()) for name, of_each in scores.items()},
-        "n_absent": int((~present).sum()),
-        "classes": [
-            {"n_images": int(of_class[k])}
-            | {name: float(of_each[k]) if present[k] else None for name, of_each in scores.items()}
-            for k in range(n_classes)
-        ],
-    }
 
 
 def latency(runs: dict[str, Callable], n: int = 100, warmup: int = 10) -> dict:

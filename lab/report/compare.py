@@ -1,7 +1,8 @@
 """A row that was measured again beside the shipped one, and whether the two agree."""
 
 from lab.files import MB
-from lab.report.tables import markdown, speed_up
+from lab.report.rows import METRICS, has_predictions, metric
+from lab.report.tables import accuracy, markdown, speed_up
 
 POINTS, CHANGED_PCT, SIZE_PCT = 0.5, 2.0, 1.0  # how far the two may be apart
 
@@ -11,13 +12,16 @@ def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict
 
     They are compared on the images that were measured, with these `labels`, which are the first of
     the shipped row's: accuracy within POINTS, all but CHANGED_PCT of the predictions the same, size
-    within SIZE_PCT. Speed is shown, but not judged.
+    within SIZE_PCT. Rows without predictions are of the same images. Speed is shown, not judged.
     """
     n = measured["n_images"]
-    theirs, ours = shipped["predictions"][:n], measured["predictions"]
-    shipped_pct = 100 * sum(a == b for a, b in zip(theirs, labels, strict=True)) / n
-    measured_pct = measured["score"]["accuracy_pct"]
-    changed_pct = 100 * sum(a != b for a, b in zip(theirs, ours, strict=True)) / n
+    shipped_pct, changed_pct, changed = accuracy(shipped), 0.0, "-"
+    if has_predictions(shipped):
+        theirs, ours = shipped["predictions"][:n], measured["predictions"]
+        shipped_pct = 100 * sum(a == b for a, b in zip(theirs, labels, strict=True)) / n
+        changed_pct = 100 * sum(a != b for a, b in zip(theirs, ours, strict=True)) / n
+        changed = f"{changed_pct:.2f} %"
+    measured_pct = accuracy(measured)
     size_pct = 100 * (measured["size_bytes"] / shipped["size_bytes"] - 1)
     agree = (
         abs(shipped_pct - measured_pct) <= POINTS
@@ -27,8 +31,8 @@ def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict
     line = {
         "Model": shipped["model"],
         "Row": f"{shipped['recipe']['name']}@{shipped['engine']}",
-        "Accuracy %": f"{shipped_pct:.2f} / {measured_pct:.2f}",
-        "Changed": f"{changed_pct:.2f} %",
+        f"{METRICS[metric(shipped)]} %": f"{shipped_pct:.2f} / {measured_pct:.2f}",
+        "Changed": changed,
         "MB": f"{shipped['size_bytes'] / MB:.2f} / {measured['size_bytes'] / MB:.2f}",
         "Faster": f"{speed_up(shipped):.2f}x / {speed_up(measured):.2f}x",
         "Agree": "yes" if agree else "NO",

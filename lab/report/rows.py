@@ -31,6 +31,9 @@ RECIPE = record(
     }
 )
 percent = number(0, 100)
+ACCURACY = "accuracy_pct"
+METRIC_OF = {"detection": "map50_pct", "segmentation": "miou_pct"}  # of other tasks: ACCURACY
+METRICS = {ACCURACY: "Accuracy", "map50_pct": "mAP@0.5", "miou_pct": "mIoU"}  # and their names
 PARTS = ("compute", "weights", "activations")
 ENERGY = record({"unit": text, "total": number(1e-9)} | {part: number(0) for part in PARTS})
 IDENTITY = {  # what makes a row the same row: asked for again, it need not be measured again
@@ -47,6 +50,11 @@ IDENTITY = {  # what makes a row the same row: asked for again, it need not be m
     "n_images": integer(1),
     "latency_runs": integer(1),
 }
+SCORE = record(
+    {},
+    optional=dict.fromkeys((*METRICS, "top5_pct", "map_pct", "pixels_pct"), percent)
+    | dict.fromkeys(("ap50_pct", "iou_pct"), mapping(percent)),  # of each class
+)
 ROW = record(
     IDENTITY
     | {
@@ -54,10 +62,7 @@ ROW = record(
         "classes": sequence(text),
         "engine_version": text,
         "kind": one_of("measured", "simulated", "integer"),
-        "n_correct": integer(0),
-        "score": record({"accuracy_pct": percent}, optional={"top5_pct": percent}),
-        "predictions": sequence(integer(0)),
-        "confusion": maybe(sequence(sequence(integer(0)))),
+        "score": SCORE,
         "size_bytes": integer(1),
         "size_is_estimate": flag,
         "products": maybe(record({"int8": COUNTS, "float": COUNTS})),
@@ -69,6 +74,13 @@ ROW = record(
     },
     optional={"energy": maybe(mapping(ENERGY))},  # of rows that were written since it is known
 )
+ANSWERS = record(
+    {
+        "n_correct": integer(0),
+        "predictions": sequence(integer(0)),
+        "confusion": maybe(sequence(sequence(integer(0)))),
+    }
+)
 FULL = {"test": 10_000, "held-out": 2_000}  # images of a split of CIFAR-10
 # Of the rows in the main tables: at the side that the network was trained at.
 PUBLISHED = {"split": "test", "adapt_images": None, "seed": 0}
@@ -79,6 +91,11 @@ def read_row(path) -> dict:
     """A row that quantize.py wrote; BadInput says which field is not as it should be."""
     row = read_json(path)
     ROW(row, str(path))
+    if metric(row) not in row["score"]:
+        raise BadInput(f"{path}: score lacks {metric(row)}")
+    if not has_predictions(row):
+        return row
+    ANSWERS(row, str(path))
     n, classes = row["n_images"], len(row["classes"])
     if len(row["predictions"]) != n or max(row["predictions"]) >= classes:
         raise BadInput(f"{path}: predictions should be {n} numbers below {classes}")
@@ -86,6 +103,16 @@ def read_row(path) -> dict:
     if confusion is not None and [len(line) for line in confusion] != [classes] * classes:
         raise BadInput(f"{path}: confusion should be {classes} lines of {classes} numbers")
     return row
+
+
+def metric(row: dict) -> str:
+    """Which of METRICS the row is judged by."""
+    return METRIC_OF.get(row["task"], ACCURACY)
+
+
+def has_predictions(row: dict) -> bool:
+    """Whether the answer to an image is one class, so that answers can be counted and compared."""
+    return metric(row) == ACCURACY
 
 
 def setting(img_size: int, seed: int) -> str:

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from lab.files import MB
-from lab.report.rows import row_path
+from lab.report.rows import METRICS, has_predictions, metric, row_path
 
 # What github.com/chanjoongx/mobilevit-quantization, whose protocol we follow, published in its
 # README (commit 1317ecf; 100 epochs, checkpoint chosen on test images, another CPU): accuracy in %,
@@ -75,13 +75,16 @@ def code(value) -> str:
 
 
 def markdown(lines: list[dict]) -> str:
-    """A Markdown table of lines {column: text that `cell` or this module made}."""
+    """A Markdown table of lines {column: text that `cell` or this module made}; where they differ
+    in their columns, one after the other."""
     if not lines:
         return "No results yet."
-    columns = list(lines[0])
-    rule = ["---" if name in WORDS else "---:" for name in columns]
-    table = (columns, rule, *(line.values() for line in lines))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    tables = {}
+    for line in lines:
+        rule = ["---" if name in WORDS else "---:" for name in line]
+        tables.setdefault(tuple(line), [line, rule]).append(line.values())
+    texts = ("\n".join(f"| {' | '.join(cells)} |" for cells in t) for t in tables.values())
+    return "\n\n".join(texts)
 
 
 # Rows
@@ -124,8 +127,8 @@ def models_of(rows: list[dict]) -> list[str]:
 
 
 def accuracy(row: dict) -> float:
-    """In percent."""
-    return row["score"]["accuracy_pct"]
+    """In percent; of a detector or a segmenter, what it is judged by instead."""
+    return row["score"][metric(row)]
 
 
 def baseline_of(row: dict, rows: list[dict]) -> dict | None:
@@ -144,9 +147,10 @@ def is_baseline(row: dict) -> bool:
 
 
 def in_protocol(row: dict) -> bool:
-    """Whether it is one of the published re-implementation's four rows."""
+    """Whether it is one of the published re-implementation's four rows, all of classifiers."""
     recipe, engine = method(row)
-    return recipe in TITLES and (engine.startswith("torch") or engine == "published")
+    ran = engine.startswith("torch") or engine == "published"
+    return recipe in TITLES and ran and has_predictions(row)
 
 
 def changed_predictions(row: dict, baseline: dict) -> int:
@@ -238,8 +242,8 @@ def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
     if baseline is None:
         delta = smaller = "-"
     elif row is not baseline:
-        points = accuracy(row) - accuracy(baseline)
-        delta = f"{points:+.2f} ({changed_predictions(row, baseline)})"
+        delta = f"{accuracy(row) - accuracy(baseline):+.2f}"
+        delta += f" ({changed_predictions(row, baseline)})" if has_predictions(row) else ""
         smaller = f"{baseline['size_bytes'] / row['size_bytes']:.2f}x"
     if not is_baseline(row):
         faster = f"{speed_up(row):.2f}x" if row["kind"] == "measured" else "-"
@@ -249,8 +253,8 @@ def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
         "Method": cell(title_of(row["recipe"]["name"])),
         "Engine": cell(row["engine"]),
         "Computed in": arithmetic(row),
-        "Accuracy %": f"{accuracy(row):.2f}",
-        "Δ points (changed)": delta,
+        f"{METRICS[metric(row)]} %": f"{accuracy(row):.2f}",
+        "Δ points (changed)" if has_predictions(row) else "Δ points": delta,
         "MB": f"{row['size_bytes'] / MB:.2f}" + " (est.)" * row["size_is_estimate"],
         "Smaller": smaller,
         "ms (FP32 beside it)": f"{ms:.1f} ({fp32_ms:.1f})",
@@ -262,10 +266,10 @@ def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
 
 
 def results_table(rows: list[dict], all_rows: list[dict]) -> str:
-    """Accuracy, size and latency, each against the FP32 row among `all_rows`: a line a row.
+    """Metric, size and latency, each against the FP32 row among `all_rows`: a line a row.
 
-    Rows of the published protocol also have the published figures; the two kinds don't mix in one
-    table.
+    Rows of the published protocol also have the published figures; they don't mix with others in
+    one table.
     """
     lines = []
     for row in in_order(rows):
@@ -273,7 +277,7 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
         file = line.pop("File")
         if in_protocol(row):
             line["Published % / MB / ms"] = published_text(row["model"], row["recipe"]["name"])
-        else:
+        elif has_predictions(row):
             simulated = simulated_row(row, all_rows)
             line["As simulated"] = f"{agreement_pct(row, simulated):.2f} %" if simulated else "-"
         lines.append(line | {"File": file})
@@ -326,9 +330,13 @@ def sizes_table(rows: list[dict]) -> str:
 
 def printed(row: dict) -> str:
     """The line that quantize.py prints for a row."""
+    if has_predictions(row):
+        judged = f"{accuracy(row):.2f} % ({row['n_correct']} of {row['n_images']})"
+    else:
+        judged = f"{accuracy(row):.2f} % {METRICS[metric(row)]} ({row['n_images']} images)"
     top_5 = f", top-5 {row['score']['top5_pct']:.2f} %" if "top5_pct" in row["score"] else ""
     return (
-        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {accuracy(row):.2f} % "
-        f"({row['n_correct']} of {row['n_images']}){top_5}, {row['size_bytes'] / MB:.2f} MB, "
+        f"{row['model']} {row['recipe']['name']}@{row['engine']}: {judged}{top_5}, "
+        f"{row['size_bytes'] / MB:.2f} MB, "
         f"{row['latency_ms']['median']:.1f} ms, in {row['wall_s']:.0f} s"
     )

@@ -15,7 +15,8 @@ An objective, such as lab.tasks.classification, has
     loss        of the network's outputs for these: what to minimize, and how much was right, which
                 is TRAIN_METRIC: a number from 0 to 1 an image, summed
     judge       what to keep of its outputs for images without augmentation, a row for each image
-    score       what all that comes to: {"loss", METRIC, ...}, METRIC in percent
+    score       what all that comes to: {"loss", METRIC, ...}, METRIC in percent; of these a row of
+                results holds what is called _pct (lab.report.rows knows the names)
     written     a score in words
 """
 

@@ -70,6 +70,11 @@ class Scenes:
         sizes, labels = self.sizes[indices], self.labels[indices]
         return replace(self, files=files, sizes=sizes, labels=labels)
 
+    def showing(self, path) -> "Scenes":
+        """The picture in a file in place of these, with no object in it."""
+        sizes = torch.tensor([read_photo(path).shape[1:]])
+        return replace(self, files=(Path(path),), sizes=sizes, labels=torch.zeros(1, 0, 6))
+
     def picture(self, i: int) -> Tensor:
         """The picture at `i`, uint8 [3, H, W]; BadInput if it has not the size that it should."""
         image = read_photo(self.files[i])

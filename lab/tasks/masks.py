@@ -51,6 +51,10 @@ class Pictures:
         files, masks = (tuple(paths[i] for i in chosen) for paths in (self.files, self.masks))
         return replace(self, files=files, masks=masks)
 
+    def showing(self, path) -> "Pictures":
+        """The picture in a file in place of these, without a mask."""
+        return replace(self, files=(Path(path),), masks=())
+
     @property
     def labels(self) -> Tensor:
         """The masks uint8 [N, H, W], smaller ones filled up with OUTSIDE at the right and below.

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from lab.cli import BadInput
-from lab.engines.measure import CPU_BATCH, over, top_pct
+from lab.engines.measure import CPU_BATCH, over
 from lab.models import default_img_size, settings_of
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import flip_colours, read_weights
 from lab.tasks import TASKS, imagefolder
 from lab.tasks.batches import EvalBatches, balanced_subset
+from lab.tasks.classification import top_pct
 
 EVAL_BATCH = {"cpu": CPU_BATCH, "cuda": 200}  # images of at most 256x256
 # MobileViT's top-1 and top-5 accuracy in percent on ImageNet's validation images (the paper's

@@ -1,0 +1,79 @@
+"""What detectors and segmenters see in a photo, as a picture: float beside quantized."""
+
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from lab.cli import BadInput
+from lab.files import atomic, require_writable
+from lab.report import style
+from lab.subject import Subject
+from lab.tasks.boxes import detections
+from lab.tasks.photo import read_photo
+
+COLUMNS = 3  # panels in a row, at most
+SHOWN_SCORE = 0.5  # of a box that is drawn
+COLOURS = np.array(style.plt.get_cmap("tab20").colors)  # RGB, of classes in turn
+
+
+def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
+    """Where the picture of a photo goes; BadInput if there can be none or if it is there."""
+    path = Path(output, subject.folder, "pictures", f"{Path(image).stem}.png")
+    if path.exists() and not force:
+        raise BadInput(f"{path} is there already: --force replaces it")
+    require_writable(path.parent)
+    return path
+
+
+def write_picture(path: Path, subject: Subject, image, outputs: dict[str, Tensor]) -> None:
+    """Draw into a photo what each network sees there, a panel each; prints the path.
+
+    `outputs`: {what a panel is called: the network's for that photo alone, [1, ...]}.
+    """
+    photo = read_photo(image).permute(1, 2, 0)  # [H, W, 3]
+    height, width, _ = photo.shape
+    columns = min(COLUMNS, len(outputs))
+    rows = ceil(len(outputs) / columns)
+    panel_in = style.WIDTH_IN / columns * min(2, height / width) + 0.3  # with its title
+    finding = f"{subject.name}: what it sees in {Path(image).name}"
+    fig, axes = style.canvas(rows, columns, rows * panel_in + 1, finding)
+    draw = {"detection": draw_boxes, "segmentation": draw_classes}[subject.task]
+    seen = set()
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, of_network) in zip(axes.flat, outputs.items()):
+        axis.imshow(photo)
+        axis.set_title(title)
+        seen |= draw(axis, of_network, height, width)
+    patches = [Patch(color=colour(k), label=subject.images.classes[k]) for k in sorted(seen)]
+    fig.legend(handles=patches, loc="outside lower center", ncols=6)
+    with atomic(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=150)
+    style.plt.close(fig)
+    print(path)
+
+
+def draw_boxes(axis, outputs: Tensor, height: int, width: int) -> set[int]:
+    """The boxes that a detector is sure of, and which classes these are of."""
+    (found,) = detections(outputs)
+    seen = set()
+    for x1, y1, x2, y2, _, kind in found[found[:, 4] >= SHOWN_SCORE].tolist():
+        corner, size = (x1 * width, y1 * height), ((x2 - x1) * width, (y2 - y1) * height)
+        axis.add_patch(Rectangle(corner, *size, fill=False, color=colour(int(kind)), linewidth=1.5))
+        seen.add(int(kind))
+    return seen
+
+
+def draw_classes(axis, outputs: Tensor, height: int, width: int) -> set[int]:
+    """The likeliest class of each pixel, and which classes these are."""
+    classes = F.interpolate(outputs, (height, width), mode="bilinear")[0].argmax(0)
+    axis.imshow(COLOURS[classes.numpy() % len(COLOURS)], alpha=0.6)
+    return set(classes.unique().tolist())
+
+
+def colour(k: int):
+    return COLOURS[k % len(COLOURS)]

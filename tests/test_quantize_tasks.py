@@ -1,0 +1,162 @@
+"""`quantize.py` on detectors and segmenters: rows, tables, files, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails_with_one_line, run
+from PIL import Image
+from test_coco import annotated
+from test_segmentation import NAMES, picture
+
+from lab import files
+from lab.models import build, settings_of
+from lab.models.checkpoint import FORMAT, save_checkpoint
+from lab.pictures import COLOURS, draw_boxes, draw_classes
+from lab.report import style
+from lab.tasks import TASKS
+from lab.tasks.batches import EvalBatches
+from ptq.methods.norms import replace_norms
+
+SIDE = 64
+METRICS = {"detection": "map50_pct", "segmentation": "miou_pct"}
+
+
+def write_scenes(folder):
+    """With objects that fill the picture: some anchor is on them without having learnt it."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 12), ("val", 3), ("test", 6)):
+        bboxes = {9: (3, 2, 58, 44), 2: (8, 6, 48, 36)}
+        objects = [
+            {"image_id": 7 + i, "category_id": kind, "bbox": bbox}
+            for i in range(n)
+            for kind, bbox in bboxes.items()
+        ]
+        annotated(folder, part, n, annotations=objects)
+        for path in sorted((folder / part).iterdir()):  # all alike so far
+            pixels = np.array(Image.open(path)) // 2 + rng.integers(0, 100, (48, 64, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def write_masks(folder):
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    for part, n in (("train", 12), ("val", 3), ("test", 6)):
+        for kind in ("images", "labels"):
+            (folder / part / kind).mkdir(parents=True)
+        for i in range(n):
+            for kind, image in zip(("images", "labels"), picture((60, 40 + i), i)):
+                image.save(folder / part / kind / f"{i}.png")
+
+
+@pytest.fixture(scope="module", params=METRICS)
+def made(request, tmp_path_factory):
+    """(task, folder of its images, checkpoint of a network that never learnt)."""
+    task, folder = request.param, tmp_path_factory.mktemp(request.param)
+    {"detection": write_scenes, "segmentation": write_masks}[task](folder)
+    name = {"detection": "ssdlite_mobilevit_xxs", "segmentation": "deeplab_mobilevit_xxs"}[task]
+    images = TASKS[task].load(folder, train=True)
+    torch.manual_seed(0)
+    network = build(name, num_classes=len(images.classes)).eval()
+    replace_norms(network, None, EvalBatches(images, SIDE, 12), None)
+    path = folder / "run" / "best.pth"
+    path.parent.mkdir()
+    save_checkpoint(
+        path,
+        {"format": FORMAT, "model": name, "settings": settings_of(network), "task": task}
+        | {"classes": list(images.classes), "img_size": SIDE, "epoch": 1, "config": {}}
+        | {f"{split}_{METRICS[task]}": None for split in ("val", "test")}
+        | {"state_dict": network.state_dict()},
+    )
+    return task, folder, path
+
+
+def of(made):
+    _, folder, path = made
+    return "quantize.py", "--checkpoint", path, "--data-dir", folder, "--latency-runs", "3"
+
+
+def test_rows_hold_the_metric_of_the_task(made, tmp_path):
+    pytest.importorskip("openvino")
+    task, folder, path = made
+    metric = METRICS[task]
+    column = {"detection": "mAP@0.5 %", "segmentation": "mIoU %"}[task]
+    engines = ("--engines", "torch-eager", "openvino")
+    command = (*of(made), "--recipes", "fp32", "w8a8", *engines, "--output", tmp_path)
+    out, _ = run(*command)
+    rows = {p.stem: files.read_json(p) for p in tmp_path.rglob("*.json")}
+    names = ("fp32", "w8a8")
+    assert rows.keys() == {f"{r}-{SIDE}@{e}" for r in names for e in engines[1:]}
+    scores = {name: row["score"][metric] for name, row in rows.items()}
+    fp32, simulated = (rows[f"{name}-{SIDE}@torch-eager"] for name in names)
+    line, _ = run("train.py", "--eval", "--checkpoint", path, "--data-dir", folder)
+    assert f"test {fp32['score'][metric]:.2f} %" in line and fp32["score"][metric] > 0
+    assert abs(scores["fp32-64@openvino"] - scores["fp32-64@torch-eager"]) < 0.1
+    # A detector that never learnt ranks its boxes by chance: the next test compares outputs.
+    bound = {"detection": 20, "segmentation": 3}[task]
+    assert abs(scores["w8a8-64@openvino"] - scores["w8a8-64@torch-eager"]) < bound
+    assert simulated["calibration"]["n"] == 12 and simulated["n_images"] == 6
+    assert simulated["size_bytes"] < 0.4 * fp32["size_bytes"]
+    assert not {"predictions", "confusion", "n_correct"} & simulated.keys()
+    header, *_, last = (line for line in out.splitlines() if line.startswith("|"))
+    assert f"| {column} | Δ points | MB |" in header and "w8a8" in last and "changed" not in out
+    again, _ = run(*command)
+    assert again.count(", kept") == 4
+    shipped = next(tmp_path.rglob("w8a8-64@torch-eager.json"))
+    repeat = ("quantize.py", "--from", shipped, "--data-dir", folder, "--latency-runs", "3")
+    repeat += ("--output", tmp_path / "again")
+    out, _ = run(*repeat)
+    assert f"| {column} | Changed |" in out and "| - |" in out and "| yes |" in out
+    fails_with_one_line(*repeat, "--test-images", "2", says="has one score for 6 images")
+    files.write_json(shipped, simulated | {"score": {"map_pct": 3.0}})
+    fails_with_one_line(*repeat, says=f"score lacks {metric}")
+
+
+def test_held_out_are_the_images_that_choose_the_weights(made, tmp_path):
+    run(*of(made), "--recipes", "fp32", "--held-out", "--output", tmp_path)
+    (path,) = tmp_path.rglob("*.json")
+    row = files.read_json(path)
+    assert (row["split"], row["n_images"], path.parent.name) == ("held-out", 3, "ablation")
+
+
+def test_an_exported_file_gives_what_was_simulated(made, tmp_path):
+    pytest.importorskip("openvino")
+    out, _ = run(*of(made), "--recipes", "w8a8", "--export", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert out.count("predicts as simulated on 12 of 12 images") == 8
+
+
+def test_a_picture_shows_each_network_beside_float(made, tmp_path):
+    task, folder, _ = made
+    photo = TASKS[task].load(folder, train=False).files[1]
+    command = (*of(made), "--recipes", "w8a8", "--image", photo, "--output", tmp_path)
+    out, _ = run(*command)
+    (path,) = tmp_path.rglob("pictures/1.png")
+    assert out == f"{path}\n"
+    assert Image.open(path).size[0] == 1275
+    fails_with_one_line(*command, says="1.png is there already: --force replaces it")
+
+
+def test_boxes_and_classes_are_drawn_where_they_are():
+    _, (axis, other) = style.plt.subplots(1, 2)
+    outputs = torch.tensor([[0, 0, 0, 0, -9, -9, 9, 0.5, 0.5, 0.4, 0.2]])  # on its anchor
+    unsure = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0.2, 0.2, 0.1, 0.1]])
+    assert draw_boxes(axis, torch.stack((outputs, unsure), 1), height=100, width=200) == {1}
+    (box,) = axis.patches
+    assert box.get_bbox().bounds == pytest.approx((60, 40, 80, 20))
+    outputs = torch.tensor([[[[9.0, 0]], [[0, 9]]]])  # left and right
+    assert draw_classes(other, outputs, height=2, width=4) == {0, 1}
+    (drawn,) = other.images
+    assert drawn.get_array().shape == (2, 4, 3)
+    assert (drawn.get_array()[:, :2] == COLOURS[0]).all()
+    style.plt.close()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--per-layer",), "--per-layer is for classifiers"),
+        (("--profile",), "--profile is for classifiers"),
+        (("--task", "synthetic"), "not for synthetic"),
+    ],
+)
+def test_what_only_classifiers_have_is_refused(made, options, says):
+    fails_with_one_line(*of(made), "--recipes", "w8a8", *options, says=says)
