@@ -175,20 +175,18 @@ def methods_finding(rows, models) -> str:
 
 def pareto(found: Results):
     """Accuracy against size: FP32 and our recipes on engines; grey: the published methods."""
-    ours = [
-        row
-        for row in found.rows
-        if tables.is_baseline(row) or (row["kind"] == "measured" and row["recipe"]["layers"])
-    ]
-    models = models_of(ours)
-    if not any(row["recipe"]["layers"] for row in ours):
+    measured = [r for r in found.rows if r["kind"] == "measured" and r["recipe"]["layers"]]
+    models = models_of(measured)
+    if not models:
         return None
+    ours = measured + [r for r in found.rows if r["model"] in models and tables.is_baseline(r)]
     theirs = [r for r in found.protocol if r["model"] in models and not tables.is_baseline(r)]
     floor = min(map(accuracy, ours)) - 1.2
+    cut = floor + 0.6  # what is less accurate lies on the floor, with its accuracy beside
     fig, axes = style.canvas(1, 1, 4.4, pareto_finding(ours, found.rows))
     axis, colour = axes[0][0], style.colours(models)
     for row in theirs:
-        x, y = row["size_bytes"] / MB, max(accuracy(row), floor)
+        x, y = row["size_bytes"] / MB, accuracy(row) if accuracy(row) > cut else floor
         axis.plot(x, y, "s", color=style.GREY, ms=6)
         if y == floor:
             beside = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
@@ -210,14 +208,14 @@ def pareto(found: Results):
                 axis.annotate(text, best[:2], fontsize=style.SMALL, color=colour[model], **label)
     axis.plot([], [], "o", color=style.DARK, ms=4, label="small: our other recipes")
     axis.plot([], [], "s", color=style.GREY, label="published methods on the same weights")
-    axis.axhline(floor + 0.6, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
-    ticks = range(math.ceil(floor + 0.6), math.ceil(max(map(accuracy, ours))) + 1)
+    axis.axhline(cut, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
+    ticks = range(math.ceil(cut), math.ceil(max(map(accuracy, ours))) + 1)
     axis.set_yticks([floor, *ticks], ["less", *map(str, ticks)])
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.08, y=0.1)
     axis.set(xlabel="size of the file, MB", ylabel="test accuracy, %")
-    axis.legend(loc="center right")
+    fig.legend(loc="outside lower center", ncols=2)
     return fig
 
 
@@ -227,8 +225,9 @@ def pareto_finding(ours, rows) -> str:
     if not w4:
         return "Accuracy against the size of the file"
     smaller = [tables.baseline_of(row, rows)["size_bytes"] / row["size_bytes"] for row in w4]
+    times = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(smaller), max(smaller))))
     return (
-        f"4-bit weights (w4) make files {min(smaller):.1f} to {max(smaller):.1f} times smaller and "
+        f"4-bit weights (w4) make files {times} times smaller and "
         f"cost at most {max(lost(row, rows) for row in w4):.2f} points"
     )
 
