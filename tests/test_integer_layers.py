@@ -159,6 +159,19 @@ def test_fq_vit_core_corrected_is_closer_than_published(bits):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_a_softmax_of_more_powers_of_two_is_no_worse(bits):
+    q, k, v = (2 * draw(4, 2, 64, 16, seed=i) for i in range(3))
+    core = AttentionCore()
+    exact, errors = core(q, k, v), []
+    for format in (Log2(4), Log2(bits)):
+        spec = LayerSpec("", input=UNSIGNED, attention=format, kind="fq-vit-core")
+        layer = calibrated(fq_vit._core(core, spec), q, k, v)
+        errors.append((layer(q, k, v) - exact).square().mean().item())
+    assert errors[1] <= 1.05 * errors[0]
+
+
+@torch.no_grad()
 def test_i_bert_layers_are_close_to_float_and_closer_than_published():
     q, k, v = (2 * draw(4, 2, 64, 16, seed=i) for i in range(3))
     core, norm, x = AttentionCore(), norm_of(), spread_tokens()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange, published
-from ptq.integer.activations import log2_powers, softmax
+from ptq.integer.activations import log2_powers, log2_softmax, softmax
 from ptq.integer.norm import layer_norm, layer_norm_table
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
 from ptq.observers import Histogram, MinMax
@@ -197,8 +197,11 @@ class LogSoftmaxCore(IntegerLayer):
 
     def weights(self, scores: Tensor, scale: float) -> Tensor:
         """The softmax of integers in units of `scale`, as values."""
-        if self.published:
-            codes = published.log_int_softmax(scores, scale, self.attention.bits)
+        if isinstance(self.attention, Log2):  # decoded, as 64 bits do not hold 2**127
+            if self.published:
+                codes = published.log_int_softmax(scores, scale, self.attention.bits)
+            else:
+                codes = log2_softmax(scores, scale, self.attention)
             return self.attention.decode(codes)
         softmax, one = self.integer_softmax()
         return softmax(scores, scale).double() / one

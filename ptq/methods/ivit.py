@@ -23,10 +23,6 @@ from ptq.recipe import LayerSpec
 class ShiftmaxCore(LogSoftmaxCore):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax by shifts, to even levels."""
 
-    def weights(self, scores: Tensor, scale: float) -> Tensor:
-        softmax, one = self.integer_softmax()
-        return softmax(scores, scale).double() / one
-
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
         if self.published:
             bits = self.attention.bits
