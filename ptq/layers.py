@@ -53,6 +53,11 @@ class Quantizer(nn.Module):
         codes = self.format.encode(x, self.scale, self.zero_point)
         return (codes - self.zero_point).long()
 
+    @property
+    def width(self) -> int:
+        """Bits of what `integers` gives, with the sign."""
+        return self.format.bits + (not self.format.symmetric)
+
     def extra_repr(self) -> str:
         return f"{self.format}, {self.observer_name}"
 

@@ -107,9 +107,10 @@ NORM = LayerSpec(".*", input=PowerOfTwo(8), output=UNSIGNED, kind="fq-vit-norm")
 
 
 @torch.no_grad()
-def test_fq_vit_norm_puts_out_codes_within_a_level_of_float():
-    norm, x = norm_of(), spread_tokens()
-    layer = calibrated(fq_vit.PowerOfTwoNorm(norm, NORM), x)
+@pytest.mark.parametrize("most", [3, 6])
+def test_fq_vit_norm_puts_out_codes_within_a_level_of_float(most):
+    norm, x, spec = norm_of(), spread_tokens(), replace(NORM, input=PowerOfTwo(8, most))
+    layer = calibrated(fq_vit.PowerOfTwoNorm(norm, spec), x)
     exact, simulated = norm(layer.input(x)), layer(x)
     step = layer.output.scale
     low, high = (step * (end - layer.output.zero_point) for end in (0, 255))
@@ -118,7 +119,7 @@ def test_fq_vit_norm_puts_out_codes_within_a_level_of_float():
     assert (
         torch.allclose(codes, codes.round(), atol=1e-3) and 0 <= codes.min() and codes.max() < 256
     )
-    published = calibrated(fq_vit.PowerOfTwoNorm(norm, replace(NORM, published=True)), x)
+    published = calibrated(fq_vit.PowerOfTwoNorm(norm, replace(spec, published=True)), x)
     worse = (published(x) - norm(x)).square().mean()
     assert (simulated - norm(x)).square().mean() < worse
 

@@ -22,7 +22,7 @@ from ptq.integer.operators import (
 from ptq.integer.rescale import OutOfRange, fits
 from ptq.layers import QuantizedLayer, Quantizer
 from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm, parameters
-from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm, width
+from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm
 from ptq.methods.ivit import ShiftActivation, ShiftmaxCore
 from ptq.methods.norms import fold_norms
 
@@ -191,9 +191,7 @@ def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> At
 
 
 def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
-    of_factors = isinstance(norm, PowerOfTwoNorm)
-    bits = norm.input.format.bits + 4 if of_factors else width(norm.input)
-    return Norm(norm, parameters(norm.layer), *inputs, bits)
+    return Norm(norm, parameters(norm.layer), *inputs)
 
 
 def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:

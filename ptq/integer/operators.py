@@ -189,11 +189,11 @@ class Table(nn.Module):
 
 
 class Norm(nn.Module):
-    """A layer norm [..., C] from codes of `bits` bits to those of its output's format."""
+    """A layer norm [..., C] from the codes of its input's format to those of its output's."""
 
-    def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes, bits: int):
+    def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes):
         super().__init__()
-        self.input, self.bits = Requantize(x, layer.input), bits
+        self.input, self.bits = Requantize(x, layer.input), layer.input.width
         out, weights = layer.output, [tensor.tolist() for tensor in parameters]
         table = layer_norm_table(*weights, layer.layer.eps, self.input.scales[0], float(out.scale))
         self.register_buffer("gain", table.gain)

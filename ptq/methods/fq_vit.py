@@ -101,6 +101,10 @@ class PowerOfTwoQuantizer(Quantizer):
         codes = self.format.encode(x, self.scale, self.zero_point, self.shifts)
         return self.format.integers(codes, self.zero_point, self.shifts)
 
+    @property
+    def width(self) -> int:
+        return self.format.bits + 1 + self.format.most
+
 
 def parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """A layer norm's weight and bias [C], 1 and 0 where it has none."""
@@ -128,7 +132,7 @@ class PowerOfTwoNorm(IntegerLayer):
         if self.published:
             y = published_norm(codes, scale, weight, bias, float(self.output.scale))
             return self.output(y.float())
-        return integer_norm(codes, scale, self.layer, self.output, self.input.format.bits + 4)
+        return integer_norm(codes, scale, self.layer, self.output, self.input.width)
 
 
 def integer_norm(codes: Tensor, scale: float, norm: nn.LayerNorm, out: Quantizer, bits: int):

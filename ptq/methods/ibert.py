@@ -23,11 +23,6 @@ from ptq.recipe import LayerSpec
 FRACTION = 12  # bits of a refined sigmoid
 
 
-def width(quantizer: Quantizer) -> int:
-    """Bits of a signed code less the zero-point."""
-    return quantizer.format.bits + (not quantizer.format.symmetric)
-
-
 class IntegerCore(IntegerLayer):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
 
@@ -85,14 +80,14 @@ class IntegerNorm(IntegerLayer):
         codes, scale = self.input.integers(x), float(self.input.scale)
         if self.output is None:
             return published_norm(codes, *parameters(self.layer), self.normalised)
-        return integer_norm(codes, scale, self.layer, self.output, width(self.input))
+        return integer_norm(codes, scale, self.layer, self.output, self.input.width)
 
     def normalised(self, codes: Tensor) -> Tensor:
         """I-BERT's normalisation, in units of sqrt(C) / 2**30.
 
         Deviation: the shift before squares are summed follows from C and the bits, not from data.
         """
-        n, bits = codes.shape[-1], width(self.input)
+        n, bits = codes.shape[-1], self.input.width
         shift = max(math.ceil((math.log2(n) + 2 * bits - 2 - 32) / 2), 0)
         return published.i_layer_norm(codes, shift)
 
@@ -137,7 +132,7 @@ class IntegerActivation(IntegerLayer):
         if isinstance(self.layer, nn.GELU):
             if self.published:
                 return published.i_gelu(codes, scale)
-            return gelu(codes, scale, FRACTION, width(self.input)), scale / 2**FRACTION
+            return gelu(codes, scale, FRACTION, self.input.width), scale / 2**FRACTION
         if self.published:
             return published.i_silu(codes, scale, 8), scale / 2**8
         return silu(codes, scale, FRACTION), scale / 2**FRACTION
