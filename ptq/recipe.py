@@ -98,18 +98,12 @@ class Recipe:
     @property
     def exportable(self) -> bool:
         """Whether QDQ ONNX can hold what it does to the network."""
-        return all(
-            spec.kind == "product"
-            and (
-                spec.input is None
-                or spec.input.bits == 8
-                or (spec.input.bits < 8 and spec.input.granularity == "tensor")
-            )
-            and (
-                spec.weight is None
-                or (spec.weight.bits <= 8 and not spec.weight.group_size and spec.weight.axis == 0)
-            )
-            for spec in self.layers
+        if any(spec.kind != "product" for spec in self.layers):
+            return False
+        weights = [spec.weight for spec in self.layers if spec.weight]
+        inputs = [f for spec in self.layers for f in (spec.input, spec.attention) if f]
+        return all(f.bits <= 8 and f.axis == 0 and not f.group_size for f in weights) and all(
+            f.bits == 8 or (f.bits < 8 and f.granularity == "tensor") for f in inputs
         )
 
     def asdict(self) -> dict:

@@ -45,6 +45,16 @@ def test_exceptions_get_16_bits_or_floats(network, images):
     assert plain.stem.conv.format is None
 
 
+def test_a_core_with_a_format_for_its_softmax_is_an_exception_as_a_whole(network):
+    core = next(n for n, m in network.named_modules() if n.endswith("core"))
+    recipe = ptq.recipe("w8a8-tensorrt", network)
+    for bits in (16, None):
+        changed = with_exceptions(network, recipe, [(core, "q")], "wide", bits)
+        spec = changed.layer_spec(core, {"product"})
+        formats = (spec.input, spec.attention)
+        assert [f and f.bits for f in formats] == [bits, bits]
+
+
 def test_integer_layers_become_float_ones_as_exceptions(network, images):
     recipe = ptq.recipe("fq-vit", network)
     norms = [n for n, m in network.named_modules() if isinstance(m, nn.LayerNorm)]

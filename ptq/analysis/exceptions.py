@@ -59,7 +59,7 @@ def excepted(module: nn.Module, spec: LayerSpec, roles: set[str], bits: int | No
         return LayerSpec(spec.pattern, kind=kind)
     wider = {
         name: None if bits is None else replace(getattr(spec, name), bits=bits)
-        for name in ("weight", "input")
+        for name in ("weight", "input", "attention")
         if getattr(spec, name) is not None and (name in roles or isinstance(module, AttentionCore))
     }
     return replace(spec, **wider)
