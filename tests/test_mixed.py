@@ -268,6 +268,14 @@ def test_nuclear_is_the_norm_times_the_error_of_the_output():
         assert found["6"][6] == pytest.approx((norms * error).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["noise", "fisher", "nuclear"])
+def test_weights_that_a_recipe_leaves_in_float_have_no_cost(kind):
+    weights = ptq.LayerSpec(".*", ptq.Uniform(4))
+    recipe = ptq.Recipe("r", layers=(ptq.LayerSpec("0"), weights))
+    found = costs_module.COSTS[kind](network(), {4: recipe}, BATCHES)
+    assert list(found) == [name for name in NAMES if name != "0"]
+
+
 @pytest.mark.parametrize("shape", [(3, 7, 4), (3, 4, 7), (2, 5, 5)])
 def test_nuclear_norms_are_those_of_torch(shape):
     y = draw(*shape)

@@ -183,7 +183,7 @@ def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
 
 
 def _weights_only(recipe: Recipe) -> Recipe:
-    layers = tuple(replace(spec, input=None) for spec in recipe.layers if spec.weight)
+    layers = tuple(replace(s, input=None) for s in recipe.layers if s.kind == "product")
     return replace(recipe, layers=layers, steps=("nearest",), units=None)
 
 
