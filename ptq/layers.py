@@ -44,8 +44,10 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.update(x)
-        if self.scale is None:
-            return x
+        return x if self.scale is None else self.nearest(x)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The values of the levels nearest to `x`."""
         return fake_quantize(x, self.format, self.scale, self.zero_point)
 
     def integers(self, x: Tensor) -> Tensor:

@@ -89,11 +89,7 @@ class PowerOfTwoQuantizer(Quantizer):
         self.scale, self.zero_point = self.format.grid(low, high)
         self.observer = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observer is not None:
-            self.observer.update(x)
-        if self.scale is None:
-            return x
+    def nearest(self, x: Tensor) -> Tensor:
         grid = self.scale, self.zero_point, self.shifts
         return self.format.decode(self.format.encode(x, *grid), *grid)
 
@@ -127,23 +123,23 @@ class PowerOfTwoNorm(IntegerLayer):
         return self.output(self.layer(self.input(x)))
 
     def compute(self, x: Tensor) -> Tensor:
+        if not self.published:
+            return integer_norm(x, self.layer, self.input, self.output)
         codes, scale = self.input.integers(x), float(self.input.scale)
-        weight, bias = parameters(self.layer)
-        if self.published:
-            y = published_norm(codes, scale, weight, bias, float(self.output.scale))
-            return self.output(y.float())
-        return integer_norm(codes, scale, self.layer, self.output, self.input.width)
+        y = published_norm(codes, scale, *parameters(self.layer), float(self.output.scale))
+        return self.output(y.float())
 
 
-def integer_norm(codes: Tensor, scale: float, norm: nn.LayerNorm, out: Quantizer, bits: int):
-    """`ptq.integer.norm.layer_norm` of integers [..., C] of `bits` bits, as values of `out`."""
-    weight, bias = parameters(norm)
-    table = layer_norm_table(
-        weight.tolist(), bias.tolist(), norm.eps, scale, float(out.scale), codes.device
-    )
-    zero_point, fmt = int(out.zero_point), out.format
-    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, bits)
-    return (y - zero_point) * out.scale
+def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quantizer) -> Tensor:
+    """The layer norm of [..., C] by `ptq.integer.norm`, from the codes of `input` to those of
+    `output`."""
+    weights = (tensor.tolist() for tensor in parameters(norm))
+    scales = float(input.scale), float(output.scale)
+    table = layer_norm_table(*weights, norm.eps, *scales, x.device)
+    zero_point, fmt = int(output.zero_point), output.format
+    codes = input.integers(x)
+    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, input.width)
+    return (y - zero_point) * output.scale
 
 
 def published_norm(
@@ -171,33 +167,43 @@ def published_norm(
 class LogSoftmaxCore(IntegerLayer):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
 
-    q, k, v and the scores have quantizers. The softmax puts out codes of `attention`: powers of
-    two, which make shifts of the product with v, or even levels of 1 / (a whole number).
+    `coded` have quantizers. The softmax puts out codes of `attention`: powers of two, which make
+    shifts of the product with v, or even levels of 1 / (a whole number).
     """
+
+    coded = ("q", "k", "v", "scores")
 
     def __init__(self, spec: LayerSpec):
         super().__init__()
         self.attention, self.published = spec.attention, spec.published
-        formats = dict.fromkeys(("q", "k", "v", "scores"), spec.input)
+        formats = dict.fromkeys(self.coded, spec.input)
         if isinstance(self.attention, Uniform) and not self.published:
             formats["attention"] = self.attention
         observer = spec.input_observer
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
         self.softmax = nn.Softmax(-1)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
-
     def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = self.softmax(self.inputs["scores"](self.scores(q, k)))
+        scores = self.products(q, k)
+        if "scores" in self.inputs:
+            scores = self.inputs["scores"](scores)
+        attention = self.softmax(scores)
         if "attention" in self.inputs:
             attention = self.inputs["attention"](attention)
         return attention @ self.inputs["v"](v)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = self.weights(*self.scores(q, k))
+        return weights.to(v.dtype) @ self.inputs["v"](v)
+
+    def products(self, q: Tensor, k: Tensor) -> Tensor:
+        """The scores q k^T / sqrt(d/h) of rounded q and k, as values."""
+        return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
+
+    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
+        """The scores as integers, and their scale."""
         quantizer = self.inputs["scores"]
-        codes, scale = quantizer.integers(self.scores(q, k)), float(quantizer.scale)
-        return self.weights(codes, scale).to(v.dtype) @ self.inputs["v"](v)
+        return quantizer.integers(self.products(q, k)), float(quantizer.scale)
 
     def weights(self, scores: Tensor, scale: float) -> Tensor:
         """The softmax of integers in units of `scale`, as values."""
