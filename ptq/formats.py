@@ -196,6 +196,12 @@ class Log2:
         codes = (mantissa * THRESHOLDS[self.threshold] <= 1).int() - exponent
         return torch.where(x > 0, codes, self.zero).clamp(0, self.zero).int()
 
+    def integers(self, codes: Tensor) -> Tensor:
+        """int64 of the codes' shape in units of the smallest power, which 64 bits hold for formats
+        of up to 5: a product with them is a sum of shifts."""
+        powers = 1 << (self.zero - 1 - codes).clamp(min=0).long()
+        return torch.where(codes == self.zero, 0, powers)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Values, float32 of the codes' shape."""
         powers = torch.ldexp(torch.ones_like(codes, dtype=torch.float32), -codes)

@@ -42,14 +42,13 @@ class Exp:
     ln2: int
 
     @staticmethod
-    def of(scale: float, terms: int = 1, shift: int | None = None) -> "Exp":
+    def of(scale: float, terms: int = 1) -> "Exp":
         """For codes of `scale`, with the finest shift for which `terms` results add up to less than
         2**31. OutOfRange for a scale that is not above 0."""
         positive(scale, "the scale of what exp takes in")
-        if shift is None:
-            shift = math.floor(math.log2(scale / math.sqrt(C * terms / 2**31)))
-            # The constants are rounded, and so may be one too large.
-            shift -= round(C / (scale / 2**shift) ** 2) * terms >= 2**31
+        shift = math.floor(math.log2(scale / math.sqrt(C * terms / 2**31)))
+        # The constants are rounded, and so may be one too large.
+        shift -= round(C / (scale / 2**shift) ** 2) * terms >= 2**31
         fine = scale / 2.0**shift
         return Exp(shift, round(B / fine), round(C / fine**2), max(round(math.log(2) / fine), 1))
 
@@ -76,26 +75,24 @@ def row_exp(scores: Tensor, table: Exp) -> tuple[Tensor, Tensor]:
     return e, fits(e.sum(-1, keepdim=True), 32, "the sum of a row of exp")
 
 
-def softmax(
-    scores: Tensor, scale: float, levels: int = 255, qmax: int = 255, shift: int | None = None
-) -> Tensor:
+def softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 255) -> Tensor:
     """Softmax over the last axis: codes in [0, qmax] in units of 1 / levels, same shape.
 
     `levels` above `qmax` resolve small values better, and cut off those above qmax / levels.
-    `shift` as for `Exp`. Kim et al., section 3.5; deviations: `exp`'s, and the division is exact.
+    Kim et al., section 3.5. Deviations: `exp`'s, and the division is exact.
     """
-    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1], shift))
+    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1]))
     return round_divide(e * levels, total).clamp(max=qmax)
 
 
-def log2_softmax(scores: Tensor, scale: float, format: Log2, shift: int | None = None) -> Tensor:
+def log2_softmax(scores: Tensor, scale: float, format: Log2) -> Tensor:
     """Softmax over the last axis as codes of a logarithmic `format`, same shape.
 
     Lin et al., "FQ-ViT: Post-Training Quantization for Fully Quantized Vision Transformer", IJCAI
     2022, section 3.3 (log-int-softmax). Deviations: `exp`'s, and codes follow from the exact ratio
     of sum and exp, not from a rounded one.
     """
-    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1], shift))
+    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1]))
     # The code rounded down: how often e doubles before it exceeds the sum.
     floor = torch.zeros_like(e)
     for code in range(1, min(format.zero, 31) + 1):  # the sum is below 2**31
@@ -110,10 +107,8 @@ def log2_softmax(scores: Tensor, scale: float, format: Log2, shift: int | None =
 
 
 def log2_powers(scores: Tensor, scale: float, format: Log2) -> Tensor:
-    """`log2_softmax` as powers of two, or 0, in units of the smallest."""
-    top = format.zero - 1
-    codes = log2_softmax(scores, scale, format)
-    return torch.where(codes == format.zero, 0, 1 << (top - codes).clamp(min=0))
+    """`log2_softmax` as integers in units of the format's smallest power."""
+    return format.integers(log2_softmax(scores, scale, format))
 
 
 def shift_softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 255) -> Tensor:
@@ -136,25 +131,13 @@ def _shift_units(scale: float, terms: int) -> tuple[int, int]:
     return n, one << n
 
 
-def shift_product(codes: Tensor, values: Tensor, format: Log2) -> Tensor:
-    """Sums of `values` [..., N, d] weighted by logarithmic codes [..., M, N], by shifts alone.
-
-    int64 [..., M, d] in units of the values' scale times 2**-(zero - 1), where `format.zero` is the
-    code of 0; they fit int32. Lin et al., section 3.3.
-    """
-    top = format.zero - 1
-    shifts = (top - codes).clamp(min=0)[..., None]  # [..., M, N, 1]
-    terms = torch.where(codes[..., None] == format.zero, 0, values[..., None, :, :] << shifts)
-    return fits(terms.sum(-2), 32, "a product by shifts")
-
-
-def sigmoid(codes: Tensor, scale: float, bits: int = 12, shift: int | None = None) -> Tensor:
+def sigmoid(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
     """1 / (1 + exp(-x)) in units of 2**-bits, element by element; 1 is 2**bits.
 
-    `shift` as for `Exp`. I-ViT (Li and Gu, ICCV 2023) subtracts the largest element of a row first,
+    I-ViT (Li and Gu, ICCV 2023) subtracts the largest element of a row first,
     which takes the small ones their digits; exp(-|x|) needs no such thing.
     """
-    table = Exp.of(scale, 2, shift)
+    table = Exp.of(scale, terms=2)
     return _sigmoid(codes, exp(-codes.abs(), table), table.c, bits)
 
 
@@ -163,9 +146,9 @@ def _sigmoid(codes: Tensor, e: Tensor, one: int, bits: int) -> Tensor:
     return round_divide(torch.where(codes >= 0, one, e) << bits, e + one)
 
 
-def silu(codes: Tensor, scale: float, bits: int = 12, shift: int | None = None) -> Tensor:
+def silu(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
     """x sigmoid(x) in units of scale / 2**bits, int32: with 12 bits a thousandth off."""
-    return fits(codes * sigmoid(codes, scale, bits, shift), 32, "SiLU")
+    return fits(codes * sigmoid(codes, scale, bits), 32, "SiLU")
 
 
 def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) -> Tensor:

@@ -242,7 +242,10 @@ class Attention(nn.Module):
 
 
 class Sum(nn.Module):
-    """The sum of two tensors, each brought to the sum's scale first."""
+    """The sum of two tensors, each brought to the sum's scale first.
+
+    Kim et al., "I-BERT", ICML 2021, section 3 (residual connections).
+    """
 
     def __init__(self, a: Codes, b: Codes):
         super().__init__()

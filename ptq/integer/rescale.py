@@ -81,15 +81,6 @@ def requantize(codes: Tensor, ratio: Dyadic, qmin: int, qmax: int, zero_point: i
     return (rescale(codes, ratio, 63) + zero_point).clamp(qmin, qmax)
 
 
-def add(a: Tensor, to_sum_a: Dyadic, b: Tensor, to_sum_b: Dyadic, qmin: int, qmax: int) -> Tensor:
-    """The sum of two tensors, each brought to the sum's scale first; cut off at qmin and qmax.
-
-    `to_sum_a` is the ratio of a's scale to that of the sum. Both roundings together err by a unit.
-    Kim et al., section 3 (residual connections).
-    """
-    return (rescale(a, to_sum_a) + rescale(b, to_sum_b)).clamp(qmin, qmax)
-
-
 def round_shift(values: Tensor, shift: int) -> Tensor:
     """values / 2**shift to nearest, halves up; a negative shift multiplies."""
     if shift <= 0:
