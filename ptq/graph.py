@@ -1,6 +1,8 @@
 """What feeds what in a network: inputs and outputs of layers, norms after convolutions."""
 
+import contextlib
 from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +119,49 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
     return {name: fed for name, fed in users.items() if fed and runs[name] == 1}
 
 
-class _Reached(Exception):
-    pass
+@contextlib.contextmanager
+def running(model: nn.Module):
+    """Give a list that holds, within this context, the names of the modules that run, the innermost
+    last."""
+    names, handles = [], []
+
+    def enter(name, *_):
+        names.append(name)
+
+    def leave(*_):
+        names.pop()
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(enter, name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def hooked(model: nn.Module, paths: dict, hook):
+    """Within this context, call `hook(key, args, kwargs, output)` after the module at `paths[key]`
+    ran; what it returns, if anything, takes the place of the output."""
+
+    def call(key, module, args, kwargs, output):
+        return hook(key, args, kwargs, output)
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(partial(call, key), with_kwargs=True)
+        for key, path in paths.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Reached(Exception):
+    """Ends a call of a network where no more of it is needed."""
 
 
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
@@ -131,7 +174,7 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
 
     def keep(_, inputs, output=None):
         seen.append(inputs if what == "input" else output)
-        raise _Reached
+        raise Reached
 
     register = layer.register_forward_pre_hook if what == "input" else layer.register_forward_hook
     handle = register(keep)
@@ -139,7 +182,7 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
         for x, *_ in batches:
             try:
                 model(x)
-            except _Reached:
+            except Reached:
                 yield seen.pop()
             else:
                 raise ValueError(NEVER_RAN)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptq.analysis.sensitivity import noises, set_tensor
-from ptq.graph import NEVER_RAN, norms_after
+from ptq.graph import NEVER_RAN, hooked, norms_after
 from ptq.methods.nearest import layers_to_round
 from ptq.methods.norms import make_norms_positive, shifted, statistics
 from ptq.pipeline import check_batches, quantize
@@ -117,28 +117,23 @@ def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     network, rounded = _rounded(model, recipes, batches)
     shown = first_images(batches)
     n_images = sum(len(x) for x, *_ in shown)
-    costs = {name: dict.fromkeys(rounded, 0.0) for name in next(iter(rounded.values()))}
+    names = list(next(iter(rounded.values())))
+    costs = {name: dict.fromkeys(rounded, 0.0) for name in names}
+    layers = {name: copy.deepcopy(network.get_submodule(name)) for name in names}  # not hooked
 
-    def add(name):
-        def hook(layer, inputs, output):
-            norms = nuclear_norms(_matrices(layer, output))
-            for bits, values in rounded.items():
-                off = {"weight": values[name] - layer.weight}
-                if layer.bias is not None:
-                    off["bias"] = torch.zeros_like(layer.bias)
-                handle = handles.pop(name)
-                handle.remove()  # the call below is none of the network's
-                error = _matrices(layer, functional_call(layer, off, inputs))
-                handles[name] = layer.register_forward_hook(hook)
-                costs[name][bits] += (norms * error.square().sum((1, 2))).sum().item() / n_images
+    def add(name, inputs, kwargs, output):
+        layer = layers[name]
+        norms = nuclear_norms(_matrices(layer, output))
+        for bits, values in rounded.items():
+            off = {"weight": values[name] - layer.weight}
+            if layer.bias is not None:
+                off["bias"] = torch.zeros_like(layer.bias)
+            error = _matrices(layer, functional_call(layer, off, inputs))
+            costs[name][bits] += (norms * error.square().sum((1, 2))).sum().item() / n_images
 
-        return hook
-
-    handles = {}
-    for name in costs:
-        handles[name] = network.get_submodule(name).register_forward_hook(add(name))
-    for x, *_ in shown:
-        network(x)
+    with hooked(network, {name: name for name in names}, add):
+        for x, *_ in shown:
+            network(x)
     return costs
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
+from ptq.graph import running
 from ptq.pipeline import layer_specs
 from ptq.recipe import Recipe
 
@@ -49,36 +50,23 @@ def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], lis
     a MAC), for the innermost module that runs. The second value names all other operators, so that
     one with products of its own can't hide.
     """
-    counter = _Counter(model)
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(counter.enter(name)))
-        handles.append(module.register_forward_hook(counter.leave))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator a layer, without a formula
     try:
-        with counter:
+        with running(model) as names, _Counter(model, names) as counter:
             model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for handle in handles:
-            handle.remove()
     return dict(counter.layers), sorted(counter.uncounted)
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, running: list[str]):
         super().__init__()
-        self.running, self.uncounted = [], set()
+        self.running, self.uncounted = running, set()
         self.layers = defaultdict(LayerCount)
         parameters = model.named_parameters()
         self.names = {p.untyped_storage().data_ptr(): (name, p.numel()) for name, p in parameters}
-
-    def enter(self, name: str):
-        return lambda *_: self.running.append(name)
-
-    def leave(self, *_) -> None:
-        self.running.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

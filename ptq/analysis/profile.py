@@ -13,7 +13,6 @@ import contextlib
 import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ptq.analysis.costs import first_images, sampled_loss
 from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
-from ptq.graph import NEVER_RAN
+from ptq.graph import NEVER_RAN, hooked
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods import STEPS
 from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoQuantizer
@@ -300,25 +299,6 @@ def block_of(model: nn.Module, layer: str) -> str:
 
 def first_tensor(output) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-@contextlib.contextmanager
-def hooked(network: nn.Module, paths: dict, hook):
-    """Within this context `hook(key, args, kwargs, output)` follows each call of the module at
-    `paths[key]`; what it returns, if anything, takes the place of the output."""
-
-    def call(key, module, args, kwargs, output):
-        return hook(key, args, kwargs, output)
-
-    handles = [
-        network.get_submodule(path).register_forward_hook(partial(call, key), with_kwargs=True)
-        for key, path in paths.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.graph import NEVER_RAN, captured
+from ptq.graph import NEVER_RAN, captured, hooked
 from ptq.layers import QuantizedLayer
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
@@ -32,17 +32,14 @@ def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer,
     in."""
     sums = {}
 
-    def add(layer, inputs):
+    def add(layer, inputs, kwargs, output):
         sums[layer] = sums.get(layer, 0.0) + input_moments(layer.layer, layer.input(*inputs))
 
-    handles = [layer.register_forward_pre_hook(add) for layer in layers_to_round(unit).values()]
-    try:
+    paths = {layer: name for name, layer in layers_to_round(unit).items()}
+    with hooked(unit, paths, add):
         for _ in captured(model, unit, batches, "output"):
             pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(sums) < len(handles):
+    if len(sums) < len(paths):
         raise ValueError(NEVER_RAN)
     if not all(hessian.isfinite().all() for hessian in sums.values()):
         raise ValueError("the calibration data or what a layer makes of it is not finite")

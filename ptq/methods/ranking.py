@@ -4,6 +4,7 @@ Liu et al., "Post-Training Quantization for Vision Transformer", NeurIPS 2021 (a
 What follows the paper and what does not is said in docs/methods.md.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from ptq.graph import captured
+from ptq.graph import Reached, captured, hooked, running
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
 from ptq.methods.calibrate import calibrate
 from ptq.methods.nearest import nearest
@@ -230,10 +231,6 @@ def _mean(losses) -> float:
 # What attention scores depend on.
 
 
-class _Reached(Exception):
-    pass
-
-
 class _AtAttention(TorchFunctionMode):
     """Calls `found(q, k)` wherever attention is computed."""
 
@@ -265,23 +262,9 @@ class Attention:
     @staticmethod
     def all_in(reference: nn.Module, layers, batches) -> list["Attention"]:
         """Every attention whose scores depend on one of `layers`, by their names."""
-        running, places, handles = [], [], []
-
-        def enter(name):
-            return lambda *_: running.append(name)
-
-        def leave(*_):
-            running.pop()
-
-        for name, module in reference.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave))
-        try:
-            with _AtAttention(lambda *_: places.append(running[-1])):
-                reference(next(iter(batches))[0][:1])
-        finally:
-            for handle in handles:
-                handle.remove()
+        places = []
+        with running(reference) as names, _AtAttention(lambda *_: places.append(names[-1])):
+            reference(next(iter(batches))[0][:1])
         units = dict.fromkeys(_unit(place, layers) for place in places)
         found = [Attention(reference, unit, layers, batches) for unit in units]
         return [attention for attention in found if attention.feeders]
@@ -289,28 +272,21 @@ class Attention:
     def scores(self, name: str | None = None, outputs=None) -> Tensor:
         """Some rows [R, N] of q k^T, before it is scaled; with `outputs`, one a batch, in the place
         of what the layer of this name puts out."""
-        layer = self.reference.get_submodule(name) if name else None
         outputs = outputs or [None] * len(self.inputs)
-        pairs = (self._reach(x, layer, y) for x, y in zip(self.inputs, outputs))
+        pairs = (self._reach(x, name, y) for x, y in zip(self.inputs, outputs))
         return torch.cat([_rows(*pair, rows) for pair, rows in zip(pairs, self.drawn)])
 
-    def _reach(self, inputs, layer=None, output=None) -> tuple[Tensor, Tensor]:
-        """q and k of one batch."""
+    def _reach(self, inputs, name=None, output=None) -> tuple[Tensor, Tensor]:
+        """q and k of one batch, with `output` in the place of what the layer `name` puts out."""
         reached = []
 
         def found(q, k):
             reached.append((q, k))
-            raise _Reached
+            raise Reached
 
-        handle = layer.register_forward_hook(lambda *_: output) if layer else None
-        try:
-            with _AtAttention(found):
-                self.unit(*inputs)
-        except _Reached:
-            pass
-        finally:
-            if handle:
-                handle.remove()
+        replaced = hooked(self.reference, {name: name} if name else {}, lambda *_: output)
+        with contextlib.suppress(Reached), replaced, _AtAttention(found):
+            self.unit(*inputs)
         return reached[0]
 
     def _depends_on(self, name: str) -> bool:
@@ -320,7 +296,7 @@ class Attention:
             (output,) = captured(self.unit, layer, [self.inputs[0]], "output")
         except ValueError:
             return False  # never runs
-        zeros = self._reach(self.inputs[0], layer, torch.zeros_like(output))
+        zeros = self._reach(self.inputs[0], name, torch.zeros_like(output))
         exact = self._reach(self.inputs[0])
         return not all(map(torch.equal, zeros, exact))
 
