@@ -45,6 +45,19 @@ def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Modul
     return reference
 
 
+@torch.no_grad()
+def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
+    """A copy of the network with the recipe's layers, which compute in float: no weight is rounded
+    and no quantizer calibrated. ValueError as `quantize` raises it."""
+    check_batches(model, recipe, batches)
+    check_finite(model)
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    reference = with_quantized_layers(twin, recipe, batches)
+    if "equalize" in recipe.steps:
+        STEPS["equalize"](twin, reference, batches, recipe)
+    return twin
+
+
 def check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():

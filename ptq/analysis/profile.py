@@ -10,7 +10,6 @@ against those in the quantized one, in which all before it is quantized as well.
 """
 
 import contextlib
-import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -23,10 +22,9 @@ from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
 from ptq.graph import NEVER_RAN, hooked
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods import STEPS
 from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoQuantizer
 from ptq.methods.ibert import IntegerCore
-from ptq.pipeline import check_batches, check_finite, layer_specs, with_quantized_layers
+from ptq.pipeline import float_twin, layer_specs
 from ptq.recipe import LayerSpec, Recipe
 
 IMAGES = 64  # that are looked at
@@ -54,8 +52,6 @@ def profile(
     by one, so that memory does not grow with their number. ValueError as `ptq.quantize` raises it,
     or if the outputs do not depend on the images.
     """
-    check_batches(model, recipe, batches)
-    check_finite(model)
     both = Both(model, quantized, recipe, batches)
     for x, *_ in first_images(batches, n_images):
         for image in x:
@@ -237,16 +233,6 @@ class Both:
             "outputs_db": self.outputs.as_dict()["qsnr_db"],
             "n_images": n,
         }
-
-
-def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
-    """The network with quantized layers that compute in float, their quantizers not calibrated."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    with torch.no_grad():
-        reference = with_quantized_layers(twin, recipe, batches)
-        if "equalize" in recipe.steps:
-            STEPS["equalize"](twin, reference, batches, recipe)
-    return twin
 
 
 def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) -> list[Watched]:

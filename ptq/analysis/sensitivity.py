@@ -1,16 +1,15 @@
 """How much the quantization of each single tensor changes what a network puts out."""
 
 import contextlib
-import copy
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ptq.layers import Quantizer
-from ptq.methods import STEPS
-from ptq.methods.nearest import layers_to_round
-from ptq.pipeline import check_batches, check_finite, with_quantized_layers
+from ptq.methods.calibrate import calibrate
+from ptq.methods.nearest import layers_to_round, nearest_codes
+from ptq.pipeline import float_twin
 from ptq.recipe import Recipe
 
 LARGEST = 10  # tensors that a report shows one by one
@@ -23,18 +22,10 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
     The result is that of `noises` for the kinds "weights" and "inputs". Weights are rounded to
     nearest, inputs calibrated on `batches`. Raises ValueError as `ptq.quantize` does.
     """
-    check_batches(model, recipe, batches)
-    check_finite(model)
-    network = copy.deepcopy(model).eval()
-    reference = with_quantized_layers(network, recipe, batches)
-    if "equalize" in recipe.steps:
-        STEPS["equalize"](network, reference, batches, recipe)
+    network = float_twin(model, recipe, batches)
     layers = layers_to_round(network)
-    STEPS["nearest"](network, reference, batches, recipe)
-    weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.layer.weight.copy_(reference.get_submodule(name).weight)
-    STEPS["calibrate"](network, reference, batches, recipe)
+    weights = {name: layer.format.decode(*nearest_codes(layer)) for name, layer in layers.items()}
+    calibrate(network, None, batches, recipe)
     quantizers = {n: m for n, m in network.named_modules() if isinstance(m, Quantizer)}
     scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
     for quantizer in quantizers.values():

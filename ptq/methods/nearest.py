@@ -25,11 +25,16 @@ def weight_scale(layer: QuantizedLayer) -> Tensor:
     return scale
 
 
+def nearest_codes(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+    """The codes of the levels nearest to the layer's float weight, and their scale [G]."""
+    scale = weight_scale(layer)
+    return layer.format.encode(layer.layer.weight, scale), scale
+
+
 def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Give each weight the code of its nearest level."""
     for layer in layers_to_round(model).values():
-        scale = weight_scale(layer)
-        layer.set_weight(layer.format.encode(layer.layer.weight, scale), scale)
+        layer.set_weight(*nearest_codes(layer))
 
 
 def units(model: nn.Module, pattern: str | None) -> list[str]:
