@@ -96,8 +96,7 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     ours = getattr(model, "settings", None)
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
-    for spec in recipe.layers:
-        check_pattern(spec.pattern)
+    check_patterns(recipe)
     model = copy.deepcopy(model).eval()
     attach(model, layer_specs(model, recipe))
     try:
@@ -107,15 +106,16 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     return model, recipe
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise ValueError for a pattern that is none, or that could take forever to match: a file can
-    come from anywhere."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern[:40]!r} is no pattern: {error}") from error
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
-        raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
+def check_patterns(recipe: Recipe) -> None:
+    """Raise ValueError if a recipe that came from a file has a pattern that is none, or one that
+    could take forever to match."""
+    for pattern in (*(spec.pattern for spec in recipe.layers), recipe.units or ""):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern[:40]!r} is no pattern: {error}") from error
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
+            raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -115,6 +115,8 @@ def test_options_that_do_not_go_together(monkeypatch, capsys):
         ({"layers": [], "steps": []}, "a recipe in a file has layers and a name"),
         ({"steps": 3}, "steps of a Recipe can't be '3'"),
         ({"type": "Layer"}, "no part of one is a 'Layer'"),
+        ({"units": "stages("}, "'stages(' is no pattern"),
+        ({"units": r"(\w+)+x"}, "repeats too much for a file's"),
     ],
 )
 def test_files_with_no_recipe_are_refused(tmp_path, change, says):
