@@ -4,7 +4,8 @@ A recipe can be printed, compared, saved beside its result (`asdict`) and read b
 """
 
 import re
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import get_args, get_origin
 
 from ptq.formats import Log2, PowerOfTwo, Uniform
@@ -46,6 +47,14 @@ class LayerSpec:
             integer = self.output or self.published or isinstance(self.attention, Log2)
             if integer or (self.attention and self.kind == "pointwise"):
                 raise ValueError(f"{self.kind} layers compute in float")
+
+
+def by_names(specs: Mapping[str, LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Return entries for {name of a layer: how it is quantized}, one for those quantized alike."""
+    names = {}
+    for name, spec in specs.items():
+        names.setdefault(replace(spec, pattern=""), []).append(re.escape(name))
+    return tuple(replace(spec, pattern="|".join(alike)) for spec, alike in names.items())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A recipe with exceptions: some tensors in 16 bits or in float, all others as they were."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ from torch import nn
 from mobilevit import AttentionCore
 from ptq.layers import kinds_of
 from ptq.pipeline import layer_specs
-from ptq.recipe import LayerSpec, Recipe
+from ptq.recipe import LayerSpec, Recipe, by_names
 
 WIDE = 16  # bits
 
@@ -30,11 +29,12 @@ def with_exceptions(
     specs, roles = layer_specs(model, recipe), {}
     for layer, role in tensors:
         roles.setdefault(layer, set()).add(role)
-    patterns = {}
-    for layer, of_layer in roles.items():
-        spec = excepted(model.get_submodule(layer), specs[layer], of_layer, bits)
-        patterns.setdefault(replace(spec, pattern=""), []).append(re.escape(layer))
-    exceptions = [replace(spec, pattern="|".join(names)) for spec, names in patterns.items()]
+    exceptions = by_names(
+        {
+            layer: excepted(model.get_submodule(layer), specs[layer], of_layer, bits)
+            for layer, of_layer in roles.items()
+        }
+    )
     title = f"{recipe.title}, but for {len(roles)} layers"
     changed = replace(recipe, name=name, title=title, layers=(*exceptions, *recipe.layers))
     used = {changed.layer_spec(n, kinds_of(module)) for n, module in model.named_modules()}

@@ -14,10 +14,10 @@ import numpy as np
 from torch import nn
 
 from ptq.analysis.costs import COSTS
-from ptq.analysis.energy import energy
+from ptq.analysis.energy import PARTS, energy
 from ptq.packing import size_bytes
 from ptq.pipeline import layer_specs, quantize
-from ptq.recipe import Recipe
+from ptq.recipe import Recipe, by_names
 from ptq.recipes import RECIPES
 from ptq.recipes import recipe as recipe_of
 
@@ -120,13 +120,10 @@ def with_bits(
     model: nn.Module, recipe: Recipe, bits: Mapping[str, int], name: str, title: str = ""
 ) -> Recipe:
     """The recipe with so many bits for weights of the layers of these names."""
-    groups = {}
-    for layer, spec in layer_specs(model, recipe).items():
-        if layer in bits:
-            spec = replace(spec, weight=replace(spec.weight, bits=bits[layer]))
-        groups.setdefault(replace(spec, pattern=""), []).append(re.escape(layer))
-    layers = tuple(replace(spec, pattern="|".join(names)) for spec, names in groups.items())
-    return replace(recipe, name=name, title=title, layers=layers)
+    specs = layer_specs(model, recipe)
+    for layer, n in bits.items():
+        specs[layer] = replace(specs[layer], weight=replace(specs[layer].weight, bits=n))
+    return replace(recipe, name=name, title=title, layers=by_names(specs))
 
 
 # The budget.
@@ -178,7 +175,7 @@ def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> t
     found = {bits: energy(model, recipe, image) for bits, recipe in uniform.items()}
 
     def price(layer: dict) -> float:
-        return (layer["compute"] + layer["weights"] + layer["activations"]) / PJ_PER_MJ
+        return sum(layer[part] for part in PARTS) / PJ_PER_MJ
 
     prices = {n: {b: price(of["layers"][n]) for b, of in found.items()} for n in names}
     of_lowest = sum(of_layer[BITS[0]] for of_layer in prices.values())

@@ -11,7 +11,7 @@ from torch import nn
 from ptq.formats import Uniform
 from ptq.layers import kinds_of
 from ptq.pipeline import chosen
-from ptq.recipe import LayerSpec, Recipe
+from ptq.recipe import LayerSpec, Recipe, by_names
 from ptq.recipes.generic import in_torch_attention
 from ptq.recipes.mobilevit import CALIBRATED
 
@@ -59,18 +59,12 @@ def vit_recipe(
     names = layers_of(model, parts)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     drawn = [names[i] for i in sorted(order[: max(1, round(share * len(names)))].tolist())]
-    linear = [name for name in drawn if isinstance(model.get_submodule(name), nn.Linear)]
-    products = [name for name in drawn if name not in linear]
-    weight = Uniform(bits, granularity=granularity)
     input = Uniform(input_bits or bits, symmetric=False)
-    formats = ((linear, (weight, input)), (products, (None, Uniform(PRODUCT_BITS))))
-    layers = tuple(
-        LayerSpec("|".join(map(re.escape, group)), *of_group, observer, observer)
-        for group, of_group in formats
-        if group
-    )
+    linear = LayerSpec("", Uniform(bits, granularity=granularity), input, observer, observer)
+    product = LayerSpec("", None, Uniform(PRODUCT_BITS), observer, observer)
+    specs = {n: linear if isinstance(model.get_submodule(n), nn.Linear) else product for n in drawn}
     title = f"{' and '.join(parts)}, share {share:g} by seed {seed}"
-    return Recipe(f"vit-w{bits}a{input.bits}-{method}", title, layers, **CALIBRATED)
+    return Recipe(f"vit-w{bits}a{input.bits}-{method}", title, by_names(specs), **CALIBRATED)
 
 
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
