@@ -1,4 +1,4 @@
-"""What feeds what in a network: inputs and outputs of layers, norms after convolutions."""
+"""What feeds what in a network, and what goes into and comes out of its modules."""
 
 import contextlib
 from collections import Counter
@@ -16,7 +16,7 @@ PRODUCERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, QuantizedLayer)
 
 
 def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
-    """{name of a batch norm: name of the convolution that alone feeds it and nothing else}.
+    """Return {name of a batch norm: name of the convolution that feeds it and nothing else}.
 
     `batches` are needed for networks that torch.fx can't trace; without them, such a network has
     no pairs. A batch norm that does more, such as one with an activation in it, is in no pair.
@@ -26,30 +26,31 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     fed = consumers(model, batches) if norms else {}
     pairs = {}
     for producer, (consumer, *others) in fed.items():
-        if consumer in norms and not others and isinstance(modules[producer], CONVOLUTIONS):
+        convolution = isinstance(modules[producer], nn.Conv2d | QuantizedLayer)
+        if consumer in norms and not others and convolution:
             pairs[consumer] = producer
     return pairs
 
 
-CONVOLUTIONS = (nn.Conv2d, QuantizedLayer)
-
-
 def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
-    """{name of a layer norm: names of the linear layers that take in its output}, where nothing
-    else does; `batches` as for `norms_after`."""
+    """Return {name of a layer norm: names of the linear layers that take in its output}.
+
+    Norms whose output anything else takes in are left out. `batches` as for `norms_after`.
+    """
     modules = dict(model.named_modules())
     return {
         producer: fed
         for producer, fed in consumers(model, batches).items()
         if isinstance(modules[producer], nn.LayerNorm)
-        and all(isinstance(modules.get(name), nn.Linear | QuantizedLayer) for name in fed)
+        and all(isinstance(modules.get(name), nn.Linear) for name in fed)
     }
 
 
 def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
-    """{name of a layer: names of the layers that take in its output, None for anything else}.
+    """Return {name of a layer: names of the layers that take in its output}.
 
-    From the graph that torch.fx traces or, where it can't, from one call on the first of `batches`.
+    Anything else that takes it in is None. torch.fx traces the network or, where it can't, one call
+    on the first of `batches` is watched.
     """
     try:
         graph = Tracer().trace(model)
@@ -64,7 +65,7 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
 
 
 class Tracer(torch.fx.Tracer):
-    """Follows a network and keeps each of our layers as one node."""
+    """Traces a network and keeps each of our layers as one node."""
 
     def is_leaf_module(self, module, name):
         kinds = QuantizedLayer | QuantizedAttentionCore | Quantizer | IntegerLayer
@@ -74,8 +75,10 @@ class Tracer(torch.fx.Tracer):
 
 @torch.no_grad()
 def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
-    """`consumers` as seen in one call of `model`: every operator on a layer's output counts as the
-    layer that it runs in."""
+    """Return `consumers` as one call of `model` shows them.
+
+    Every operator on a layer's output counts as the layer that it runs in.
+    """
     outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
     users: dict[str, list[str | None]] = {}
     running: list[str] = []
@@ -121,8 +124,7 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
 
 @contextlib.contextmanager
 def running(model: nn.Module):
-    """Give a list that holds, within this context, the names of the modules that run, the innermost
-    last."""
+    """Yield a list that holds the names of the modules that run, the innermost last."""
     names, handles = [], []
 
     def enter(name, *_):
@@ -143,8 +145,10 @@ def running(model: nn.Module):
 
 @contextlib.contextmanager
 def hooked(model: nn.Module, paths: dict, hook):
-    """Within this context, call `hook(key, args, kwargs, output)` after the module at `paths[key]`
-    ran; what it returns, if anything, takes the place of the output."""
+    """Within this context, call `hook(key, args, kwargs, output)` after the module `paths[key]`.
+
+    What it returns, if anything, takes the place of the output.
+    """
 
     def call(key, module, args, kwargs, output):
         return hook(key, args, kwargs, output)
@@ -165,10 +169,10 @@ class Reached(Exception):
 
 
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
-    """Yield for each batch the tuple of positional inputs ("input") or the output ("output") of
-    `layer`, running no more of `model` than it takes.
+    """Yield what goes into `layer` or comes out of it for each batch.
 
-    Raises ValueError if `layer` does not run.
+    `what`: "input", a tuple of positional inputs, or "output". No more of `model` runs than it
+    takes. ValueError if `layer` does not run.
     """
     seen = []
 

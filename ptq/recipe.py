@@ -91,7 +91,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name} has units, but rounds to nearest")
 
     def layer_spec(self, name: str, kinds: set[str]) -> LayerSpec | None:
-        """The first entry for a layer of this name and these kinds; None leaves it as it is."""
+        """Return the first entry for a layer of this name and these kinds; None leaves it alone."""
         of_kind = (spec for spec in self.layers if spec.kind in kinds)
         return next((spec for spec in of_kind if re.fullmatch(spec.pattern, name)), None)
 
@@ -101,12 +101,12 @@ class Recipe:
 
     @property
     def calibrates(self) -> bool:
-        """Whether a step needs images to look at: all but rounding to nearest do."""
+        """Say whether a step needs images to look at: all but rounding to nearest do."""
         return any(step != "nearest" for step in self.steps)
 
     @property
     def exportable(self) -> bool:
-        """Whether QDQ ONNX can hold what it does to the network."""
+        """Say whether QDQ ONNX can hold what it does to the network."""
         if any(spec.kind != "product" for spec in self.layers):
             return False
         weights = [spec.weight for spec in self.layers if spec.weight]
@@ -116,12 +116,12 @@ class Recipe:
         )
 
     def asdict(self) -> dict:
-        """Plain values only; every dataclass names its type."""
+        """Return plain values only; every dataclass names its type."""
         return _plain(self)
 
     @staticmethod
     def fromdict(plain: dict) -> "Recipe":
-        """The inverse of `asdict`; fields added since get their defaults.
+        """Undo `asdict`; fields added since get their defaults.
 
         ValueError for anything that `asdict` did not write.
         """
@@ -149,7 +149,7 @@ def _told(value, of: Field) -> bool:
 
 
 def rebuild(plain):
-    """A recipe or a part of one from the plain values that stand for it; ValueError for others."""
+    """Return a recipe or a part of one from the plain values of `asdict`; ValueError for others."""
     if isinstance(plain, list):
         return tuple(rebuild(v) for v in plain)
     if not isinstance(plain, dict):
@@ -171,7 +171,7 @@ def rebuild(plain):
 
 
 def _fits(value, annotation) -> bool:
-    """Whether a value has the type of a dataclass's field."""
+    """Say whether a value has the type of a dataclass's field."""
     parts = get_args(annotation)
     if get_origin(annotation) is tuple:
         return isinstance(value, tuple) and all(_fits(v, parts[0]) for v in value)

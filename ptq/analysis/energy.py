@@ -1,4 +1,4 @@
-"""How many products a network computes, what it moves for them, and what both cost in energy.
+"""The products that a network computes, the bytes that it moves for them, and their energy.
 
     >>> energy(model, ptq.recipe("w8a8", model), images[:1])["total"]  # pJ an image
 
@@ -44,7 +44,7 @@ class LayerCount:
 
 @torch.no_grad()
 def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], list[str]]:
-    """{name of a layer: its count} for a call on `example`, and the operators that count nothing.
+    """Return {name of a layer: its count} for a call on `example`, and what was not counted.
 
     Counted are matrix products, convolutions and attention, by torch.utils.flop_counter (two FLOPs
     a MAC), for the innermost module that runs. The second value names all other operators, so that
@@ -115,10 +115,10 @@ PRICES = {
 
 
 def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "horowitz") -> dict:
-    """Energy of a call of the network, quantized by `recipe`, on `example`, by a table of PRICES.
+    """Return the energy of one call on `example` of the network quantized by `recipe`.
 
     {"unit", "images": in `example`, "layers": {name: {"macs", "compute", "weights",
-    "activations"}}, "total"}: the latter three of a layer and the total in the unit. Weights are
+    "activations"}}, "total"}: all but MACs in the unit of `prices`, a key of PRICES. Weights are
     read from DRAM once a call, however many images it has. Activations are written to and read from
     SRAM once. Only layers with products count: norms and activation functions are left out, as
     is the attention map of fused attention, which never leaves the chip. What stays in float has 32
@@ -155,8 +155,11 @@ def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "hor
 
 
 def energy_by_prices(model: nn.Module, recipe: Recipe, example: Tensor) -> dict | None:
-    """{name in PRICES: {"unit", "compute", "weights", "activations", "total"}} of all layers
-    together; None for a recipe that an engine carries out by its own methods."""
+    """Return the energy of all layers together by each table of PRICES.
+
+    {name in PRICES: {"unit", "compute", "weights", "activations", "total"}}; None for a recipe that
+    an engine carries out by its own methods.
+    """
     if recipe.peer:
         return None
     of_prices = {}

@@ -20,7 +20,7 @@ def with_exceptions(
     name: str,
     bits: int | None = WIDE,
 ) -> Recipe:
-    """The recipe, called `name`, with `bits` bits for the `tensors` or, where that is None, floats.
+    """Return the recipe, called `name`, with `bits` bits for the `tensors`; None makes them floats.
 
     A tensor is the name of a layer and its role, as in ptq.analysis.profile. An attention core has
     one format for all of its tensors, so it is an exception as a whole. A layer that computes in
@@ -42,8 +42,7 @@ def with_exceptions(
 
 
 def can_except(module: nn.Module, spec: LayerSpec) -> bool:
-    """Whether a recipe can leave a layer in float: GELU that computes in integers has no such
-    form."""
+    """Say whether a recipe can leave a layer in float; GELU that computes in integers can't."""
     return spec.kind in FLOAT_KINDS or bool(kinds_of(module) & FLOAT_KINDS)
 
 
@@ -51,7 +50,7 @@ FLOAT_KINDS = {"product", "pointwise"}
 
 
 def excepted(module: nn.Module, spec: LayerSpec, roles: set[str], bits: int | None) -> LayerSpec:
-    """The spec of a layer whose tensors of these roles are exceptions."""
+    """Return the spec of a layer whose tensors of these roles are exceptions."""
     if not can_except(module, spec):
         raise ValueError(f"a {type(module).__name__} of kind {spec.kind} can be no exception")
     if spec.kind not in FLOAT_KINDS:

@@ -21,7 +21,7 @@ from ptq.recipe import LayerSpec
 
 
 class Factors:
-    """Observer of PowerOfTwo, as published: `range()` gives low [1], high [1] and shifts [C].
+    """The observer of PowerOfTwo as published: `range()` gives low [1], high [1] and shifts [C].
 
     Ends are those of all tensors; shifts are those of least squared error on the last one.
     """
@@ -39,8 +39,11 @@ class Factors:
 
 
 class HistogramFactors:
-    """The same, corrected: shifts of least squared error on all tensors, through a histogram a
-    channel, and the zero-point of the range or one in the middle, whichever errs less."""
+    """The observer of PowerOfTwo, corrected.
+
+    Shifts are those of least squared error on all tensors, through a histogram for each channel.
+    The zero-point is that of the range or one in the middle, whichever errs less.
+    """
 
     def __init__(self, format: PowerOfTwo):
         self.format, self.seen, self.channels = format, MinMax(format.whole), Histogram(format)
@@ -62,7 +65,7 @@ class HistogramFactors:
 
 
 def errors(format: PowerOfTwo, low: Tensor, high: Tensor, rows: Tensor, weights=None) -> Tensor:
-    """Sums of squared errors [most + 1, C] of `rows` [C, n] for each shift."""
+    """Sum the squared errors of `rows` [C, n] for each shift: [most + 1, C]."""
     scale, zero_point = format.grid(low, high)
     whole, each = format.whole, []
     for shift in range(format.most + 1):
@@ -103,7 +106,7 @@ class PowerOfTwoQuantizer(Quantizer):
 
 
 def parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """A layer norm's weight and bias [C], 1 and 0 where it has none."""
+    """Return a layer norm's weight and bias [C], 1 and 0 where it has none."""
     like = torch.ones(norm.normalized_shape)
     weight = like if norm.weight is None else norm.weight.detach()
     return weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
@@ -131,8 +134,7 @@ class PowerOfTwoNorm(IntegerLayer):
 
 
 def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quantizer) -> Tensor:
-    """The layer norm of [..., C] by `ptq.integer.norm`, from the codes of `input` to those of
-    `output`."""
+    """Normalise [..., C] by `ptq.integer.norm`, from the codes of `input` to those of `output`."""
     weights = (tensor.tolist() for tensor in parameters(norm))
     scales = float(input.scale), float(output.scale)
     table = layer_norm_table(*weights, norm.eps, *scales, x.device)
@@ -145,7 +147,7 @@ def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quanti
 def published_norm(
     codes: Tensor, scale: float, weight: Tensor, bias: Tensor, out_scale: float
 ) -> Tensor:
-    """The layer norm of FQ-ViT's code: float64 values [..., C] for integers in units of `scale`.
+    """Normalise integers [..., C] in units of `scale` as FQ-ViT's code does; float64 values.
 
     Means and multipliers are floats, a pair for every token and channel. The multiplier is floored
     to 8 bits, eps left out. OutOfRange for a token without variance, by which theirs divides.
@@ -197,16 +199,16 @@ class LogSoftmaxCore(IntegerLayer):
         return weights.to(v.dtype) @ self.inputs["v"](v)
 
     def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """The scores q k^T / sqrt(d/h) of rounded q and k, as values."""
+        """Return the scores q k^T / sqrt(d/h) of rounded q and k, as values."""
         return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-        """The scores as integers, and their scale."""
+        """Return the scores as integers, and their scale."""
         quantizer = self.inputs["scores"]
         return quantizer.integers(self.products(q, k)), float(quantizer.scale)
 
     def weights(self, scores: Tensor, scale: float) -> Tensor:
-        """The softmax of integers in units of `scale`, as values."""
+        """Return the softmax of integers in units of `scale`, as values."""
         if isinstance(self.attention, Log2):  # decoded, as 64 bits do not hold 2**127
             if self.published:
                 codes = published.log_int_softmax(scores, scale, self.attention.bits)
@@ -217,14 +219,14 @@ class LogSoftmaxCore(IntegerLayer):
         return softmax(scores, scale).double() / one
 
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
-        """A function from scores and their scale to integers, and the integer that 1 would be."""
+        """Return a function of scores and their scale to integers, and the integer that is 1."""
         if isinstance(self.attention, Log2):
             return partial(log2_powers, format=self.attention), 2 ** (self.attention.zero - 1)
         return even_softmax(softmax, self.inputs["attention"])
 
 
 def even_softmax(softmax: Callable, attention: Quantizer) -> tuple[Callable, int]:
-    """`softmax` in units of the 1 / (a whole number) that is nearest to the quantizer's scale."""
+    """Return `softmax` in units of 1 / levels, and levels: the nearest to the quantizer's scale."""
     levels = max(round(1 / float(attention.scale)), 1)
     return partial(softmax, levels=levels, qmax=attention.format.qmax), levels
 

@@ -45,8 +45,10 @@ class IntegerCore(LogSoftmaxCore):
 
 
 class IntegerNorm(IntegerLayer):
-    """A layer norm of [..., C] in integers; refined, its output has a format, as published 32 bits
-    and a scale per channel."""
+    """A layer norm of [..., C] in integers.
+
+    Refined, its output has a format. As published, it has 32 bits and a scale per channel.
+    """
 
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
         super().__init__()
@@ -64,7 +66,7 @@ class IntegerNorm(IntegerLayer):
         return published_norm(self.input.integers(x), *parameters(self.layer), self.normalised)
 
     def normalised(self, codes: Tensor) -> Tensor:
-        """I-BERT's normalisation, in units of sqrt(C) / 2**30.
+        """Normalise as I-BERT does, in units of sqrt(C) / 2**30.
 
         Deviation: the shift before squares are summed follows from C and the bits, not from data.
         """
@@ -74,7 +76,7 @@ class IntegerNorm(IntegerLayer):
 
 
 def published_norm(codes: Tensor, weight: Tensor, bias: Tensor, normalised: Callable) -> Tensor:
-    """The layer norm of I-BERT's and I-ViT's code: float32 values for integers [..., C].
+    """Normalise integers [..., C] as I-BERT's and I-ViT's code does; float32 values.
 
     `normalised` gives integers in units of sqrt(C) / 2**30. Eps is left out. The bias over the
     weight is held in 63 bits: where it is beyond 2 sqrt(C), 32 do not hold it.
@@ -109,7 +111,7 @@ class IntegerActivation(IntegerLayer):
         return (y.double() * scale).to(x.dtype)[fmt.encode(x, *grid) - fmt.qmin]
 
     def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
-        """What the layer makes of integers in units of `scale`: integers, and their scale."""
+        """Return what the layer makes of integers in units of `scale`: integers and their scale."""
         if isinstance(self.layer, nn.GELU):
             if self.published:
                 return published.i_gelu(codes, scale)

@@ -31,8 +31,10 @@ class ShiftmaxCore(LogSoftmaxCore):
 
 
 class ShiftActivation(IntegerActivation):
-    """SiLU, or GELU as x sigmoid(1.702 x), by shifts. As published, what becomes of an element
-    depends on the largest of its row along the last axis."""
+    """SiLU, or GELU as x sigmoid(1.702 x), by shifts.
+
+    As published, what becomes of an element depends on the largest of its row, the last axis.
+    """
 
     def compute(self, x: Tensor) -> Tensor:
         if not self.published:

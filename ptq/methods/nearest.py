@@ -18,7 +18,7 @@ def layers_to_round(module: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def weight_scale(layer: QuantizedLayer) -> Tensor:
-    """Scale [G] that the layer's observer chooses for its float weight."""
+    """Return the scale [G] that the layer's observer chooses for its float weight."""
     observer = OBSERVERS[layer.weight_observer](layer.format)
     observer.update(layer.layer.weight)
     scale, _ = layer.format.grid(*observer.range())
@@ -26,7 +26,7 @@ def weight_scale(layer: QuantizedLayer) -> Tensor:
 
 
 def nearest_codes(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
-    """The codes of the levels nearest to the layer's float weight, and their scale [G]."""
+    """Return the codes of the levels nearest to the layer's float weight, and the scale [G]."""
     scale = weight_scale(layer)
     return layer.format.encode(layer.layer.weight, scale), scale
 
@@ -38,7 +38,7 @@ def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> 
 
 
 def units(model: nn.Module, pattern: str | None) -> list[str]:
-    """Names of the modules whose weights are rounded together, from input to output.
+    """Return the names of the modules whose weights are rounded together, from input to output.
 
     These are the outermost modules that `pattern` matches, and each layer to round outside of
     them. ValueError if the pattern matches nothing.
