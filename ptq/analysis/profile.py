@@ -36,8 +36,9 @@ CORE_AXIS = {"q": -1, "k": -1, "v": -1, "scores": 1, "attention": 1}  # channels
 def profile(
     model: nn.Module, quantized: nn.Module, recipe: Recipe, batches, n_images: int = IMAGES
 ) -> dict:
-    """Statistics of every tensor that `recipe` quantizes, over the first `n_images` of `batches`.
+    """Return statistics of every tensor that `recipe` quantizes.
 
+    They are taken over the first `n_images` of `batches`.
     `quantized` is what `ptq.quantize(model, recipe, batches)` gave. The result holds plain values:
     "tensors", worst first, each with what TensorStats.as_dict gives, and besides
 
@@ -61,8 +62,10 @@ def profile(
 
 @dataclass(eq=False)
 class Watched:
-    """A tensor that is quantized: its `role` for a layer, and the module `path` that puts it out;
-    a weight has none. `fisher` and `noise` are sums over images."""
+    """A tensor that is quantized: its `role` for a layer, and the module `path` that puts it out.
+
+    A weight has no path. `fisher` and `noise` are sums over images.
+    """
 
     layer: str
     role: str
@@ -117,13 +120,16 @@ class Both:
         self.seen.append(logits.flatten())
 
     def error(self, tensor: Watched, x: Tensor, codes: Tensor | None = None) -> Tensor:
-        """What quantization adds to the values of a tensor, which are taken in."""
+        """Take in the values of a tensor, and return what quantization adds to them."""
         with torch.no_grad(), located(tensor.role, tensor.layer):
             return tensor.stats.add(x.detach(), codes) - x
 
     def float_pass(self, image: Tensor) -> tuple[dict, dict, Tensor]:
-        """{tensor: its values at each of its calls}, each a node of its own in the graph; {name of
-        a block: arguments, keyword arguments and output of its first call}; the outputs."""
+        """Run the float network, and return what it makes of an image.
+
+        {tensor: its values at each of its calls}, each a node of its own in the graph; {name of a
+        block: arguments, keyword arguments and output of its first call}; the outputs.
+        """
         values, calls = defaultdict(list), {}
 
         def keep(tensor, args, kwargs, output):
@@ -164,7 +170,7 @@ class Both:
             tensor.noise += change**2 / logits.numel()
 
     def quantized_pass(self, image: Tensor, values: dict, calls: dict) -> Tensor:
-        """Compare what the quantized network puts out at the same places; its outputs."""
+        """Compare what the quantized network puts out at the same places; return its outputs."""
 
         def compare(tensor, args, kwargs, output):
             with located(tensor.role, tensor.layer):
@@ -172,8 +178,11 @@ class Both:
                 tensor.stats.add_quantized(values[tensor].pop(0), output, is_softmax)
 
         def look_inside(name, args, kwargs, output):
-            """An integer layer passes codes on, not through its quantizers: these are seen when it
-            computes in float, what it really puts out is seen as it is."""
+            """Compare the tensors inside of an integer layer.
+
+            It computes with codes, past its quantizers: what these make is seen when it computes in
+            float. What it really puts out is seen as it is.
+            """
             layer = self.quantized.get_submodule(name)
             inside = {tensor.role: tensor for tensor in integer[name]}
             passed = {t: t.path for r, t in inside.items() if r not in ("attention", "output")}
@@ -236,7 +245,7 @@ class Both:
 
 
 def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) -> list[Watched]:
-    """The tensors that a layer's `spec` quantizes, with the grids that they have in `quantized`."""
+    """Return the tensors that a layer's `spec` quantizes, with their grids in `quantized`."""
     layer, found = quantized.get_submodule(name), []
     axis = CHANNEL_AXIS.get(type(model.get_submodule(name)))
     if isinstance(layer, QuantizedLayer) and layer.format is not None:
@@ -262,7 +271,7 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
 
 
 def attention(core: LogSoftmaxCore | IntegerCore, q: Tensor, k: Tensor) -> Tensor:
-    """The softmax [..., N, N] that a core multiplies with v, as the core computes it."""
+    """Return the softmax [..., N, N] that a core multiplies with v, as the core computes it."""
     v, core.inputs["v"] = core.inputs["v"], nn.Identity()
     try:
         return core.compute(q, k, torch.eye(k.shape[-2], device=k.device))
@@ -271,8 +280,11 @@ def attention(core: LogSoftmaxCore | IntegerCore, q: Tensor, k: Tensor) -> Tenso
 
 
 def block_of(model: nn.Module, layer: str) -> str:
-    """The outermost element of a list or sequence of modules that holds a layer and is no such list
-    itself; the layer where there is none."""
+    """Return the name of the block that holds a layer.
+
+    It is the outermost element of a list or sequence of modules that is no such list itself, or
+    the layer where there is none.
+    """
     sequences = (nn.Sequential, nn.ModuleList)
     parts = layer.split(".")
     for i in range(len(parts)):

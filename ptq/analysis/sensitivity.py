@@ -17,7 +17,7 @@ LARGEST = 10  # tensors that a report shows one by one
 
 @torch.no_grad()
 def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
-    """Noise in the logits from each single weight and input that `recipe` quantizes.
+    """Return the noise in the logits from each single weight and input that `recipe` quantizes.
 
     The result is that of `noises` for the kinds "weights" and "inputs". Weights are rounded to
     nearest, inputs calibrated on `batches`. Raises ValueError as `ptq.quantize` does.
@@ -38,11 +38,11 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
 
 
 def noises(network: nn.Module, outputs, alone: dict) -> dict:
-    """How much `outputs(network)` changes when tensors take the values of their formats.
+    """Return how much `outputs(network)` changes when tensors take the values of their formats.
 
     The change is a mean square over the outputs' variance: {"noise": {kind: {name: of that tensor
     alone}}, "noise_of_rest": of all but the `largest` together, "noise_of_all": of all together,
-    "largest": their number}. `alone`: {kind: {name: function}}; each function gives the context in
+    "largest": their number}. `alone`: {kind: {name: function}}. Each function gives the context in
     which that one tensor takes the values of its format.
     """
     expected = outputs(network).double()
@@ -67,7 +67,7 @@ def noises(network: nn.Module, outputs, alone: dict) -> dict:
 
 @contextlib.contextmanager
 def set_tensor(tensor: Tensor, value: Tensor):
-    """Within this context `tensor` holds `value`."""
+    """Within this context, let `tensor` hold `value`."""
     before = tensor.clone()
     tensor.copy_(value)
     try:
@@ -78,7 +78,7 @@ def set_tensor(tensor: Tensor, value: Tensor):
 
 @contextlib.contextmanager
 def set_attribute(module: nn.Module, name: str, value):
-    """Within this context the attribute `name` of `module` is `value`."""
+    """Within this context, let the attribute `name` of `module` be `value`."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

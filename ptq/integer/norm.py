@@ -32,9 +32,10 @@ def layer_norm_table(
     out_scale: float,
     device: torch.device | None = None,
 ) -> LayerNormTable:
-    """For inputs of `scale` and outputs of `out_scale`, above 0; `weight` and `bias` have C values.
+    """Return the table for inputs of `scale` and outputs of `out_scale`; OutOfRange unless above 0.
 
-    The gain takes 15 bits and a sign, or fewer if the offset would leave 46.
+    `weight` and `bias` have C values. The gain takes 15 bits and a sign, or fewer if the offset
+    would leave 46.
     """
     positive(scale, "the scale of what a layer norm takes in")
     positive(out_scale, "the scale of what a layer norm puts out")
@@ -51,11 +52,12 @@ def layer_norm_table(
 
 
 def normalised(codes: Tensor, bits: int = 12, epsilon: int = 0) -> Tensor:
-    """(x - mean) / standard deviation over the last axis, in units of 2**-12; 0 where all equal.
+    """Return (x - mean) / standard deviation over the last axis, in units of 2**-12.
 
-    `codes` [..., C] are signed integers of `bits` bits. V = C sum x^2 - (sum x)^2, which is C^2
-    times the variance, is exact: the mean is never rounded. Everything fits int64.
-    Deviation from Kim et al., section 3.6, who round the mean and the standard deviation to codes.
+    It is 0 where all are equal. `codes` [..., C] are signed integers of `bits` bits.
+    V = C sum x^2 - (sum x)^2, which is C^2 times the variance, is exact: the mean is never rounded.
+    Everything fits int64. Kim et al., section 3.6, round the mean and the standard deviation to
+    codes.
     """
     n = codes.shape[-1]
     codes = fits(codes, bits, "what a layer norm takes in")
@@ -78,7 +80,7 @@ def layer_norm(
     zero_point: int = 0,
     bits: int = 12,
 ) -> Tensor:
-    """Layer norm over the last axis: codes [..., C] of `bits` bits to codes in [qmin, qmax].
+    """Normalise codes [..., C] of `bits` bits over the last axis, to codes in [qmin, qmax].
 
     Lin et al., "FQ-ViT", IJCAI 2022, section 3.2, and our own arithmetic: eps is kept, a token
     without variance gives its bias, and multipliers are rounded, of 15 bits, and the same for every

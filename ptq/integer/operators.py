@@ -22,8 +22,10 @@ from ptq.integer.rescale import Dyadic, OutOfRange, dyadic, requantize, rescale,
 
 @dataclass(frozen=True)
 class Codes:
-    """What is known of a tensor of integers beforehand: values are `scale` times them, and none is
-    larger than `reach` in size."""
+    """What is known of a tensor of integers beforehand.
+
+    Values are `scale` times the integers, and none of these is larger than `reach` in size.
+    """
 
     scale: float
     reach: int
@@ -34,22 +36,24 @@ class Codes:
 
 
 def filling(largest: float) -> Codes:
-    """The finest codes of 32 bits for values up to `largest` in size; a bit is left for rounding.
+    """Return the finest codes of 32 bits for values up to `largest` in size.
 
-    What a layer can give at most follows from its weights, so nothing has to be calibrated, and
-    nothing is cut off.
+    A bit is left for rounding. What a layer can give at most follows from its weights, so nothing
+    has to be calibrated, and nothing is cut off.
     """
     return Codes(largest / 2**30 if largest > 0 else 1.0, 2**30 + 1)
 
 
 def ratios(numbers: Iterable[float]) -> Dyadic:
-    """Ratios of scales within what `dyadic` takes: codes times a smaller one are 0 in any case, and
-    a larger one belongs to codes that are all 0."""
+    """Return ratios of scales, cut off to what `dyadic` takes.
+
+    Codes times a smaller one are 0 in any case, and a larger one belongs to codes that are all 0.
+    """
     return dyadic([min(max(number, 2.0**-32), 2.0**29) for number in numbers])
 
 
 def exact(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
-    """The matrix product of integers, computed in `dtype`: int64 or float64, which agree.
+    """Return the matrix product of integers, computed in `dtype`: int64 or float64, which agree.
 
     `largest`: what a product of two elements is at most, in size. OutOfRange if a sum of so many
     might leave int32.
@@ -60,8 +64,10 @@ def exact(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
 
 
 class Rescale(nn.Module):
-    """Codes of one scale or, along an axis with `trailing` axes behind it, of many, to those of
-    another scale."""
+    """The way from codes of one scale, or of many along an axis, to those of another.
+
+    `trailing`: how many axes follow that axis.
+    """
 
     def __init__(self, scales: Sequence[float], to: float, trailing: int = 0):
         super().__init__()
@@ -74,7 +80,7 @@ class Rescale(nn.Module):
 
 
 class Requantize(nn.Module):
-    """Codes of one scale to those of a quantizer, less its zero-point.
+    """The way from codes of one scale to those of a quantizer, less its zero-point.
 
     `scales` are the quantizer's, and `reach` bounds the result.
     """
@@ -120,7 +126,7 @@ class Window:
         return Window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def patches(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """[B, C, H, W] as [B, groups, C/groups * k * k, H' * W'], and [H', W']."""
+        """Return [B, C, H, W] as [B, groups, C/groups * k * k, H' * W'], and [H', W']."""
         top, left = self.padding
         x = F.pad(x, (left, left, top, top))
         spans = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.kernel)]
@@ -174,7 +180,7 @@ class Product(nn.Module):
 
 
 class Table(nn.Module):
-    """SiLU or GELU: what the layer's integer arithmetic makes of every code of its input."""
+    """SiLU or GELU, as a table of what its integer arithmetic makes of every code."""
 
     def __init__(self, layer: nn.Module, x: Codes):
         super().__init__()
@@ -295,8 +301,7 @@ class Constant(nn.Module):
 
 
 class Unresized(nn.Module):
-    """A function of feature maps and `settings` that resizes them to fit, of those that fit.
-    ValueError for others."""
+    """A function that resizes feature maps where they do not fit; ValueError where it would."""
 
     def __init__(self, resize, name: str, settings: Sequence):
         super().__init__()

@@ -21,7 +21,7 @@ GENERIC += tuple(recipe.name for recipe in UNIFORM + INTEGER + RANKING + TENSORR
 
 
 def generic(recipe: Recipe, model: nn.Module) -> Recipe:
-    """The recipe with its formats, observers and steps for the layers that `model` has.
+    """Return the recipe with its formats, observers and steps for the layers that `model` has.
 
     Depthwise convolutions and attention cores get the formats that the recipe has for those of
     MobileViT, all other layers those of its last entry. What computes in integers takes all layers

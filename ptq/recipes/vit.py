@@ -1,4 +1,4 @@
-"""Recipes for vision transformers by a few words: bits, how ranges are chosen, parts, a share.
+"""Recipes for vision transformers, by bits, the way ranges are chosen, parts and a share of them.
 
 They find the layers of ours, timm's, torchvision's and transformers' ViT by their names.
 """
@@ -40,7 +40,7 @@ def vit_recipe(
     seed: int = 0,
     input_bits: int | None = None,
 ) -> Recipe:
-    """A recipe for the linear layers and attention products of a vision transformer.
+    """Return a recipe for the linear layers and attention products of a vision transformer.
 
     `bits`: of weights and, unless `input_bits` says otherwise, of the inputs of linear layers.
     `method`: of METHODS. "tensor" has one scale for a weight, from its smallest to its largest
@@ -68,7 +68,7 @@ def vit_recipe(
 
 
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers and attention products in these parts, from input to output."""
+    """Return the names of linear layers and products in these parts, from input to output."""
     for part in parts:
         chosen(PARTS, part, "part")
     part_of = {
