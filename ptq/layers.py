@@ -114,8 +114,8 @@ class QuantizedLayer(nn.Module):
 class IntegerLayer(nn.Module):
     """A layer that computes in integers (ptq.integer) once its quantizers are calibrated.
 
-    `compute` takes in and puts out float values, but of codes alone. As long as a quantizer has no
-    scale, the layer computes in float between those that have one.
+    `compute` does so; it takes in and puts out float values, but of codes alone. As long as a
+    quantizer has no scale, `simulate` computes in float between those that have one.
     """
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -123,14 +123,6 @@ class IntegerLayer(nn.Module):
         if all(quantizer.scale is not None for quantizer in quantizers):
             return self.compute(*inputs)
         return self.simulate(*inputs)
-
-    def compute(self, *inputs: Tensor) -> Tensor:
-        """Compute in integers."""
-        raise NotImplementedError
-
-    def simulate(self, *inputs: Tensor) -> Tensor:
-        """Compute in float, through the quantizers."""
-        raise NotImplementedError
 
 
 class KeyProduct(nn.Module):

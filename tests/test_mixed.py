@@ -20,7 +20,7 @@ from ptq.analysis.energy import energy
 from ptq.analysis.mixed import (
     BITS,
     PJ_PER_MJ,
-    allocate,
+    allocation,
     energies,
     file_bytes,
     layer_costs,
@@ -67,6 +67,14 @@ def brute_force(costs, prices, budget):
         ),
         default=None,
     )
+
+
+def allocate(costs, prices, budget, **more):
+    """The options picked of tables whose rows are groups."""
+    tables = ({i: dict(enumerate(row)) for i, row in enumerate(rows)} for rows in (costs, prices))
+    picked = allocation(*tables, budget, **more)
+    assert list(picked) == list(range(len(costs)))
+    return tuple(picked.values())
 
 
 def test_the_vector_of_three_layers():

@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
 from typing import NamedTuple
@@ -201,36 +201,20 @@ def _check_budget(budget: float, low: float, high: float, unit: str) -> None:
 def allocation(costs: Mapping, prices: Mapping, budget: float, fixed=0.0, unit="") -> dict:
     """Return {name: key} of least cost whose prices, with `fixed`, are within the budget.
 
-    Both tables are {name: {key: number}}. ValueError as `allocate` raises it.
-    """
-    keys = {name: list(of_layer) for name, of_layer in costs.items()}
-    tables = ([[table[n][k] for k in keys[n]] for n in keys] for table in (costs, prices))
-    picked = allocate(*tables, budget, fixed, unit)
-    return {name: keys[name][i] for name, i in zip(keys, picked)}
-
-
-def allocate(
-    costs: Sequence[Sequence[float]],
-    prices: Sequence[Sequence[float]],
-    budget: float,
-    fixed: float = 0.0,
-    unit: str = "",
-) -> tuple[int, ...]:
-    """Return the index of an option for each group, so that costs are least within the budget.
-
-    A multiple-choice knapsack problem, solved to its optimum by scipy's HiGHS. ValueError for a
-    budget below the cheapest or above the dearest of all allocations, with `fixed` added to both.
+    Both tables are {name: {key: number}}. It is a multiple-choice knapsack problem, solved to its
+    optimum by scipy's HiGHS. ValueError for a budget below the cheapest or above the dearest of all
+    allocations, with `fixed` added to both.
     """
     milp, Bounds, LinearConstraint = import_milp()
-    low, high = (fixed + sum(end(group) for group in prices) for end in (min, max))
+    options = [(name, key) for name in costs for key in costs[name]]
+    price = np.array([prices[name][key] for name, key in options])
+    of_groups = [[prices[name][key] for key in costs[name]] for name in costs]
+    low, high = (fixed + sum(map(end, of_groups)) for end in (min, max))
     _check_budget(budget, low, high, unit)
     # What every option of a group costs plays no part; the rest is scaled to the solver's
     # tolerances.
-    cost = np.concatenate([np.subtract(group, min(group)) for group in costs])
-    price = np.concatenate(prices)
-    one_each = np.zeros((len(costs), len(cost)))
-    for row, end, n in zip(one_each, np.cumsum([len(g) for g in costs]), map(len, costs)):
-        row[end - n : end] = 1
+    cost = np.array([costs[name][key] - min(costs[name].values()) for name, key in options])
+    one_each = np.array([[float(name == of) for of, _ in options] for name in costs])
     solved = milp(
         1000 * cost / (cost.max() or 1.0),
         integrality=np.ones_like(cost),
@@ -243,8 +227,7 @@ def allocate(
     )
     if solved.status != 0:
         raise ValueError(f"no allocation was found: {solved.message}")
-    of_groups = np.split(solved.x, np.cumsum([len(g) for g in costs])[:-1])
-    return tuple(int(x.argmax()) for x in of_groups)
+    return {name: key for (name, key), share in zip(options, solved.x) if share > 0.5}
 
 
 def import_milp():

@@ -84,9 +84,13 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
 
 
 def _shift(model: nn.Module, reference: nn.Module, after: dict, before: dict) -> None:
-    for name, of_input in after.items():
+    norms = {name: reference.get_submodule(name) for name in after}
+    _set(model, {name: shifted(norms[name], after[name], before[name]) for name in after})
+
+
+def _set(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (mean, variance) in found.items():
         norm = model.get_submodule(name)
-        mean, variance = shifted(reference.get_submodule(name), of_input, before[name])
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
@@ -103,10 +107,7 @@ def shifted(trained: nn.BatchNorm2d, after, before) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def replace_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Replace the running statistics of every batch norm by those of `batches`; the usual way."""
-    for name, (mean, variance) in statistics(model, batches).items():
-        norm = model.get_submodule(name)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
+    _set(model, statistics(model, batches))
 
 
 def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
