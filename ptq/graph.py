@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -79,52 +80,36 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
 
     Every operator on a layer's output counts as the layer that it runs in.
     """
-    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
     users: dict[str, list[str | None]] = {}
-    running: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in users)
+        if isinstance(module, PRODUCERS) and not inside:
+            users[name] = []
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
     runs = Counter()
+
+    def keep(name, args, kwargs, output):
+        runs[name] += 1
+        outputs[id(output)] = name, output
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor) and id(value) in outputs:
                     name = outputs[id(value)][0]
-                    user = running[-1] if running else None
+                    user = names[-1] if names else None
                     if user not in users[name]:
                         users[name].append(user)
             return func(*args, **(kwargs or {}))
 
-    def enter(name):
-        return lambda *_: running.append(name)
-
-    def leave(name):
-        def hook(module, inputs, output):
-            running.pop()
-            runs[name] += 1
-            outputs[id(output)] = name, output
-            users.setdefault(name, [])
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in users)
-        if isinstance(module, PRODUCERS) and not inside:
-            users[name] = []  # so that what lies inside of it is passed over
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave(name)))
-    try:
-        with Watch():
-            model(next(iter(batches))[0])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with running(model, users) as names, hooked(model, {n: n for n in users}, keep), Watch():
+        model(next(iter(batches))[0])
     return {name: fed for name, fed in users.items() if fed and runs[name] == 1}
 
 
 @contextlib.contextmanager
-def running(model: nn.Module):
-    """Yield a list that holds the names of the modules that run, the innermost last."""
+def running(model: nn.Module, followed: Iterable[str] | None = None):
+    """Yield a list of the modules that run, the innermost last: of `followed`, or of all."""
     names, handles = [], []
 
     def enter(name, *_):
@@ -133,7 +118,8 @@ def running(model: nn.Module):
     def leave(*_):
         names.pop()
 
-    for name, module in model.named_modules():
+    for name in dict(model.named_modules()) if followed is None else followed:
+        module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(partial(enter, name)))
         handles.append(module.register_forward_hook(leave))
     try:
