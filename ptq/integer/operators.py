@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.formats import PowerOfTwo
+from ptq.formats import PowerOfTwo, Uniform
 from ptq.integer.norm import LayerNormTable, layer_norm, layer_norm_table
 from ptq.integer.rescale import Dyadic, OutOfRange, dyadic, requantize, rescale, round_divide
 
@@ -35,7 +35,7 @@ class Codes:
         return self.scale * self.reach
 
 
-def filling(largest: float) -> Codes:
+def finest_codes(largest: float) -> Codes:
     """Return the finest codes of 32 bits for values up to `largest` in size.
 
     A bit is left for rounding. What a layer can give at most follows from its weights, so nothing
@@ -44,7 +44,7 @@ def filling(largest: float) -> Codes:
     return Codes(largest / 2**30 if largest > 0 else 1.0, 2**30 + 1)
 
 
-def ratios(numbers: Iterable[float]) -> Dyadic:
+def dyadic_ratios(numbers: Iterable[float]) -> Dyadic:
     """Return ratios of scales, cut off to what `dyadic` takes.
 
     Codes times a smaller one are 0 in any case, and a larger one belongs to codes that are all 0.
@@ -52,7 +52,7 @@ def ratios(numbers: Iterable[float]) -> Dyadic:
     return dyadic([min(max(number, 2.0**-32), 2.0**29) for number in numbers])
 
 
-def exact(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
+def integer_product(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
     """Return the matrix product of integers, computed in `dtype`: int64 or float64, which agree.
 
     `largest`: what a product of two elements is at most, in size. OutOfRange if a sum of so many
@@ -71,7 +71,7 @@ class Rescale(nn.Module):
 
     def __init__(self, scales: Sequence[float], to: float, trailing: int = 0):
         super().__init__()
-        number = ratios(scale / to for scale in scales)
+        number = dyadic_ratios(scale / to for scale in scales)
         for name in ("multiplier", "shift"):
             self.register_buffer(name, getattr(number, name).view(-1, *[1] * trailing))
 
@@ -99,7 +99,7 @@ class Requantize(nn.Module):
                 raise ValueError("its input has scales along another axis than that of channels")
             trailing = 2
         grid = [scale * factor for scale in self.scales for factor in factors]
-        number = ratios(x.scale / scale for scale in grid)
+        number = dyadic_ratios(x.scale / scale for scale in grid)
         limits = fmt.qmin - zero_point, fmt.qmax - zero_point
         parts = number.multiplier, number.shift, *limits
         for name, part in zip(("multiplier", "shift", "low", "high"), parts):
@@ -161,7 +161,7 @@ class Product(nn.Module):
         bias = torch.zeros(n) if layer.layer.bias is None else layer.layer.bias.detach()
         sums = (weight.abs().sum(1) * self.input.reach).tolist()
         reaches = [s * most + abs(b) for s, most, b in zip(scales, sums, bias.tolist())]
-        self.codes = filling(max(reaches))
+        self.codes = finest_codes(max(reaches))
         self.output = Rescale(scales, self.codes.scale, trailing)
         self.largest = int(weight.abs().max()) * self.input.reach
         bias = (bias.double() / self.codes.scale).round().long()
@@ -172,10 +172,10 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
         if self.window is None:
-            sums = exact(x, self.weight, self.largest, self.dtype)
+            sums = integer_product(x, self.weight, self.largest, self.dtype)
         else:
             x, size = self.window.patches(x.to(self.dtype))
-            sums = exact(self.weight, x, self.largest, self.dtype).view(len(x), -1, *size)
+            sums = integer_product(self.weight, x, self.largest, self.dtype).view(len(x), -1, *size)
         return self.output(sums) + self.bias
 
 
@@ -234,17 +234,20 @@ class Attention(nn.Module):
             scores = quantizers["scores"]
             zero_point, fmt = int(scores.zero_point), scores.format
             self.grid = float(scores.scale), fmt.qmin - zero_point, fmt.qmax - zero_point
-        self.softmax, self.one = core.integer_softmax()
-        self.codes = Codes(self.v.scales[0] / self.one, 2**31 - 1)
+        self.softmax, one = core.integer_softmax()
+        self.codes = Codes(self.v.scales[0] / one, 2**31 - 1)
+        # Even levels may be so fine that their codes end below 1.
+        fmt = core.attention
+        self.largest = (min(one, fmt.qmax) if isinstance(fmt, Uniform) else one) * self.v.reach
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.q(q), self.k(k), self.v(v)
-        scores = exact(q, k.mT, self.q.reach * self.k.reach, self.dtype)
+        scores = integer_product(q, k.mT, self.q.reach * self.k.reach, self.dtype)
         scale = self.scale * q.shape[-1] ** -0.5
         if self.grid is not None:
             fine, (scale, low, high) = scale, self.grid
             scores = requantize(scores, dyadic(fine / scale), low, high)
-        return exact(self.softmax(scores, scale), v, self.one * self.v.reach, self.dtype)
+        return integer_product(self.softmax(scores, scale), v, self.largest, self.dtype)
 
 
 class Sum(nn.Module):
@@ -255,7 +258,7 @@ class Sum(nn.Module):
 
     def __init__(self, a: Codes, b: Codes):
         super().__init__()
-        self.codes = filling(a.largest + b.largest)
+        self.codes = finest_codes(a.largest + b.largest)
         self.a, self.b = (Rescale([x.scale], self.codes.scale) for x in (a, b))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -293,7 +296,7 @@ class Constant(nn.Module):
 
     def __init__(self, values: Tensor):
         super().__init__()
-        self.codes = filling(float(values.abs().max()))
+        self.codes = finest_codes(float(values.abs().max()))
         self.register_buffer("values", (values.double() / self.codes.scale).round().long())
 
     def forward(self) -> Tensor:
