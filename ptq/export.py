@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods.norms import fold_norms
+from ptq.recipe import exportable_input, exportable_weight
 
 OPSET = 21  # the first with INT4
 # For people: neither engine reads its settings from an ONNX file.
@@ -135,7 +136,7 @@ class _QDQ(nn.Module):
         super().__init__()
         fmt = quantizer.format
         per_tensor = fmt.granularity == "tensor"
-        if fmt.bits > 8 or (fmt.bits < 8 and not per_tensor):
+        if not exportable_input(fmt):
             raise ValueError(f"ONNX export of activations in {fmt} is not written")
         self.dtype = torch.int8 if fmt.symmetric else torch.uint8
         self.axis = 0 if per_tensor else fmt.axis
@@ -210,8 +211,7 @@ class _Layer(nn.Module):
             self.input = _QDQ(quantized.input)
         self.linear = isinstance(self.layer, nn.Linear)
         if self.format is not None:
-            fmt = self.format
-            if fmt.bits > 8 or (fmt.granularity, fmt.axis) != ("channel", 0):
+            if not exportable_weight(self.format):
                 raise ValueError(f"ONNX export of weights in {self.format} is not written")
             codes = quantized.codes.to(torch.int8)
             # OpenVINO 2026.4 keeps the codes [O, I, 1, 1] of a pointwise convolution that it does

@@ -107,12 +107,11 @@ class Recipe:
     @property
     def exportable(self) -> bool:
         """Say whether QDQ ONNX can hold what it does to the network."""
-        if any(spec.kind != "product" for spec in self.layers):
-            return False
-        weights = [spec.weight for spec in self.layers if spec.weight]
-        inputs = [f for spec in self.layers for f in (spec.input, spec.attention) if f]
-        return all(f.bits <= 8 and f.axis == 0 and not f.group_size for f in weights) and all(
-            f.bits == 8 or (f.bits < 8 and f.granularity == "tensor") for f in inputs
+        return all(
+            spec.kind == "product"
+            and (spec.weight is None or exportable_weight(spec.weight))
+            and all(exportable_input(fmt) for fmt in (spec.input, spec.attention) if fmt)
+            for spec in self.layers
         )
 
     def asdict(self) -> dict:
@@ -132,6 +131,16 @@ class Recipe:
         if not isinstance(rebuilt, Recipe):
             raise ValueError(f"not a recipe: {type(plain).__name__}")
         return rebuilt
+
+
+def exportable_weight(format: Uniform) -> bool:
+    """Say whether QDQ ONNX can hold weights of a format."""
+    return format.bits <= 8 and format.axis == 0 and not format.group_size
+
+
+def exportable_input(format: Uniform) -> bool:
+    """Say whether QDQ ONNX can hold activations of a format."""
+    return format.bits == 8 or (format.bits < 8 and format.granularity == "tensor")
 
 
 _TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform, PowerOfTwo, Log2)}
