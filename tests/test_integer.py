@@ -185,7 +185,7 @@ def test_silu_and_rescaling_as_in_plain_integers():
 
 
 def test_layer_norm_as_in_plain_integers():
-    weight, bias = draw(16, seed=4).tolist(), draw(16, seed=5).tolist()
+    weight, bias = draw(16, seed=4), draw(16, seed=5)
     table = layer_norm_table(weight, bias, 1e-5, 0.01, 0.02)
     assert 2**14 <= table.gain.abs().max() <= 2**15
     for token in whole(30, 16, largest=2000, seed=6).tolist():
@@ -282,7 +282,7 @@ def test_layer_norm_is_exact_within_a_unit(channels, largest, bits):
     u = normalised(codes, bits) / 4096
     assert ((u - exact).abs() <= 1.01 / 4096 + 2e-3 * exact.abs()).all()
     weight, bias = 1 + draw(channels, seed=9), draw(channels, seed=10)
-    table = layer_norm_table(weight.tolist(), bias.tolist(), 1e-5, 0.003, 0.05)
+    table = layer_norm_table(weight, bias, 1e-5, 0.003, 0.05)
     got = layer_norm(codes, table, -128, 127, 0, bits)
     eps = 1e-5 / 0.003**2
     wanted = torch.nn.functional.layer_norm(
@@ -314,7 +314,10 @@ def test_codes_have_a_zero_point_and_ends():
         (lambda: exp(ints(1), Exp.of(0.1)), "exp takes in is above 0"),
         (lambda: row_exp(torch.zeros(4, dtype=torch.int64), Exp(0, 1, 2**30, 1)), "sum of a row"),
         (lambda: normalised(ints(1, 5000)), "layer norm takes in reaches 5000"),
-        (lambda: layer_norm_table([1.0], [0.0], 0, 0.1, 0.0), "scale of what a layer norm puts"),
+        (
+            lambda: layer_norm_table(*torch.ones(2, 1), 0, 0.1, 0.0),
+            "scale of what a layer norm puts",
+        ),
         (lambda: published.i_layer_norm(ints(4, 4)), "a token has no variance"),
         (lambda: published.i_layer_norm(ints(2**20, -(2**20))), "i-LayerNorm's variance"),
         (lambda: published.i_gelu(ints(127), 1e-4), "i-GELU"),
@@ -338,7 +341,8 @@ def test_rows_of_one_element_and_tokens_without_variance():
     assert published.i_softmax(ints([-7]), 0.1).tolist() == [[255]]
     assert published.log_int_softmax(ints([-7]), 0.1, 4).tolist() == [[0]]
     assert normalised(ints([4, 4, 4])).tolist() == [[0, 0, 0]]
-    table = layer_norm_table([1.0, 2.0, 0.0], [0.5, -0.5, 0.25], 1e-5, 0.1, 0.25)
+    weight, bias = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.5, -0.5, 0.25])
+    table = layer_norm_table(weight, bias, 1e-5, 0.1, 0.25)
     assert layer_norm(ints([4, 4, 4]), table, -128, 127).tolist() == [[2, -2, 1]]
     assert softmax(torch.zeros(0, 3, dtype=torch.int64), 0.1).shape == (0, 3)
     far = softmax(ints(0, -(2**20)), 0.5)

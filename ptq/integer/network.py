@@ -195,7 +195,7 @@ def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> At
 
 
 def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
-    return Norm(norm, parameters(norm.layer), *inputs)
+    return Norm(norm, parameters(norm.layer, norm.output.scale.device), *inputs)
 
 
 def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:

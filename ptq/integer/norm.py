@@ -25,27 +25,22 @@ class LayerNormTable:
 
 
 def layer_norm_table(
-    weight: list[float],
-    bias: list[float],
-    eps: float,
-    scale: float,
-    out_scale: float,
-    device: torch.device | None = None,
+    weight: Tensor, bias: Tensor, eps: float, scale: float, out_scale: float
 ) -> LayerNormTable:
     """Return the table for inputs of `scale` and outputs of `out_scale`; OutOfRange unless above 0.
 
-    `weight` and `bias` have C values. The gain takes 15 bits and a sign, or fewer if the offset
-    would leave 46.
+    `weight`, `bias`: [C]. The gain takes 15 bits and a sign, or fewer if the offset would leave 46.
     """
     positive(scale, "the scale of what a layer norm takes in")
     positive(out_scale, "the scale of what a layer norm puts out")
-    largest = max(max(map(abs, weight)) / out_scale, 2.0**-20)
-    reach = max(max(map(abs, bias)) / out_scale, 1.0)
+    weight, bias = weight.double() / out_scale, bias.double() / out_scale
+    largest = max(float(weight.abs().max()), 2.0**-20)
+    reach = max(float(bias.abs().max()), 1.0)
     shift = UNIT + 14 - math.floor(math.log2(largest))
     shift = max(min(shift, 45 - math.ceil(math.log2(reach)), 62), 1)
     return LayerNormTable(
-        torch.tensor([round(w / out_scale * 2.0 ** (shift - UNIT)) for w in weight], device=device),
-        torch.tensor([round(b / out_scale * 2.0**shift) for b in bias], device=device),
+        (weight * 2.0 ** (shift - UNIT)).round().long(),
+        (bias * 2.0**shift).round().long(),
         shift,
         round(eps * len(weight) ** 2 / scale**2 * 2**16),
     )

@@ -200,8 +200,8 @@ class Norm(nn.Module):
     def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes):
         super().__init__()
         self.input, self.bits = Requantize(x, layer.input), layer.input.width
-        out, weights = layer.output, [tensor.tolist() for tensor in parameters]
-        table = layer_norm_table(*weights, layer.layer.eps, self.input.scales[0], float(out.scale))
+        out, scale = layer.output, self.input.scales[0]
+        table = layer_norm_table(*parameters, layer.layer.eps, scale, float(out.scale))
         self.register_buffer("gain", table.gain)
         self.register_buffer("offset", table.offset)
         self.shift, self.epsilon = table.shift, table.epsilon

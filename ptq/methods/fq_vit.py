@@ -105,10 +105,10 @@ class PowerOfTwoQuantizer(Quantizer):
         return self.format.bits + 1 + self.format.most
 
 
-def parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def parameters(norm: nn.LayerNorm, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return a layer norm's weight and bias [C], 1 and 0 where it has none."""
-    like = torch.ones(norm.normalized_shape)
-    weight = like if norm.weight is None else norm.weight.detach()
+    ones = torch.ones(norm.normalized_shape, device=device)
+    weight = ones if norm.weight is None else norm.weight.detach()
     return weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
 
 
@@ -128,16 +128,16 @@ class PowerOfTwoNorm(IntegerLayer):
     def compute(self, x: Tensor) -> Tensor:
         if not self.published:
             return integer_norm(x, self.layer, self.input, self.output)
-        codes, scale = self.input.integers(x), float(self.input.scale)
-        y = published_norm(codes, scale, *parameters(self.layer), float(self.output.scale))
+        scale, out_scale = float(self.input.scale), float(self.output.scale)
+        weights = parameters(self.layer, x.device)
+        y = published_norm(self.input.integers(x), scale, *weights, out_scale)
         return self.output(y.float())
 
 
 def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quantizer) -> Tensor:
     """Normalise [..., C] by `ptq.integer.norm`, from the codes of `input` to those of `output`."""
-    weights = (tensor.tolist() for tensor in parameters(norm))
     scales = float(input.scale), float(output.scale)
-    table = layer_norm_table(*weights, norm.eps, *scales, x.device)
+    table = layer_norm_table(*parameters(norm, x.device), norm.eps, *scales)
     zero_point, fmt = int(output.zero_point), output.format
     codes = input.integers(x)
     y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, input.width)

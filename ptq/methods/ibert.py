@@ -63,7 +63,8 @@ class IntegerNorm(IntegerLayer):
     def compute(self, x: Tensor) -> Tensor:
         if self.output is not None:
             return integer_norm(x, self.layer, self.input, self.output)
-        return published_norm(self.input.integers(x), *parameters(self.layer), self.normalised)
+        weights = parameters(self.layer, x.device)
+        return published_norm(self.input.integers(x), *weights, self.normalised)
 
     def normalised(self, codes: Tensor) -> Tensor:
         """Normalise as I-BERT does, in units of sqrt(C) / 2**30.
