@@ -61,9 +61,9 @@ def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], lis
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, model: nn.Module, running: list[str]):
+    def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
-        self.running, self.uncounted = running, set()
+        self.running, self.uncounted = names, set()
         self.layers = defaultdict(LayerCount)
         parameters = model.named_parameters()
         self.names = {p.untyped_storage().data_ptr(): (name, p.numel()) for name, p in parameters}

@@ -169,8 +169,8 @@ def published_norm(
 class LogSoftmaxCore(IntegerLayer):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
 
-    `coded` have quantizers. The softmax puts out codes of `attention`: powers of two, which make
-    shifts of the product with v, or even levels of 1 / (a whole number).
+    `coded`: the tensors with quantizers. The softmax puts out codes of `attention`: powers of two,
+    which make shifts of the product with v, or even levels of 1 / (a whole number).
     """
 
     coded = ("q", "k", "v", "scores")
