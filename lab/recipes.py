@@ -14,7 +14,7 @@ from lab.subject import Subject, named
 from lab.tasks.batches import EvalBatches
 from ptq import Recipe
 from ptq.analysis import costs, mixed
-from ptq.packing import check_pattern
+from ptq.packing import check_patterns
 
 LATENCY_CALLS = 30  # that what a layer takes is averaged over
 
@@ -41,8 +41,7 @@ def read_recipe(path) -> ptq.Recipe:
     """The recipe in a JSON file, such as `quantize.py --suggest` writes."""
     try:
         recipe = ptq.Recipe.fromdict(read_json(path))
-        for spec in recipe.layers:
-            check_pattern(spec.pattern)
+        check_patterns(recipe)
     except ValueError as error:
         raise BadInput(f"{shortened(path)}: {error}") from error
     if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:
@@ -89,7 +88,4 @@ def cost_batches(subject: Subject, base: str) -> EvalBatches:
 
 def to_nearest(recipe: Recipe) -> Recipe:
     """The same formats with every weight at its nearest code: as fast to run, and soon made."""
-    if not recipe.layers:
-        return recipe
-    steps = ("nearest", "calibrate") if recipe.quantizes_inputs else ("nearest",)
-    return replace(recipe, steps=steps, units=None)
+    return replace(recipe, steps=(), units=None)

@@ -36,7 +36,7 @@ class OpenAttention(nn.Module):
         self.core = AttentionCore()
 
     def forward(self, x: Tensor, *others, **options):
-        """Raises ValueError for keys or values of other tokens, and for masks."""
+        """Attend to the tokens of `x`; ValueError for those of other tensors, and for masks."""
         tensors = [v for v in (*others, *options.values()) if isinstance(v, Tensor)]
         asked = any(tensor is not x for tensor in tensors) or options.get("is_causal")
         # When it exports, transformers passes a mask that hides nothing.
@@ -49,10 +49,11 @@ class OpenAttention(nn.Module):
 
 
 def open_attention(model: nn.Module) -> nn.Module:
-    """A copy of `model`, in evaluation mode, with every attention of OPENERS taken apart.
+    """Return a copy of `model` with every attention of OPENERS taken apart.
 
-    It computes the same. An attention that does more than softmax(q k^T / sqrt(d)) v stays as it
-    is, and so does that of torch's encoder layer, which has a way around it.
+    It computes the same, in evaluation mode. An attention that does more than
+    softmax(q k^T / sqrt(d)) v stays as it is. So does that of torch's encoder layer, which has a
+    way around it.
     """
     model = copy.deepcopy(model).eval()
     for name, module in list(model.named_modules()):

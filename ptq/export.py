@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods.norms import fold_norms
+from ptq.recipe import exportable_input, exportable_weight
 
 OPSET = 21  # the first with INT4
 # For people: neither engine reads its settings from an ONNX file.
@@ -81,8 +82,10 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
 
 
 def nodes_of_layers(path) -> dict[str, str]:
-    """{name of a convolution or matrix product, or of its output: name of the layer whose codes it
-    takes in} of a file that `to_onnx` wrote."""
+    """Return {name of a product or of its output: name of the layer whose codes it takes in}.
+
+    Products are the convolutions and matrix products of a file that `to_onnx` wrote.
+    """
     graph = onnx.load(path).graph
     made_by = {name: node for node in graph.node for name in node.output}
     found = {}
@@ -97,7 +100,7 @@ def nodes_of_layers(path) -> dict[str, str]:
 
 
 def tensorrt_fault(model: nn.Module) -> str:
-    """Why TensorRT does not compute a quantized network in integers, in words; "" if it does.
+    """Say why TensorRT does not compute a quantized network in integers; "" if it does.
 
     It takes 8-bit codes with a sign and without zero-points, one scale for an input, and codes for
     weights only where the input has codes, too. Source: NVIDIA's TensorRT 11 documentation,
@@ -124,14 +127,16 @@ def _spread_scales(model: nn.Module) -> None:
 
 
 class _QDQ(nn.Module):
-    """A quantizer as a pair of ONNX operators. Engines compute with 8-bit codes: what fewer bits
-    can't reach is clipped before."""
+    """A quantizer as a pair of ONNX operators.
+
+    Engines compute with 8-bit codes. What a format of fewer bits can't reach is clipped before.
+    """
 
     def __init__(self, quantizer: Quantizer):
         super().__init__()
         fmt = quantizer.format
         per_tensor = fmt.granularity == "tensor"
-        if fmt.bits > 8 or (fmt.bits < 8 and not per_tensor):
+        if not exportable_input(fmt):
             raise ValueError(f"ONNX export of activations in {fmt} is not written")
         self.dtype = torch.int8 if fmt.symmetric else torch.uint8
         self.axis = 0 if per_tensor else fmt.axis
@@ -166,8 +171,11 @@ def _dequantized(codes: Tensor, grid, attrs, shape) -> Tensor:
 
 
 class _KeyProduct(nn.Module):
-    """q k^T as Einsum, which names the axis to sum over. MatMul wants keys transposed: OpenVINO is
-    slow at that before they are quantized, and ONNX Runtime 1.32 fails if it comes after."""
+    """q k^T as Einsum, which names the axis to sum over.
+
+    MatMul wants keys transposed. OpenVINO is slow at that before they are quantized, and ONNX
+    Runtime 1.32 fails if it comes after.
+    """
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
@@ -203,8 +211,7 @@ class _Layer(nn.Module):
             self.input = _QDQ(quantized.input)
         self.linear = isinstance(self.layer, nn.Linear)
         if self.format is not None:
-            fmt = self.format
-            if fmt.bits > 8 or (fmt.granularity, fmt.axis) != ("channel", 0):
+            if not exportable_weight(self.format):
                 raise ValueError(f"ONNX export of weights in {self.format} is not written")
             codes = quantized.codes.to(torch.int8)
             # OpenVINO 2026.4 keeps the codes [O, I, 1, 1] of a pointwise convolution that it does
@@ -236,16 +243,20 @@ class _Layer(nn.Module):
 
 
 def _in_integers(quantized: QuantizedLayer) -> bool:
-    """Whether OpenVINO computes a pointwise convolution in integers: with more than four bits for
-    weights and one scale for inputs."""
+    """Say whether OpenVINO computes a pointwise convolution in integers.
+
+    It does with more than four bits for weights and one scale for inputs.
+    """
     if not isinstance(quantized.input, Quantizer) or quantized.format.bits <= 4:
         return False
     return quantized.input.format.granularity == "tensor"
 
 
 def _store_int4(proto: onnx.ModelProto, names: list[str]) -> None:
-    """Turn the INT8 initializers of these names, of which equal ones may have become one, into INT4
-    ones."""
+    """Turn the INT8 initializers of these names into INT4.
+
+    The exporter may have made one of several that are equal.
+    """
     found = [tensor for tensor in proto.graph.initializer if tensor.name in names]
     if names and not found:
         raise RuntimeError("the ONNX exporter of this torch does not keep the names of tensors")

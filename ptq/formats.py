@@ -37,7 +37,7 @@ class Uniform:
 
     @property
     def group_size(self) -> int:
-        """Elements that share a scale; 0 for scales a channel or a tensor."""
+        """Return how many elements share a scale; 0 where a channel or the tensor does."""
         return self.granularity if isinstance(self.granularity, int) else 0
 
     @property
@@ -49,7 +49,7 @@ class Uniform:
         return self.qmin + 2**self.bits - 1
 
     def rows(self, x: Tensor) -> Tensor:
-        """`x` as [G, n]: the n elements that share the g-th scale in row g."""
+        """Return `x` as [G, n]: row g holds the n elements that share the g-th scale."""
         if self.granularity == "tensor":
             return x.reshape(1, -1)
         x = x.movedim(self.axis, 0).flatten(1)
@@ -60,18 +60,18 @@ class Uniform:
         return x.reshape(-1, self.group_size)
 
     def unrows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `rows` for a tensor of `like`'s shape."""
+        """Undo `rows` for a tensor of `like`'s shape."""
         if self.granularity == "tensor":
             return rows.reshape(like.shape)
         moved = like.movedim(self.axis, 0)
         return rows.reshape(moved.shape).movedim(0, self.axis)
 
     def spread(self, scale: Tensor, like: Tensor) -> Tensor:
-        """The scale [G] of every single element of a tensor of `like`'s shape."""
+        """Return the scale of every single element, in `like`'s shape, from the scales [G]."""
         return self.unrows(scale[:, None].expand_as(self.rows(like)), like)
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale float32 [G] and zero-point int32 [G] of levels that cover [low, high] and 0.
+        """Return scales float32 [G] and zero-points int32 [G] that cover [low, high] and 0.
 
         A range that holds nothing but 0 gets scale 1.
         """
@@ -86,7 +86,7 @@ class Uniform:
         return scale, zero_point.int()
 
     def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        """Codes, int32 of `x`'s shape, of the nearest levels (halves to even).
+        """Return the codes of the nearest levels, halves to even: int32 of `x`'s shape.
 
         A symmetric format does without a zero-point, here and in `decode`.
         """
@@ -96,7 +96,7 @@ class Uniform:
         return self.unrows(self.decode_rows(self.rows(codes), scale, zero_point), codes)
 
     def encode_rows(self, rows: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """`encode` of what `rows` gives."""
+        """Encode what `rows` gives."""
         zero = 0 if zero_point is None else zero_point[:, None]
         return ((rows / scale[:, None]).round() + zero).clamp(self.qmin, self.qmax).int()
 
@@ -105,8 +105,10 @@ class Uniform:
         return (codes - zero) * scale[:, None]
 
     def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The values of the nearest levels, `decode` of `encode` without codes, in few passes.
-        `scale` and `zero_point` broadcast with `x`."""
+        """Return the values of the nearest levels, as `decode` of `encode` does, in fewer passes.
+
+        `scale` and `zero_point` broadcast with `x`.
+        """
         zero = zero_point.to(x.dtype)
         return (x / scale).round_().clamp_(self.qmin - zero, self.qmax - zero).mul_(scale)
 
@@ -134,21 +136,23 @@ class PowerOfTwo:
 
     @property
     def whole(self) -> Uniform:
-        """The format of the tensor without factors."""
+        """Return the format of the tensor without factors."""
         return Uniform(self.bits, symmetric=False)
 
     def rows(self, x: Tensor) -> Tensor:
-        """`x` as [C, n], a row for each channel."""
+        """Return `x` as [C, n], a row for each channel."""
         return x.movedim(-1, 0).flatten(1)
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale float32 [1] and zero-point int32 [1] so that the largest shift covers the range,
-        [1] and [1], and 0."""
+        """Return the scale float32 [1] and zero-point int32 [1] for a range, low [1] and high [1].
+
+        With the largest shift they cover the range and 0.
+        """
         scale, zero_point = self.whole.grid(low, high)
         return scale / 2**self.most, zero_point
 
     def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
-        """Codes, int32 of `x`'s shape [..., C], of the nearest levels; `shifts` int64 [C]."""
+        """Return the codes of the nearest levels, int32 of `x`'s shape [..., C]; `shifts` [C]."""
         codes = (x / (scale * 2**shifts)).round() + zero_point
         return codes.clamp(0, self.whole.qmax).int()
 
@@ -156,11 +160,11 @@ class PowerOfTwo:
         return (codes - zero_point) * (scale * 2**shifts)
 
     def integers(self, codes: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
-        """int64 of the codes' shape in units of `scale`: bits + 1 + most bits with the sign."""
+        """Return the values of codes in units of `scale`: int64 of bits + 1 + most bits."""
         return (codes - zero_point).long() << shifts
 
 
-# Code k + 1 rather than k from 2**k times which ratio of 1 to the value?
+# A value x lies between 2**-k and 2**-(k+1). Code k + 1 is chosen where 2**-k / x is at least this.
 THRESHOLDS = {"sqrt2": 2**0.5, "3/2": 3 / 2, "4/3": 4 / 3}
 
 
@@ -171,8 +175,8 @@ class Log2:
     `threshold`: where rounding goes to the next code. "sqrt2" is nearest in the logarithm, as Lin
     et al., "FQ-ViT", IJCAI 2022, section 3.3, write it; "3/2" is what their code does; "4/3" is
     nearest in the value.
-    `zero_code`: the last of the 2**bits codes means 0. Without it, as published, every code is a
-    power and 0 is one more, 2**bits, which `bits` bits do not hold.
+    `zero_code`: whether the last of the 2**bits codes means 0. If not, as published, every one of
+    them is a power, and 0 has a further code, 2**bits, which `bits` bits do not hold.
     """
 
     bits: int
@@ -187,16 +191,24 @@ class Log2:
 
     @property
     def zero(self) -> int:
-        """The code of 0; those below it are powers of two."""
+        """Return the code of 0; those below it are powers of two."""
         return 2**self.bits - self.zero_code
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes, int32 of `x`'s shape; `x` lies in [0, 1]."""
+        """Return the codes of values in [0, 1]: int32 of `x`'s shape."""
         mantissa, exponent = torch.frexp(x.double())  # mantissa in [1/2, 1), or 0
         codes = (mantissa * THRESHOLDS[self.threshold] <= 1).int() - exponent
         return torch.where(x > 0, codes, self.zero).clamp(0, self.zero).int()
 
+    def integers(self, codes: Tensor) -> Tensor:
+        """Return the values of codes in units of the smallest power: int64 of the codes' shape.
+
+        A product with them is a sum of shifts. 64 bits hold them for formats of up to 5 bits.
+        """
+        powers = 1 << (self.zero - 1 - codes).clamp(min=0).long()
+        return torch.where(codes == self.zero, 0, powers)
+
     def decode(self, codes: Tensor) -> Tensor:
-        """Values, float32 of the codes' shape."""
+        """Return the values of codes: float32 of the codes' shape."""
         powers = torch.ldexp(torch.ones_like(codes, dtype=torch.float32), -codes)
         return torch.where(codes == self.zero, 0.0, powers)

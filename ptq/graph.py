@@ -1,6 +1,9 @@
-"""What feeds what in a network: inputs and outputs of layers, norms after convolutions."""
+"""What feeds what in a network, and what goes into and comes out of its modules."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ PRODUCERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, QuantizedLayer)
 
 
 def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
-    """{name of a batch norm: name of the convolution that alone feeds it and nothing else}.
+    """Return {name of a batch norm: name of the convolution that feeds it and nothing else}.
 
     `batches` are needed for networks that torch.fx can't trace; without them, such a network has
     no pairs. A batch norm that does more, such as one with an activation in it, is in no pair.
@@ -24,30 +27,31 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     fed = consumers(model, batches) if norms else {}
     pairs = {}
     for producer, (consumer, *others) in fed.items():
-        if consumer in norms and not others and isinstance(modules[producer], CONVOLUTIONS):
+        convolution = isinstance(modules[producer], nn.Conv2d | QuantizedLayer)
+        if consumer in norms and not others and convolution:
             pairs[consumer] = producer
     return pairs
 
 
-CONVOLUTIONS = (nn.Conv2d, QuantizedLayer)
-
-
 def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
-    """{name of a layer norm: names of the linear layers that take in its output}, where nothing
-    else does; `batches` as for `norms_after`."""
+    """Return {name of a layer norm: names of the linear layers that take in its output}.
+
+    Norms whose output anything else takes in are left out. `batches` as for `norms_after`.
+    """
     modules = dict(model.named_modules())
     return {
         producer: fed
         for producer, fed in consumers(model, batches).items()
         if isinstance(modules[producer], nn.LayerNorm)
-        and all(isinstance(modules.get(name), nn.Linear | QuantizedLayer) for name in fed)
+        and all(isinstance(modules.get(name), nn.Linear) for name in fed)
     }
 
 
 def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
-    """{name of a layer: names of the layers that take in its output, None for anything else}.
+    """Return {name of a layer: names of the layers that take in its output}.
 
-    From the graph that torch.fx traces or, where it can't, from one call on the first of `batches`.
+    Anything else that takes it in is None. torch.fx traces the network or, where it can't, one call
+    on the first of `batches` is watched.
     """
     try:
         graph = Tracer().trace(model)
@@ -62,7 +66,7 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
 
 
 class Tracer(torch.fx.Tracer):
-    """Follows a network and keeps each of our layers as one node."""
+    """Traces a network and keeps each of our layers as one node."""
 
     def is_leaf_module(self, module, name):
         kinds = QuantizedLayer | QuantizedAttentionCore | Quantizer | IntegerLayer
@@ -72,66 +76,95 @@ class Tracer(torch.fx.Tracer):
 
 @torch.no_grad()
 def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
-    """`consumers` as seen in one call of `model`: every operator on a layer's output counts as the
-    layer that it runs in."""
-    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
+    """Return `consumers` as one call of `model` shows them.
+
+    Every operator on a layer's output counts as the layer that it runs in.
+    """
     users: dict[str, list[str | None]] = {}
-    running: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in users)
+        if isinstance(module, PRODUCERS) and not inside:
+            users[name] = []
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
     runs = Counter()
+
+    def keep(name, args, kwargs, output):
+        runs[name] += 1
+        outputs[id(output)] = name, output
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor) and id(value) in outputs:
                     name = outputs[id(value)][0]
-                    user = running[-1] if running else None
+                    user = names[-1] if names else None
                     if user not in users[name]:
                         users[name].append(user)
             return func(*args, **(kwargs or {}))
 
-    def enter(name):
-        return lambda *_: running.append(name)
-
-    def leave(name):
-        def hook(module, inputs, output):
-            running.pop()
-            runs[name] += 1
-            outputs[id(output)] = name, output
-            users.setdefault(name, [])
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in users)
-        if isinstance(module, PRODUCERS) and not inside:
-            users[name] = []  # so that what lies inside of it is passed over
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave(name)))
-    try:
-        with Watch():
-            model(next(iter(batches))[0])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with running(model, users) as names, hooked(model, {n: n for n in users}, keep), Watch():
+        model(next(iter(batches))[0])
     return {name: fed for name, fed in users.items() if fed and runs[name] == 1}
 
 
-class _Reached(Exception):
-    pass
+@contextlib.contextmanager
+def running(model: nn.Module, followed: Iterable[str] | None = None):
+    """Yield a list of the modules that run, the innermost last: of `followed`, or of all."""
+    names, handles = [], []
+
+    def enter(name, *_):
+        names.append(name)
+
+    def leave(*_):
+        names.pop()
+
+    for name in dict(model.named_modules()) if followed is None else followed:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(partial(enter, name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def hooked(model: nn.Module, paths: dict, hook):
+    """Within this context, call `hook(key, args, kwargs, output)` after the module `paths[key]`.
+
+    What it returns, if anything, takes the place of the output.
+    """
+
+    def call(key, module, args, kwargs, output):
+        return hook(key, args, kwargs, output)
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(partial(call, key), with_kwargs=True)
+        for key, path in paths.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Reached(Exception):
+    """Ends a call of a network where no more of it is needed."""
 
 
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
-    """Yield for each batch the tuple of positional inputs ("input") or the output ("output") of
-    `layer`, running no more of `model` than it takes.
+    """Yield what goes into `layer` or comes out of it for each batch.
 
-    Raises ValueError if `layer` does not run.
+    `what`: "input", a tuple of positional inputs, or "output". No more of `model` runs than it
+    takes. ValueError if `layer` does not run.
     """
     seen = []
 
     def keep(_, inputs, output=None):
         seen.append(inputs if what == "input" else output)
-        raise _Reached
+        raise Reached
 
     register = layer.register_forward_pre_hook if what == "input" else layer.register_forward_hook
     handle = register(keep)
@@ -139,7 +172,7 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
         for x, *_ in batches:
             try:
                 model(x)
-            except _Reached:
+            except Reached:
                 yield seen.pop()
             else:
                 raise ValueError(NEVER_RAN)

@@ -19,8 +19,7 @@ from ptq.recipe import LayerSpec
 class Quantizer(nn.Module):
     """Rounds activations to a format's levels, once calibrated; passes them on until then.
 
-    While `observer` is set it sees what passes. `freeze` turns what it saw into scale and
-    zero-point.
+    While `observer` is set, it sees what passes.
     """
 
     def __init__(self, format: Uniform | PowerOfTwo, observer: str):
@@ -37,29 +36,38 @@ class Quantizer(nn.Module):
         self.scale = self.zero_point = None
 
     def freeze(self) -> None:
-        """Raises ValueError if nothing was observed."""
+        """Turn what was observed into scale and zero-point; ValueError if nothing was."""
         self.scale, self.zero_point = self.format.grid(*self.observer.range())
         self.observer = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.update(x)
-        if self.scale is None:
-            return x
+        return x if self.scale is None else self.nearest(x)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return the values of the levels nearest to `x`."""
         return fake_quantize(x, self.format, self.scale, self.zero_point)
 
     def integers(self, x: Tensor) -> Tensor:
-        """`x` as int64 in units of the scale: codes less the zero-point."""
+        """Return `x` as int64 in units of the scale: codes less the zero-point."""
         codes = self.format.encode(x, self.scale, self.zero_point)
         return (codes - self.zero_point).long()
+
+    @property
+    def width(self) -> int:
+        """Return how many bits `integers` takes, with the sign."""
+        return self.format.bits + (not self.format.symmetric)
 
     def extra_repr(self) -> str:
         return f"{self.format}, {self.observer_name}"
 
 
 def fake_quantize(x: Tensor, format: Uniform, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """`format.decode(format.encode(x))` for scales per tensor or channel. Torch's own function of
-    this name is not vectorised on CPUs."""
+    """Return the nearest values of a format with scales per tensor or channel.
+
+    Torch's own function of this name is not vectorised on CPUs.
+    """
     if format.granularity == "channel":
         shape = [1] * x.dim()
         shape[format.axis] = -1
@@ -94,7 +102,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the layer multiplies by; transformers looks at its type."""
+        """Return what the layer multiplies by; transformers looks at its type."""
         return self.layer.weight
 
     @torch.no_grad()
@@ -106,8 +114,8 @@ class QuantizedLayer(nn.Module):
 class IntegerLayer(nn.Module):
     """A layer that computes in integers (ptq.integer) once its quantizers are calibrated.
 
-    `compute` takes in and puts out float values, but of codes alone. As long as a quantizer has no
-    scale, the layer computes in float between those that have one.
+    `compute` does so; it takes in and puts out float values, but of codes alone. As long as a
+    quantizer has no scale, `simulate` computes in float between those that have one.
     """
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -115,14 +123,6 @@ class IntegerLayer(nn.Module):
         if all(quantizer.scale is not None for quantizer in quantizers):
             return self.compute(*inputs)
         return self.simulate(*inputs)
-
-    def compute(self, *inputs: Tensor) -> Tensor:
-        """In integers."""
-        raise NotImplementedError
-
-    def simulate(self, *inputs: Tensor) -> Tensor:
-        """In float, through the quantizers."""
-        raise NotImplementedError
 
 
 class KeyProduct(nn.Module):
@@ -133,9 +133,11 @@ class KeyProduct(nn.Module):
 
 
 class QuantizedAttentionCore(nn.Module):
-    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products: of
-    `format` for q, k and v, and of `attention` for the softmax, which is never negative: by
-    default the unsigned twin of `format`."""
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products.
+
+    q, k and v take `format`, and the softmax takes `attention`. It is never negative, so by
+    default that is `format` without a sign.
+    """
 
     def __init__(self, format: Uniform, observer: str, attention: Uniform | None = None):
         super().__init__()
@@ -171,7 +173,7 @@ def _quantizer(spec: LayerSpec) -> Quantizer | None:
     return Quantizer(spec.input, spec.input_observer) if spec.input else None
 
 
-# {kind: {type of module: function of it and its LayerSpec that gives what takes its place}}.
+# {kind: {type of module: function of a module and its LayerSpec that gives what takes its place}}.
 # A method that brings layers of its own adds them here.
 LAYERS = {
     "product": {nn.Conv2d: _layer, nn.Linear: _layer, AttentionCore: _core},
@@ -180,19 +182,19 @@ LAYERS = {
 
 
 def kinds_of(module: nn.Module) -> set[str]:
-    """The kinds of LAYERS that a module belongs to."""
+    """Return the kinds of LAYERS that a module belongs to."""
     return {kind for kind, types in LAYERS.items() if _entry(types, module)}
 
 
 def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
-    """What takes the place of `module`, as `spec` asks for; ValueError if its kind can't."""
+    """Return what takes the place of `module`, as `spec` asks; ValueError if its kind can't."""
     if spec.kind != "product" and spec.weight is not None:
         raise ValueError(f"{spec.kind} layers keep their weights in float")
     return _entry(LAYERS[spec.kind], module)(module, spec)
 
 
 def _entry(types: dict, module: nn.Module):
-    """The entry for a module. A subclass that computes something else of its own has none."""
+    """Return the entry for a module; None for a subclass with a forward of its own."""
     for kind, entry in types.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return entry

@@ -18,14 +18,14 @@ SHRINKS = 80  # candidates for each end of a range, down to a fifth of it
 
 
 class MinMax:
-    """From the smallest to the largest element."""
+    """The range from the smallest to the largest element."""
 
     def __init__(self, format: Uniform):
         self.format = format
         self.low = self.high = None
 
     def update(self, x: Tensor) -> None:
-        """Raises ValueError if `x` is empty or holds a NaN or an infinity."""
+        """Take in one tensor; ValueError if it is empty or holds a NaN or an infinity."""
         if not x.numel():
             raise ValueError("an observer was given an empty tensor")
         rows = self.format.rows(x.detach().float())  # [G, n]
@@ -41,7 +41,7 @@ class MinMax:
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def accumulate(self, rows: Tensor) -> None:
-        """Take in the values [G, n] of one tensor, after `low` and `high` have."""
+        """Take in the values [G, n] of one tensor, behind `widen`."""
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self.low is None:
@@ -50,8 +50,11 @@ class MinMax:
 
 
 class AbsMax(MinMax):
-    """From -m to m, where m is the largest magnitude: the scale of a symmetric format is then
-    m / qmax, and its lowest code is used by rounding only, if at all. MinMax makes use of it."""
+    """The range from -m to m, where m is the largest magnitude.
+
+    The scale of a symmetric format is then m / qmax, and no value in the range takes its lowest
+    code. With MinMax one may.
+    """
 
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = super().range()
@@ -60,10 +63,10 @@ class AbsMax(MinMax):
 
 
 class EMA(MinMax):
-    """The ends of the first tensor, moved by a hundredth of the way to those of each later one.
+    """The range of the first tensor, its ends moved by 1 % of the way to those of each later one.
 
-    As in the code of Lin et al., "FQ-ViT", IJCAI 2022: over the ten batches that it calibrates on,
-    the first weighs 91 %. A baseline.
+    A baseline, from the code of Lin et al., "FQ-ViT", IJCAI 2022. Of the ten batches that it
+    calibrates on, the first weighs 91 %.
     """
 
     sigma = 0.01
@@ -74,11 +77,11 @@ class EMA(MinMax):
 
 
 class Histogram(MinMax):
-    """Counts in BINS even bins over [-limit, limit] for each scale, besides smallest and largest.
+    """Counts of values in BINS even bins over [-limit, limit] for each scale, besides the ends.
 
-    The first value that is not 0 sets the limit; until then it is 0, and all lies in the middle.
-    When a value lies beyond it, the limit doubles and neighbouring bins merge, so counts of earlier
-    tensors stay exact.
+    The first tensor that is not all 0 sets the limit; until then it is 0, and all values lie in
+    the middle bin. When a value lies beyond the limit, it doubles and neighbouring bins merge, so
+    counts of earlier tensors stay exact.
     """
 
     def __init__(self, format: Uniform):
@@ -106,13 +109,13 @@ class Histogram(MinMax):
             self.counts[g] += torch.bincount(index, minlength=BINS)
 
     def centres(self) -> Tensor:
-        """Values [G, BINS] in the middle of the bins."""
+        """Return the values [G, BINS] in the middle of the bins."""
         edges = torch.arange(BINS, device=self.limit.device) + 0.5
         return (edges / (BINS / 2) - 1) * self.limit[:, None]
 
 
 class Percentile(Histogram):
-    """From the (100 - `pct`)th to the `pct`th percentile, within a bin."""
+    """The range from the (100 - `pct`)th to the `pct`th percentile, within a bin."""
 
     pct = 99.99
 
@@ -175,7 +178,7 @@ class MSE(Histogram):
 
 
 def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
-    """Sum over a row of the squared distance to the nearest level of [low, high]; [G]."""
+    """Sum the squared distances of a row's values to the nearest levels of [low, high]; [G]."""
     scale, zero_point = format.grid(low, high)
     levels = format.nearest(values, scale[:, None], zero_point[:, None])
     error = (values - levels).square()
@@ -185,9 +188,9 @@ def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
 class KL(Histogram):
     """The range whose levels keep the distribution best, by Kullback-Leibler divergence.
 
-    Szymon Migacz, "8-bit inference with TensorRT", GTC 2017: the distribution clipped to a range,
-    P, against the one that is left when each level spreads its count evenly over its filled bins,
-    Q. Candidates shrink both ends of min-max alike.
+    Szymon Migacz, "8-bit inference with TensorRT", GTC 2017. P is the distribution with what lies
+    beyond the range counted in its end bins. Q is what is left of it when each level spreads its
+    count evenly over its filled bins. Candidates shrink both ends of min-max alike.
     """
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -221,8 +224,10 @@ class KL(Histogram):
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> float:
-    """sum p log(p / q) of two histograms, each scaled to 1; infinite where q misses a filled bin
-    of p, but for the edge bins, which hold what was clipped and count as one sample there."""
+    """Return sum p log(p / q) of two histograms, each scaled to 1; infinite where q is empty.
+
+    The edge bins of p may be filled by what was clipped alone. There q counts as one value.
+    """
     if q.sum() == 0:
         return torch.inf
     q = q.clone()

@@ -22,9 +22,9 @@ GRID = ("scale", "zero_point")  # of a quantizer
 
 
 def size_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """Bytes of the file that holds a network's weights, written to find out.
+    """Return the bytes of the file that holds a network's weights; it is written to find out.
 
-    Quantized networks are packed as `save` does it. Others are saved as torch saves their state.
+    Quantized networks are packed as by `save`. Others are saved as torch saves their state.
     """
     if recipe.layers:
         return written_bytes(lambda path: save(model, recipe, path))
@@ -32,7 +32,7 @@ def size_bytes(model: nn.Module, recipe: Recipe) -> int:
 
 
 def written_bytes(write: Callable[[Path], None]) -> int:
-    """Bytes of the file that `write` writes to the path it is given."""
+    """Return the bytes of the file that `write` writes to the path it is given."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights")
         write(path)
@@ -40,15 +40,17 @@ def written_bytes(write: Callable[[Path], None]) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes of any shape as uint8 bytes, `bits` to a code, most significant bit first, the
-    last byte filled up with zeros."""
+    """Return signed codes of any shape as uint8 bytes, `bits` to a code.
+
+    The most significant bit comes first, and the last byte is filled up with zeros.
+    """
     unsigned = (codes.flatten().cpu().numpy() + 2 ** (bits - 1)).astype(">u2")
     all_bits = np.unpackbits(unsigned.view(np.uint8).reshape(-1, 2), axis=1)
     return torch.from_numpy(np.packbits(all_bits[:, 16 - bits :]))
 
 
 def unpack(data: Tensor, bits: int, shape) -> Tensor:
-    """The inverse of `pack`: codes int32 of `shape`. ValueError if `data` holds another number."""
+    """Undo `pack`: return codes int32 of `shape`. ValueError if `data` holds another number."""
     n = int(np.prod(shape))
     if len(data) != -(-n * bits // 8):
         raise ValueError(f"{len(data)} bytes do not hold {n} codes of {bits} bits")
@@ -81,7 +83,7 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
 
 
 def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
-    """The quantized network and the recipe in a file that `save` wrote.
+    """Return the quantized network and the recipe in a file that `save` wrote.
 
     The network is rebuilt on a copy of `model`, a float network of the same architecture with any
     weights. Raises ValueError if the file is damaged or holds another network.
@@ -96,8 +98,7 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     ours = getattr(model, "settings", None)
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
-    for spec in recipe.layers:
-        check_pattern(spec.pattern)
+    check_patterns(recipe)
     model = copy.deepcopy(model).eval()
     attach(model, layer_specs(model, recipe))
     try:
@@ -107,15 +108,16 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     return model, recipe
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise ValueError for a pattern that is none, or that could take forever to match: a file can
-    come from anywhere."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern[:40]!r} is no pattern: {error}") from error
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
-        raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
+def check_patterns(recipe: Recipe) -> None:
+    """Raise ValueError if a recipe that came from a file has a pattern that is none, or one that
+    could take forever to match."""
+    for pattern in (*(spec.pattern for spec in recipe.layers), recipe.units or ""):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern[:40]!r} is no pattern: {error}") from error
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
+            raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -149,7 +151,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _scales_of_input(model: nn.Module, name: str) -> int | None:
-    """How many scales the quantizer of this name has; None if its layer does not say."""
+    """Return how many scales the quantizer of this name has; None if its layer does not say."""
     format = model.get_submodule(name).format
     if isinstance(format, PowerOfTwo) or format.granularity == "tensor":
         return 1

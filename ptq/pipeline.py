@@ -1,4 +1,4 @@
-"""From a float network and a recipe to the quantized network."""
+"""The way from a float network and a recipe to the quantized network."""
 
 import copy
 
@@ -13,9 +13,9 @@ from ptq.recipe import LayerSpec, Recipe
 
 
 def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
-    """A copy of `model`, in evaluation mode, that computes with the values that the recipe's
-    formats can write.
+    """Return a copy of `model` that computes with the values of the recipe's formats.
 
+    The copy is in evaluation mode.
     `batches`: (input [b, ...], anything) pairs that can be gone through more than once, such as a
     list or a DataLoader that does not shuffle; for recipes that calibrate. Raises ValueError if a
     pattern applies to no layer, if network and batches are on different devices, if batches are
@@ -38,11 +38,26 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
 
 
 def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
-    """Put quantized layers into `model`, in place; the same network in float."""
+    """Put quantized layers into `model`, in place, and return the same network in float."""
     make_norms_positive(model, batches)
     reference = copy.deepcopy(model)
     attach(model, layer_specs(model, recipe))
     return reference
+
+
+@torch.no_grad()
+def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
+    """Return a copy of the network with the recipe's layers, which still compute in float.
+
+    No weight is rounded and no quantizer calibrated. ValueError as `quantize` raises it.
+    """
+    check_batches(model, recipe, batches)
+    check_finite(model)
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    reference = with_quantized_layers(twin, recipe, batches)
+    if "equalize" in recipe.steps:
+        STEPS["equalize"](twin, reference, batches, recipe)
+    return twin
 
 
 def check_finite(model: nn.Module) -> None:
@@ -61,8 +76,11 @@ def check_complete(model: nn.Module, recipe: Recipe) -> None:
 
 
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
-    """Raise ValueError unless `batches` can be gone through more than once, has finite inputs, not
-    all the same, on the network's device, and is enough for the recipe's steps."""
+    """Raise ValueError unless `batches` is what the recipe's steps need.
+
+    That is, it can be gone through more than once, is large enough, and has finite inputs, not all
+    the same, on the network's device.
+    """
     if batches is None or iter(batches) is batches:
         raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches")
     parameter = next(model.parameters(), torch.empty(0))
@@ -94,14 +112,14 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
 
 
 def chosen(registry: dict, name: str, what: str):
-    """The entry of this name; ValueError if there is none."""
+    """Return the entry of this name; ValueError if there is none."""
     if name not in registry:
         raise ValueError(f"no {what} is called {name}: there are {', '.join(registry)}")
     return registry[name]
 
 
 def layer_specs(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
-    """{name of a layer: how it is quantized}; ValueError for a pattern that applies to none."""
+    """Return {name of a layer: how it is quantized}; ValueError for a pattern that none matches."""
     for spec in recipe.layers:
         chosen(LAYERS, spec.kind, "kind of layers")
         for observer in (spec.weight_observer, spec.input_observer):
@@ -115,6 +133,6 @@ def layer_specs(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
 
 
 def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
-    """Put quantized layers in the place of those with these names."""
+    """Put quantized layers in the place of the layers of these names."""
     for name, spec in specs.items():
         model.set_submodule(name, quantized(model.get_submodule(name), spec))

@@ -4,7 +4,8 @@ A recipe can be printed, compared, saved beside its result (`asdict`) and read b
 """
 
 import re
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import get_args, get_origin
 
 from ptq.formats import Log2, PowerOfTwo, Uniform
@@ -48,6 +49,14 @@ class LayerSpec:
                 raise ValueError(f"{self.kind} layers compute in float")
 
 
+def by_names(specs: Mapping[str, LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Return entries for {name of a layer: how it is quantized}, one for those quantized alike."""
+    names = {}
+    for name, spec in specs.items():
+        names.setdefault(replace(spec, pattern=""), []).append(re.escape(name))
+    return tuple(replace(spec, pattern="|".join(alike)) for spec, alike in names.items())
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named way to quantize a network: `layers` and `steps`, or `peer`, or none (float).
@@ -82,7 +91,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name} has units, but rounds to nearest")
 
     def layer_spec(self, name: str, kinds: set[str]) -> LayerSpec | None:
-        """The first entry for a layer of this name and these kinds; None leaves it as it is."""
+        """Return the first entry for a layer of this name and these kinds; None leaves it alone."""
         of_kind = (spec for spec in self.layers if spec.kind in kinds)
         return next((spec for spec in of_kind if re.fullmatch(spec.pattern, name)), None)
 
@@ -92,33 +101,26 @@ class Recipe:
 
     @property
     def calibrates(self) -> bool:
-        """Whether a step needs images to look at: all but rounding to nearest do."""
+        """Say whether a step needs images to look at: all but rounding to nearest do."""
         return any(step != "nearest" for step in self.steps)
 
     @property
     def exportable(self) -> bool:
-        """Whether QDQ ONNX can hold what it does to the network."""
+        """Say whether QDQ ONNX can hold what it does to the network."""
         return all(
             spec.kind == "product"
-            and (
-                spec.input is None
-                or spec.input.bits == 8
-                or (spec.input.bits < 8 and spec.input.granularity == "tensor")
-            )
-            and (
-                spec.weight is None
-                or (spec.weight.bits <= 8 and not spec.weight.group_size and spec.weight.axis == 0)
-            )
+            and (spec.weight is None or exportable_weight(spec.weight))
+            and all(exportable_input(fmt) for fmt in (spec.input, spec.attention) if fmt)
             for spec in self.layers
         )
 
     def asdict(self) -> dict:
-        """Plain values only; every dataclass names its type."""
+        """Return plain values only; every dataclass names its type."""
         return _plain(self)
 
     @staticmethod
     def fromdict(plain: dict) -> "Recipe":
-        """The inverse of `asdict`; fields added since get their defaults.
+        """Undo `asdict`; fields added since get their defaults.
 
         ValueError for anything that `asdict` did not write.
         """
@@ -129,6 +131,16 @@ class Recipe:
         if not isinstance(rebuilt, Recipe):
             raise ValueError(f"not a recipe: {type(plain).__name__}")
         return rebuilt
+
+
+def exportable_weight(format: Uniform) -> bool:
+    """Say whether QDQ ONNX can hold weights of a format."""
+    return format.bits <= 8 and format.axis == 0 and not format.group_size
+
+
+def exportable_input(format: Uniform) -> bool:
+    """Say whether QDQ ONNX can hold activations of a format."""
+    return format.bits == 8 or (format.bits < 8 and format.granularity == "tensor")
 
 
 _TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform, PowerOfTwo, Log2)}
@@ -146,7 +158,7 @@ def _told(value, of: Field) -> bool:
 
 
 def rebuild(plain):
-    """A recipe or a part of one from the plain values that stand for it; ValueError for others."""
+    """Return a recipe or a part of one from the plain values of `asdict`; ValueError for others."""
     if isinstance(plain, list):
         return tuple(rebuild(v) for v in plain)
     if not isinstance(plain, dict):
@@ -168,7 +180,7 @@ def rebuild(plain):
 
 
 def _fits(value, annotation) -> bool:
-    """Whether a value has the type of a dataclass's field."""
+    """Say whether a value has the type of a dataclass's field."""
     parts = get_args(annotation)
     if get_origin(annotation) is tuple:
         return isinstance(value, tuple) and all(_fits(v, parts[0]) for v in value)

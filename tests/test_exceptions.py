@@ -45,6 +45,16 @@ def test_exceptions_get_16_bits_or_floats(network, images):
     assert plain.stem.conv.format is None
 
 
+def test_a_core_with_a_format_for_its_softmax_is_an_exception_as_a_whole(network):
+    core = next(n for n, m in network.named_modules() if n.endswith("core"))
+    recipe = ptq.recipe("w8a8-tensorrt", network)
+    for bits in (16, None):
+        changed = with_exceptions(network, recipe, [(core, "q")], "wide", bits)
+        spec = changed.layer_spec(core, {"product"})
+        formats = (spec.input, spec.attention)
+        assert [f and f.bits for f in formats] == [bits, bits]
+
+
 def test_integer_layers_become_float_ones_as_exceptions(network, images):
     recipe = ptq.recipe("fq-vit", network)
     norms = [n for n, m in network.named_modules() if isinstance(m, nn.LayerNorm)]
@@ -105,6 +115,8 @@ def test_options_that_do_not_go_together(monkeypatch, capsys):
         ({"layers": [], "steps": []}, "a recipe in a file has layers and a name"),
         ({"steps": 3}, "steps of a Recipe can't be '3'"),
         ({"type": "Layer"}, "no part of one is a 'Layer'"),
+        ({"units": "stages("}, "'stages(' is no pattern"),
+        ({"units": r"(\w+)+x"}, "repeats too much for a file's"),
     ],
 )
 def test_files_with_no_recipe_are_refused(tmp_path, change, says):

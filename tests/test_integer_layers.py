@@ -107,9 +107,10 @@ NORM = LayerSpec(".*", input=PowerOfTwo(8), output=UNSIGNED, kind="fq-vit-norm")
 
 
 @torch.no_grad()
-def test_fq_vit_norm_puts_out_codes_within_a_level_of_float():
-    norm, x = norm_of(), spread_tokens()
-    layer = calibrated(fq_vit.PowerOfTwoNorm(norm, NORM), x)
+@pytest.mark.parametrize("most", [3, 6])
+def test_fq_vit_norm_puts_out_codes_within_a_level_of_float(most):
+    norm, x, spec = norm_of(), spread_tokens(), replace(NORM, input=PowerOfTwo(8, most))
+    layer = calibrated(fq_vit.PowerOfTwoNorm(norm, spec), x)
     exact, simulated = norm(layer.input(x)), layer(x)
     step = layer.output.scale
     low, high = (step * (end - layer.output.zero_point) for end in (0, 255))
@@ -118,7 +119,7 @@ def test_fq_vit_norm_puts_out_codes_within_a_level_of_float():
     assert (
         torch.allclose(codes, codes.round(), atol=1e-3) and 0 <= codes.min() and codes.max() < 256
     )
-    published = calibrated(fq_vit.PowerOfTwoNorm(norm, replace(NORM, published=True)), x)
+    published = calibrated(fq_vit.PowerOfTwoNorm(norm, replace(spec, published=True)), x)
     worse = (published(x) - norm(x)).square().mean()
     assert (simulated - norm(x)).square().mean() < worse
 
@@ -156,6 +157,19 @@ def test_fq_vit_core_corrected_is_closer_than_published(bits):
         layer = calibrated(fq_vit._core(core, spec), q, k, v)
         errors[published] = (layer(q, k, v) - exact).square().mean().item()
     assert errors[False] < errors[True] < exact.square().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_a_softmax_of_more_powers_of_two_is_no_worse(bits):
+    q, k, v = (2 * draw(4, 2, 64, 16, seed=i) for i in range(3))
+    core = AttentionCore()
+    exact, errors = core(q, k, v), []
+    for format in (Log2(4), Log2(bits)):
+        spec = LayerSpec("", input=UNSIGNED, attention=format, kind="fq-vit-core")
+        layer = calibrated(fq_vit._core(core, spec), q, k, v)
+        errors.append((layer(q, k, v) - exact).square().mean().item())
+    assert errors[1] <= 1.05 * errors[0]
 
 
 @torch.no_grad()

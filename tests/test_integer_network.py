@@ -19,9 +19,11 @@ from lab.engines import integer as engine
 from lab.models import vit
 from ptq.formats import Uniform
 from ptq.integer import OutOfRange
-from ptq.integer.operators import Codes, Concatenation, Mean, Product, Sum
+from ptq.integer.operators import Attention, Codes, Concatenation, Mean, Product, Sum
 from ptq.layers import QuantizedLayer, Quantizer
+from ptq.methods import ibert
 from ptq.methods.norms import replace_norms
+from ptq.recipe import LayerSpec
 
 IMAGES = [(draw(8, 3, 32, 32, seed=i), None) for i in range(2)]
 
@@ -201,6 +203,24 @@ def test_convolution_as_in_plain_integers(dtype, groups, stride, dilation):
                 total += int(layer.codes[o, c, k, m]) * code
         wanted = total * scale_of(layer, o, channel) + Fraction(bias[o])
         assert_near(int(got[b, o, i, j]), built.codes, wanted)
+
+
+@torch.no_grad()
+def test_attention_spread_evenly_over_many_tokens_fits_its_register():
+    """Its softmax is far below 1, so its levels are far finer than its 8 bits reach."""
+    unsigned = Uniform(8, symmetric=False)
+    spec = LayerSpec("", input=Uniform(8), attention=unsigned, kind="i-bert-core")
+    core = ibert.IntegerCore(spec)
+    tensors = [size * draw(1, 1, 512, 4, seed=i) for i, size in enumerate((0.1, 0.1, 1))]
+    for quantizer in core.inputs.values():
+        quantizer.observe()
+    core(*tensors)
+    for quantizer in core.inputs.values():
+        quantizer.freeze()
+    built = Attention(core, *[Codes(1e-6, 2**23)] * 3, torch.int64)
+    got = built(*((t / 1e-6).round().long() for t in tensors)) * built.codes.scale
+    simulated = core(*tensors).double()
+    assert (got - simulated).abs().max() < 0.01 * simulated.abs().max()
 
 
 def test_sums_joins_and_means_as_in_plain_integers():

@@ -20,7 +20,7 @@ from ptq.analysis.energy import energy
 from ptq.analysis.mixed import (
     BITS,
     PJ_PER_MJ,
-    allocate,
+    allocation,
     energies,
     file_bytes,
     layer_costs,
@@ -67,6 +67,14 @@ def brute_force(costs, prices, budget):
         ),
         default=None,
     )
+
+
+def allocate(costs, prices, budget, **more):
+    """The options picked of tables whose rows are groups."""
+    tables = ({i: dict(enumerate(row)) for i, row in enumerate(rows)} for rows in (costs, prices))
+    picked = allocation(*tables, budget, **more)
+    assert list(picked) == list(range(len(costs)))
+    return tuple(picked.values())
 
 
 def test_the_vector_of_three_layers():
@@ -266,6 +274,14 @@ def test_nuclear_is_the_norm_times_the_error_of_the_output():
         error = F.linear(flat, rounded(model, "6", 6)[1]).square().sum(1)
         norms = F.linear(flat, model[6].weight, model[6].bias).norm(dim=1)
         assert found["6"][6] == pytest.approx((norms * error).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["noise", "fisher", "nuclear"])
+def test_weights_that_a_recipe_leaves_in_float_have_no_cost(kind):
+    weights = ptq.LayerSpec(".*", ptq.Uniform(4))
+    recipe = ptq.Recipe("r", layers=(ptq.LayerSpec("0"), weights))
+    found = costs_module.COSTS[kind](network(), {4: recipe}, BATCHES)
+    assert list(found) == [name for name in NAMES if name != "0"]
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 4), (3, 4, 7), (2, 5, 5)])

@@ -72,6 +72,12 @@ def test_recipes_for_convolutions_leave_linear_layers_and_products_their_inputs(
     assert not any(isinstance(m, QuantizedAttentionCore) for m in network.modules())
 
 
+def test_a_softmax_of_more_than_eight_bits_is_not_exported():
+    for bits in (8, 16):
+        core = LayerSpec(".*core", input=Uniform(8), attention=Uniform(bits, symmetric=False))
+        assert Recipe("r", layers=(core,)).exportable == (bits == 8)
+
+
 @pytest.mark.parametrize("name", ["w7a8", "w7a8-convs"])
 def test_pairs_of_products_of_seven_bits_fit_sixteen(name):
     network = MobileViT("xxs")

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 @torch.inference_mode()
 def compare_models(model: nn.Module, other: nn.Module, batches) -> dict[str, float]:
-    """Mean squared and mean absolute difference of the logits, and how often the classes agree.
+    """Return how far the logits of two networks are apart, and how often their classes agree.
 
-    `batches`: (input [b, ...], anything) pairs. Both networks give logits [b, K], or something
-    that holds them as `logits`, as transformers do.
-    {"mse", "mae", "top1_agreement_pct", "n_images"}. ValueError for a network in training mode,
-    for no images, and for logits that are not finite or of different shapes.
+    {"mse", "mae", "top1_agreement_pct", "n_images"}. `batches`: (input [b, ...], anything) pairs.
+    Both networks give logits [b, K], or something that holds them as `logits`, as transformers do.
+    ValueError for a network in training mode, for no images, and for logits that are not finite or
+    of different shapes.
     """
     if model.training or other.training:
         raise ValueError("networks are compared in evaluation mode: call eval() first")
@@ -35,5 +35,5 @@ def compare_models(model: nn.Module, other: nn.Module, batches) -> dict[str, flo
 
 
 def logits_of(output) -> Tensor:
-    """The logits [b, K] in what a network puts out."""
+    """Return the logits [b, K] in what a network puts out."""
     return output if isinstance(output, Tensor) else output.logits

@@ -1,8 +1,8 @@
-"""What it costs to round the weight of one layer to so many bits, in three ways to tell.
+"""Three measures of what it costs to round the weight of one layer to so many bits.
 
 Each is a function (model, recipes, batches) -> {name of a layer: {bits: cost}}. `recipes`: {bits:
 a recipe that gives every weight so many}. Weights are rounded to nearest, inputs stay in float.
-Costs of one way compare and add up across layers, to first order; those of two ways do not.
+Costs of one measure compare and add up across layers, to first order. Those of two do not.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptq.analysis.sensitivity import noises, set_tensor
-from ptq.graph import NEVER_RAN, norms_after
+from ptq.graph import NEVER_RAN, hooked, norms_after
 from ptq.methods.nearest import layers_to_round
 from ptq.methods.norms import make_norms_positive, shifted, statistics
 from ptq.pipeline import check_batches, quantize
@@ -29,7 +29,7 @@ NOISE_IMAGES = 16  # for each layer and width one call of the network on all of 
 
 @torch.no_grad()
 def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
-    """Noise in the network's outputs over their variance, with one weight rounded at a time.
+    """Return the noise in the network's outputs over their variance, one weight rounded at a time.
 
     Where the recipes shift norms, the batch norm behind the layer is shifted with it: what rounding
     does to its statistics is most of the noise, and such recipes undo it.
@@ -61,8 +61,10 @@ def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
 
 @contextlib.contextmanager
 def following(norm: nn.BatchNorm2d, before: tuple[Tensor, Tensor]):
-    """Within this context a norm is shifted by what the statistics of its input are off `before`,
-    their mean and variance."""
+    """Within this context, shift a norm by what the statistics of its input are off `before`.
+
+    `before`: their mean and variance.
+    """
     trained = copy.deepcopy(norm)
 
     def follow(norm, inputs):
@@ -78,7 +80,7 @@ def following(norm: nn.BatchNorm2d, before: tuple[Tensor, Tensor]):
 
 
 def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
-    """sum_i F_i (w_i - Q(w)_i)^2 / 2, the expected rise of the loss to second order.
+    """Return sum_i F_i (w_i - Q(w)_i)^2 / 2, the expected rise of the loss to second order.
 
     F_i is the mean of squared gradients of the cross-entropy at labels that are drawn from what the
     network itself predicts, so it is the diagonal of the Fisher information and not of its
@@ -109,7 +111,7 @@ def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
 
 @torch.no_grad()
 def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
-    """Nuclear norm of a layer's output times the squared error that rounding makes there.
+    """Return the nuclear norm of a layer's output times the squared error that rounding makes.
 
     Liu et al., "Post-Training Quantization for Vision Transformer", NeurIPS 2021, section 3.4. The
     output of each sample is a matrix [places, channels]. A mean over images.
@@ -117,28 +119,23 @@ def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     network, rounded = _rounded(model, recipes, batches)
     shown = first_images(batches)
     n_images = sum(len(x) for x, *_ in shown)
-    costs = {name: dict.fromkeys(rounded, 0.0) for name in next(iter(rounded.values()))}
+    names = list(next(iter(rounded.values())))
+    costs = {name: dict.fromkeys(rounded, 0.0) for name in names}
+    layers = {name: copy.deepcopy(network.get_submodule(name)) for name in names}  # not hooked
 
-    def add(name):
-        def hook(layer, inputs, output):
-            norms = nuclear_norms(_matrices(layer, output))
-            for bits, values in rounded.items():
-                off = {"weight": values[name] - layer.weight}
-                if layer.bias is not None:
-                    off["bias"] = torch.zeros_like(layer.bias)
-                handle = handles.pop(name)
-                handle.remove()  # the call below is none of the network's
-                error = _matrices(layer, functional_call(layer, off, inputs))
-                handles[name] = layer.register_forward_hook(hook)
-                costs[name][bits] += (norms * error.square().sum((1, 2))).sum().item() / n_images
+    def add(name, inputs, kwargs, output):
+        layer = layers[name]
+        norms = nuclear_norms(_matrices(layer, output))
+        for bits, values in rounded.items():
+            off = {"weight": values[name] - layer.weight}
+            if layer.bias is not None:
+                off["bias"] = torch.zeros_like(layer.bias)
+            error = _matrices(layer, functional_call(layer, off, inputs))
+            costs[name][bits] += (norms * error.square().sum((1, 2))).sum().item() / n_images
 
-        return hook
-
-    handles = {}
-    for name in costs:
-        handles[name] = network.get_submodule(name).register_forward_hook(add(name))
-    for x, *_ in shown:
-        network(x)
+    with hooked(network, {name: name for name in names}, add):
+        for x, *_ in shown:
+            network(x)
     return costs
 
 
@@ -146,7 +143,7 @@ COSTS = {"noise": noise, "fisher": fisher, "nuclear": nuclear}
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross-entropy of logits [B, K, ...] at labels drawn from what they predict, summed.
+    """Sum the cross-entropy of logits [B, K, ...] at labels drawn from what they predict.
 
     The mean square of its gradient is the diagonal of the Fisher information.
     """
@@ -156,22 +153,24 @@ def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def nuclear_norms(y: Tensor) -> Tensor:
-    """Sum of the singular values of each matrix, [B, n, c] -> [B]; by the smaller of its squares,
-    as singular values of a whole feature map would take long."""
+    """Sum the singular values of each matrix, [B, n, c] -> [B].
+
+    By the smaller of its two squares: singular values of a whole feature map would take long.
+    """
     y = y.double()
     square = y.mT @ y if y.shape[2] <= y.shape[1] else y @ y.mT
     return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().sum(1)
 
 
 def _matrices(layer: nn.Module, output: Tensor) -> Tensor:
-    """A layer's output as [samples, places, channels]."""
+    """Return a layer's output as [samples, places, channels]."""
     if isinstance(layer, nn.Conv2d):
         return output.flatten(2).mT
     return output.flatten(1, -2) if output.dim() > 2 else output[:, None]
 
 
 def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
-    """The network in float, and {bits: {name of a layer: its weight rounded}}."""
+    """Return the network in float, and {bits: {name of a layer: its weight rounded}}."""
     check_batches(model, next(iter(recipes.values())), batches)
     network = copy.deepcopy(model).eval()
     make_norms_positive(network, batches)
@@ -183,12 +182,12 @@ def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
 
 
 def _weights_only(recipe: Recipe) -> Recipe:
-    layers = tuple(replace(spec, input=None) for spec in recipe.layers if spec.weight)
+    layers = tuple(replace(s, input=None) for s in recipe.layers if s.kind == "product")
     return replace(recipe, layers=layers, steps=("nearest",), units=None)
 
 
 def first_images(batches, left: int = IMAGES) -> list:
-    """The first `left` images of the batches, as batches."""
+    """Return the first `left` images of the batches, as batches."""
     shown = []
     for x, *_ in batches:
         shown.append((x[:left], None))

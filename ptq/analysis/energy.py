@@ -1,4 +1,4 @@
-"""How many products a network computes, what it moves for them, and what both cost in energy.
+"""The products that a network computes, the bytes that it moves for them, and their energy.
 
     >>> energy(model, ptq.recipe("w8a8", model), images[:1])["total"]  # pJ an image
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
+from ptq.graph import running
 from ptq.pipeline import layer_specs
 from ptq.recipe import Recipe
 
@@ -43,42 +44,29 @@ class LayerCount:
 
 @torch.no_grad()
 def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], list[str]]:
-    """{name of a layer: its count} for a call on `example`, and the operators that count nothing.
+    """Return {name of a layer: its count} for a call on `example`, and what was not counted.
 
     Counted are matrix products, convolutions and attention, by torch.utils.flop_counter (two FLOPs
     a MAC), for the innermost module that runs. The second value names all other operators, so that
     one with products of its own can't hide.
     """
-    counter = _Counter(model)
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(counter.enter(name)))
-        handles.append(module.register_forward_hook(counter.leave))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator a layer, without a formula
     try:
-        with counter:
+        with running(model) as names, _Counter(model, names) as counter:
             model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for handle in handles:
-            handle.remove()
     return dict(counter.layers), sorted(counter.uncounted)
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
-        self.running, self.uncounted = [], set()
+        self.running, self.uncounted = names, set()
         self.layers = defaultdict(LayerCount)
         parameters = model.named_parameters()
         self.names = {p.untyped_storage().data_ptr(): (name, p.numel()) for name, p in parameters}
-
-    def enter(self, name: str):
-        return lambda *_: self.running.append(name)
-
-    def leave(self, *_) -> None:
-        self.running.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -127,10 +115,10 @@ PRICES = {
 
 
 def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "horowitz") -> dict:
-    """Energy of a call of the network, quantized by `recipe`, on `example`, by a table of PRICES.
+    """Return the energy of one call on `example` of the network quantized by `recipe`.
 
     {"unit", "images": in `example`, "layers": {name: {"macs", "compute", "weights",
-    "activations"}}, "total"}: the latter three of a layer and the total in the unit. Weights are
+    "activations"}}, "total"}: all but MACs in the unit of `prices`, a key of PRICES. Weights are
     read from DRAM once a call, however many images it has. Activations are written to and read from
     SRAM once. Only layers with products count: norms and activation functions are left out, as
     is the attention map of fused attention, which never leaves the chip. What stays in float has 32
@@ -167,8 +155,11 @@ def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "hor
 
 
 def energy_by_prices(model: nn.Module, recipe: Recipe, example: Tensor) -> dict | None:
-    """{name in PRICES: {"unit", "compute", "weights", "activations", "total"}} of all layers
-    together; None for a recipe that an engine carries out by its own methods."""
+    """Return the energy of all layers together by each table of PRICES.
+
+    {name in PRICES: {"unit", "compute", "weights", "activations", "total"}}; None for a recipe that
+    an engine carries out by its own methods.
+    """
     if recipe.peer:
         return None
     of_prices = {}

@@ -1,11 +1,11 @@
-"""Mixed precision: for each layer as many bits as it needs, for all of them no more than a budget.
+"""Mixed precision: a width for each layer's weight, so that all of them keep within a budget.
 
 >>> recipe = mixed_recipe("mixed-5bits", model, batches)  # the bytes of 5 bits a weight
 >>> quantized = ptq.quantize(model, recipe, batches)
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
 from typing import NamedTuple
@@ -14,10 +14,10 @@ import numpy as np
 from torch import nn
 
 from ptq.analysis.costs import COSTS
-from ptq.analysis.energy import energy
+from ptq.analysis.energy import PARTS, energy
 from ptq.packing import size_bytes
 from ptq.pipeline import layer_specs, quantize
-from ptq.recipe import Recipe
+from ptq.recipe import Recipe, by_names
 from ptq.recipes import RECIPES
 from ptq.recipes import recipe as recipe_of
 
@@ -46,7 +46,7 @@ class Budget(NamedTuple):
 
 
 def parse_name(name: str) -> Budget:
-    """The budget in mixed-5bits, mixed-700000bytes-fisher or mixed-0.4mJ-noise-w4-gptq.
+    """Return the budget in mixed-5bits, mixed-700000bytes-fisher or mixed-0.4mJ-noise-w4-gptq.
 
     Cost and base may be left out. ValueError for other names.
     """
@@ -71,9 +71,9 @@ def mixed_recipe(
     costs: Mapping | None = None,
     latency_ms: tuple[Mapping, float] | None = None,
 ) -> Recipe:
-    """The recipe that `parse_name` starts from with 4, 6 or 8 bits for each layer's weight: the
-    least cost in the budget.
+    """Return the recipe of least cost within the budget that `name` asks for.
 
+    It is the one that the name starts from, with 4, 6 or 8 bits for each layer's weight.
     `batches`: sequence of (images, anything), for costs; those for `ptq.quantize` will do.
     `costs`: what `layer_costs` gave, to try many budgets. `latency_ms`, for a budget in ms:
     {name of a layer: {bits: measured ms}}, and the ms of all that has no weights.
@@ -103,12 +103,12 @@ def mixed_recipe(
 
 
 def layer_costs(model: nn.Module, batches, cost: str = COST, base: str = BASE) -> dict:
-    """{name of a layer: {bits: cost}} by one of COSTS, for each weight that `base` quantizes."""
+    """Return {name of a layer: {bits: cost}} by one of COSTS, for the weights `base` quantizes."""
     return COSTS[cost](model, uniform_recipes(model, base), batches)
 
 
 def uniform_recipes(model: nn.Module, base: str) -> dict[int, Recipe]:
-    """{bits: the recipe `base` with so many for every weight}; ValueError if it has no weights."""
+    """Return {bits: recipe `base` with so many for every weight}; ValueError without weights."""
     start = recipe_of(base, model)
     names = [name for name, spec in layer_specs(model, start).items() if spec.weight]
     if not names:
@@ -119,21 +119,18 @@ def uniform_recipes(model: nn.Module, base: str) -> dict[int, Recipe]:
 def with_bits(
     model: nn.Module, recipe: Recipe, bits: Mapping[str, int], name: str, title: str = ""
 ) -> Recipe:
-    """The recipe with so many bits for weights of the layers of these names."""
-    groups = {}
-    for layer, spec in layer_specs(model, recipe).items():
-        if layer in bits:
-            spec = replace(spec, weight=replace(spec.weight, bits=bits[layer]))
-        groups.setdefault(replace(spec, pattern=""), []).append(re.escape(layer))
-    layers = tuple(replace(spec, pattern="|".join(names)) for spec, names in groups.items())
-    return replace(recipe, name=name, title=title, layers=layers)
+    """Return the recipe with so many bits for the weights of the layers of these names."""
+    specs = layer_specs(model, recipe)
+    for layer, n in bits.items():
+        specs[layer] = replace(specs[layer], weight=replace(specs[layer].weight, bits=n))
+    return replace(recipe, name=name, title=title, layers=by_names(specs))
 
 
 # The budget.
 
 
 def within_bytes(model, batches, costs: Mapping, budget: float, unit: str, named) -> dict:
-    """{name: bits} of the least cost whose file is no larger than the budget in bytes.
+    """Return {name: bits} of least cost whose file is no larger than the budget in bytes.
 
     A file holds, besides codes, scales, floats and a header whose length depends on the recipe,
     so the files of the smallest, the largest and the chosen allocation are written to find out.
@@ -160,7 +157,7 @@ def within_bytes(model, batches, costs: Mapping, budget: float, unit: str, named
 
 
 def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
-    """Bytes of the file of a network quantized by `recipe`, found without its slow steps."""
+    """Return the bytes of the file of a network quantized by `recipe`, without its slow steps."""
     fast = replace(
         recipe,
         layers=tuple(
@@ -174,11 +171,11 @@ def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
 
 
 def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> tuple[dict, float]:
-    """{name: {bits: mJ}} of layers whose bits are chosen, and the mJ of all others together."""
+    """Return {name: {bits: mJ}} of layers whose bits are chosen, and the mJ of all others."""
     found = {bits: energy(model, recipe, image) for bits, recipe in uniform.items()}
 
     def price(layer: dict) -> float:
-        return (layer["compute"] + layer["weights"] + layer["activations"]) / PJ_PER_MJ
+        return sum(layer[part] for part in PARTS) / PJ_PER_MJ
 
     prices = {n: {b: price(of["layers"][n]) for b, of in found.items()} for n in names}
     of_lowest = sum(of_layer[BITS[0]] for of_layer in prices.values())
@@ -202,36 +199,22 @@ def _check_budget(budget: float, low: float, high: float, unit: str) -> None:
 
 
 def allocation(costs: Mapping, prices: Mapping, budget: float, fixed=0.0, unit="") -> dict:
-    """{name: key} with the least sum of costs whose prices, with `fixed`, sum up to the budget or
-    less. Both tables are {name: {key: number}}; ValueError as `allocate` raises it."""
-    keys = {name: list(of_layer) for name, of_layer in costs.items()}
-    tables = ([[table[n][k] for k in keys[n]] for n in keys] for table in (costs, prices))
-    picked = allocate(*tables, budget, fixed, unit)
-    return {name: keys[name][i] for name, i in zip(keys, picked)}
+    """Return {name: key} of least cost whose prices, with `fixed`, are within the budget.
 
-
-def allocate(
-    costs: Sequence[Sequence[float]],
-    prices: Sequence[Sequence[float]],
-    budget: float,
-    fixed: float = 0.0,
-    unit: str = "",
-) -> tuple[int, ...]:
-    """For each group the index of its option, such that costs are least within the budget.
-
-    A multiple-choice knapsack problem, solved to its optimum by scipy's HiGHS. ValueError for a
-    budget below the cheapest or above the dearest of all allocations, with `fixed` added to both.
+    Both tables are {name: {key: number}}. It is a multiple-choice knapsack problem, solved to its
+    optimum by scipy's HiGHS. ValueError for a budget below the cheapest or above the dearest of all
+    allocations, with `fixed` added to both.
     """
     milp, Bounds, LinearConstraint = import_milp()
-    low, high = (fixed + sum(end(group) for group in prices) for end in (min, max))
+    options = [(name, key) for name in costs for key in costs[name]]
+    price = np.array([prices[name][key] for name, key in options])
+    of_groups = [[prices[name][key] for key in costs[name]] for name in costs]
+    low, high = (fixed + sum(map(end, of_groups)) for end in (min, max))
     _check_budget(budget, low, high, unit)
     # What every option of a group costs plays no part; the rest is scaled to the solver's
     # tolerances.
-    cost = np.concatenate([np.subtract(group, min(group)) for group in costs])
-    price = np.concatenate(prices)
-    one_each = np.zeros((len(costs), len(cost)))
-    for row, end, n in zip(one_each, np.cumsum([len(g) for g in costs]), map(len, costs)):
-        row[end - n : end] = 1
+    cost = np.array([costs[name][key] - min(costs[name].values()) for name, key in options])
+    one_each = np.array([[float(name == of) for of, _ in options] for name in costs])
     solved = milp(
         1000 * cost / (cost.max() or 1.0),
         integrality=np.ones_like(cost),
@@ -244,12 +227,11 @@ def allocate(
     )
     if solved.status != 0:
         raise ValueError(f"no allocation was found: {solved.message}")
-    of_groups = np.split(solved.x, np.cumsum([len(g) for g in costs])[:-1])
-    return tuple(int(x.argmax()) for x in of_groups)
+    return {name: key for (name, key), share in zip(options, solved.x) if share > 0.5}
 
 
 def import_milp():
-    """scipy's solver and what it takes; ImportError that says what to install."""
+    """Return scipy's solver and what it takes; ImportError that says what to install."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ModuleNotFoundError as error:

@@ -10,10 +10,8 @@ against those in the quantized one, in which all before it is quantized as well.
 """
 
 import contextlib
-import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +20,24 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ptq.analysis.costs import first_images, sampled_loss
 from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
-from ptq.graph import NEVER_RAN
+from ptq.graph import NEVER_RAN, hooked
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods import STEPS
 from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoQuantizer
-from ptq.methods.ibert import IntegerCore
-from ptq.pipeline import check_batches, check_finite, layer_specs, with_quantized_layers
+from ptq.pipeline import float_twin, layer_specs
 from ptq.recipe import LayerSpec, Recipe
 
 IMAGES = 64  # that are looked at
 CHANNEL_AXIS = {nn.Conv2d: 1, nn.Linear: -1, nn.LayerNorm: -1}  # of a layer's inputs
-CORES = (QuantizedAttentionCore, LogSoftmaxCore, IntegerCore)
+CORES = (QuantizedAttentionCore, LogSoftmaxCore)
 CORE_AXIS = {"q": -1, "k": -1, "v": -1, "scores": 1, "attention": 1}  # channels, or heads
 
 
 def profile(
     model: nn.Module, quantized: nn.Module, recipe: Recipe, batches, n_images: int = IMAGES
 ) -> dict:
-    """Statistics of every tensor that `recipe` quantizes, over the first `n_images` of `batches`.
+    """Return statistics of every tensor that `recipe` quantizes.
 
+    They are taken over the first `n_images` of `batches`.
     `quantized` is what `ptq.quantize(model, recipe, batches)` gave. The result holds plain values:
     "tensors", worst first, each with what TensorStats.as_dict gives, and besides
 
@@ -55,8 +52,6 @@ def profile(
     by one, so that memory does not grow with their number. ValueError as `ptq.quantize` raises it,
     or if the outputs do not depend on the images.
     """
-    check_batches(model, recipe, batches)
-    check_finite(model)
     both = Both(model, quantized, recipe, batches)
     for x, *_ in first_images(batches, n_images):
         for image in x:
@@ -66,8 +61,10 @@ def profile(
 
 @dataclass(eq=False)
 class Watched:
-    """A tensor that is quantized: its `role` for a layer, and the module `path` that puts it out;
-    a weight has none. `fisher` and `noise` are sums over images."""
+    """A tensor that is quantized: its `role` for a layer, and the module `path` that puts it out.
+
+    A weight has no path. `fisher` and `noise` are sums over images.
+    """
 
     layer: str
     role: str
@@ -122,13 +119,16 @@ class Both:
         self.seen.append(logits.flatten())
 
     def error(self, tensor: Watched, x: Tensor, codes: Tensor | None = None) -> Tensor:
-        """What quantization adds to the values of a tensor, which are taken in."""
+        """Take in the values of a tensor, and return what quantization adds to them."""
         with torch.no_grad(), located(tensor.role, tensor.layer):
             return tensor.stats.add(x.detach(), codes) - x
 
     def float_pass(self, image: Tensor) -> tuple[dict, dict, Tensor]:
-        """{tensor: its values at each of its calls}, each a node of its own in the graph; {name of
-        a block: arguments, keyword arguments and output of its first call}; the outputs."""
+        """Run the float network, and return what it makes of an image.
+
+        {tensor: its values at each of its calls}, each a node of its own in the graph; {name of a
+        block: arguments, keyword arguments and output of its first call}; the outputs.
+        """
         values, calls = defaultdict(list), {}
 
         def keep(tensor, args, kwargs, output):
@@ -169,7 +169,7 @@ class Both:
             tensor.noise += change**2 / logits.numel()
 
     def quantized_pass(self, image: Tensor, values: dict, calls: dict) -> Tensor:
-        """Compare what the quantized network puts out at the same places; its outputs."""
+        """Compare what the quantized network puts out at the same places; return its outputs."""
 
         def compare(tensor, args, kwargs, output):
             with located(tensor.role, tensor.layer):
@@ -177,8 +177,11 @@ class Both:
                 tensor.stats.add_quantized(values[tensor].pop(0), output, is_softmax)
 
         def look_inside(name, args, kwargs, output):
-            """An integer layer passes codes on, not through its quantizers: these are seen when it
-            computes in float, what it really puts out is seen as it is."""
+            """Compare the tensors inside of an integer layer.
+
+            It computes with codes, past its quantizers: what these make is seen when it computes in
+            float. What it really puts out is seen as it is.
+            """
             layer = self.quantized.get_submodule(name)
             inside = {tensor.role: tensor for tensor in integer[name]}
             passed = {t: t.path for r, t in inside.items() if r not in ("attention", "output")}
@@ -240,18 +243,8 @@ class Both:
         }
 
 
-def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
-    """The network with quantized layers that compute in float, their quantizers not calibrated."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    with torch.no_grad():
-        reference = with_quantized_layers(twin, recipe, batches)
-        if "equalize" in recipe.steps:
-            STEPS["equalize"](twin, reference, batches, recipe)
-    return twin
-
-
 def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) -> list[Watched]:
-    """The tensors that a layer's `spec` quantizes, with the grids that they have in `quantized`."""
+    """Return the tensors that a layer's `spec` quantizes, with their grids in `quantized`."""
     layer, found = quantized.get_submodule(name), []
     axis = CHANNEL_AXIS.get(type(model.get_submodule(name)))
     if isinstance(layer, QuantizedLayer) and layer.format is not None:
@@ -276,8 +269,8 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
     return found
 
 
-def attention(core: LogSoftmaxCore | IntegerCore, q: Tensor, k: Tensor) -> Tensor:
-    """The softmax [..., N, N] that a core multiplies with v, as the core computes it."""
+def attention(core: LogSoftmaxCore, q: Tensor, k: Tensor) -> Tensor:
+    """Return the softmax [..., N, N] that a core multiplies with v, as the core computes it."""
     v, core.inputs["v"] = core.inputs["v"], nn.Identity()
     try:
         return core.compute(q, k, torch.eye(k.shape[-2], device=k.device))
@@ -286,8 +279,11 @@ def attention(core: LogSoftmaxCore | IntegerCore, q: Tensor, k: Tensor) -> Tenso
 
 
 def block_of(model: nn.Module, layer: str) -> str:
-    """The outermost element of a list or sequence of modules that holds a layer and is no such list
-    itself; the layer where there is none."""
+    """Return the name of the block that holds a layer.
+
+    It is the outermost element of a list or sequence of modules that is no such list itself, or
+    the layer where there is none.
+    """
     sequences = (nn.Sequential, nn.ModuleList)
     parts = layer.split(".")
     for i in range(len(parts)):
@@ -300,25 +296,6 @@ def block_of(model: nn.Module, layer: str) -> str:
 
 def first_tensor(output) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-@contextlib.contextmanager
-def hooked(network: nn.Module, paths: dict, hook):
-    """Within this context `hook(key, args, kwargs, output)` follows each call of the module at
-    `paths[key]`; what it returns, if anything, takes the place of the output."""
-
-    def call(key, module, args, kwargs, output):
-        return hook(key, args, kwargs, output)
-
-    handles = [
-        network.get_submodule(path).register_forward_hook(partial(call, key), with_kwargs=True)
-        for key, path in paths.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -1,16 +1,15 @@
 """How much the quantization of each single tensor changes what a network puts out."""
 
 import contextlib
-import copy
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ptq.layers import Quantizer
-from ptq.methods import STEPS
-from ptq.methods.nearest import layers_to_round
-from ptq.pipeline import check_batches, check_finite, with_quantized_layers
+from ptq.methods.calibrate import calibrate
+from ptq.methods.nearest import layers_to_round, nearest_codes
+from ptq.pipeline import float_twin
 from ptq.recipe import Recipe
 
 LARGEST = 10  # tensors that a report shows one by one
@@ -18,23 +17,15 @@ LARGEST = 10  # tensors that a report shows one by one
 
 @torch.no_grad()
 def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
-    """Noise in the logits from each single weight and input that `recipe` quantizes.
+    """Return the noise in the logits from each single weight and input that `recipe` quantizes.
 
     The result is that of `noises` for the kinds "weights" and "inputs". Weights are rounded to
     nearest, inputs calibrated on `batches`. Raises ValueError as `ptq.quantize` does.
     """
-    check_batches(model, recipe, batches)
-    check_finite(model)
-    network = copy.deepcopy(model).eval()
-    reference = with_quantized_layers(network, recipe, batches)
-    if "equalize" in recipe.steps:
-        STEPS["equalize"](network, reference, batches, recipe)
+    network = float_twin(model, recipe, batches)
     layers = layers_to_round(network)
-    STEPS["nearest"](network, reference, batches, recipe)
-    weights = {name: layer.layer.weight.clone() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.layer.weight.copy_(reference.get_submodule(name).weight)
-    STEPS["calibrate"](network, reference, batches, recipe)
+    weights = {name: layer.format.decode(*nearest_codes(layer)) for name, layer in layers.items()}
+    calibrate(network, None, batches, recipe)
     quantizers = {n: m for n, m in network.named_modules() if isinstance(m, Quantizer)}
     scales = {name: quantizer.scale for name, quantizer in quantizers.items()}
     for quantizer in quantizers.values():
@@ -47,11 +38,11 @@ def sensitivities(model: nn.Module, recipe: Recipe, batches, outputs) -> dict:
 
 
 def noises(network: nn.Module, outputs, alone: dict) -> dict:
-    """How much `outputs(network)` changes when tensors take the values of their formats.
+    """Return how much `outputs(network)` changes when tensors take the values of their formats.
 
     The change is a mean square over the outputs' variance: {"noise": {kind: {name: of that tensor
     alone}}, "noise_of_rest": of all but the `largest` together, "noise_of_all": of all together,
-    "largest": their number}. `alone`: {kind: {name: function}}; each function gives the context in
+    "largest": their number}. `alone`: {kind: {name: function}}. Each function gives the context in
     which that one tensor takes the values of its format.
     """
     expected = outputs(network).double()
@@ -76,7 +67,7 @@ def noises(network: nn.Module, outputs, alone: dict) -> dict:
 
 @contextlib.contextmanager
 def set_tensor(tensor: Tensor, value: Tensor):
-    """Within this context `tensor` holds `value`."""
+    """Within this context, let `tensor` hold `value`."""
     before = tensor.clone()
     tensor.copy_(value)
     try:
@@ -87,7 +78,7 @@ def set_tensor(tensor: Tensor, value: Tensor):
 
 @contextlib.contextmanager
 def set_attribute(module: nn.Module, name: str, value):
-    """Within this context the attribute `name` of `module` is `value`."""
+    """Within this context, let the attribute `name` of `module` be `value`."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -17,14 +17,16 @@ HALF_STEP = 0.501  # a step's half, and what floats lose
 
 
 class Error:
-    """Sums over tensors `x` and their quantized copies `y`, channel by channel along an axis or,
-    where that is None, of all together."""
+    """Sums over tensors `x` and their quantized copies `y`.
+
+    They are taken channel by channel along an axis or, where that is None, of all together.
+    """
 
     def __init__(self):
         self.n, self.signal, self.copy, self.error = 0, 0.0, 0.0, 0.0
 
     def add(self, x: Tensor, y: Tensor, axis: int | None) -> None:
-        """Raises ValueError where one of them is not finite."""
+        """Take in a tensor and its copy; ValueError where one of them is not finite."""
         x, y = (t[None] if axis is None else t.movedim(axis, 0) for t in (x, y))
         x, y = x.flatten(1), y.flatten(1)  # [C, n]
         signal, copy, error = (t.square().sum(1).double() for t in (x, y, y - x))
@@ -35,8 +37,10 @@ class Error:
         self.error = self.error + error
 
     def as_dict(self) -> dict:
-        """QSNR in dB of all and of the worst channel, None where nothing errs; MSE; cosine, None
-        where all is 0."""
+        """Return QSNR of all and of the worst channel in dB, MSE and cosine.
+
+        QSNR is None where nothing errs, and the cosine where all is 0.
+        """
         signal, copy, error = (float(t.sum()) for t in (self.signal, self.copy, self.error))
         channels = zip(self.signal.tolist(), self.error.tolist())
         lengths = math.sqrt(signal * copy)
@@ -49,7 +53,7 @@ class Error:
 
 
 def qsnr_db(signal: float, error: float) -> float | None:
-    """10 log10 of a signal's energy over its error's; None where there is no error."""
+    """Return 10 log10 of a signal's energy over its error's; None where there is no error."""
     return 10 * math.log10(max(signal, ZERO_SIGNAL) / error) if error else None
 
 
@@ -103,18 +107,18 @@ class TensorStats:
             )
 
     def scales(self) -> Tensor:
-        """All distances of two levels, [G] or [C]."""
+        """Return all distances of two levels, [G] or [C]."""
         scale = self.grid[0]
         return scale * 2 ** self.grid[2] if isinstance(self.format, PowerOfTwo) else scale
 
     def steps(self, like: Tensor) -> Tensor:
-        """The distance of two levels for every element of `like`, or what broadcasts to it."""
+        """Return the distance of two levels for every element of `like`, to broadcast with it."""
         if isinstance(self.format, PowerOfTwo):
             return self.scales()
         return self.format.spread(self.grid[0], like)
 
     def as_dict(self) -> dict:
-        """Plain values; None where there is no such number."""
+        """Return plain values; None where there is no such number."""
         n = self.local.n
         mean = self.total / n
         variance = max(float(self.local.signal.sum()) / n - mean**2, 0)
@@ -158,7 +162,7 @@ class TensorStats:
         }
 
     def _written(self) -> dict:
-        """The range that the format covers, and its extreme scales and zero-points."""
+        """Return the range that the format covers, and its extreme scales and zero-points."""
         if isinstance(self.format, Log2):
             return {"range": [0.0, 1.0], "scale": None, "zero_point": None, "n_scales": 0}
         scales, zero_points = self.scales(), self.grid[1]
@@ -172,7 +176,7 @@ class TensorStats:
         }
 
     def _mse_over_rounding(self) -> float | None:
-        """The local MSE over scale**2 / 12, that of values that lie anywhere between two levels."""
+        """Return the local MSE over scale**2 / 12, that of values anywhere between two levels."""
         if isinstance(self.format, Log2):
             return None
         rounding = float(self.scales().double().square().mean()) / 12
@@ -198,32 +202,32 @@ def in_words(format: Uniform | PowerOfTwo | Log2) -> str:
 
 
 def edges(histogram: Histogram) -> np.ndarray:
-    """The edges of its bins, [BINS + 1]."""
+    """Return the edges of its bins, [BINS + 1]."""
     limit = float(histogram.limit[0]) or 1.0  # all is 0
     return np.linspace(-limit, limit, BINS + 1)
 
 
 def cumulated(histogram: Histogram) -> np.ndarray:
-    """How many values lie below each edge, [BINS + 1]."""
+    """Return how many values lie below each edge, [BINS + 1]."""
     return np.concatenate([[0], histogram.counts[0].cumsum(0).cpu().numpy()])
 
 
 def outliers(histogram: Histogram, mean: float, sigma: float) -> float:
-    """Share of values further than SIGMAS from the mean, within a bin."""
+    """Return the share of values further than SIGMAS sigma from the mean, within a bin."""
     far = (histogram.centres()[0] - mean).abs() > SIGMAS * sigma
     counts = histogram.counts[0]
     return float(counts[far].sum() / counts.sum()) if sigma else 0.0
 
 
 def kurtosis(histogram: Histogram, mean: float, sigma: float) -> float:
-    """Fourth moment over the squared variance, 3 for normal values; within a bin."""
+    """Return the fourth moment over the squared variance, 3 for normal values; within a bin."""
     counts = histogram.counts[0].double()
     fourth = ((histogram.centres()[0].double() - mean) / sigma) ** 4
     return float((counts * fourth).sum() / counts.sum())
 
 
 def earth_movers(a: Histogram, b: Histogram) -> float:
-    """Mean distance by which values of one distribution move to become the other, within a bin."""
+    """Return the mean distance by which values move from one distribution to the other."""
     places = np.union1d(edges(a), edges(b))
     shares = (np.interp(places, edges(h), cumulated(h)) / int(h.counts.sum()) for h in (a, b))
     first, second = shares
@@ -231,12 +235,12 @@ def earth_movers(a: Histogram, b: Histogram) -> float:
 
 
 def displayed_range(low: float, high: float) -> tuple[float, float]:
-    """What a picture of values from `low` to `high` covers: of a constant a little around it."""
+    """Return the range that a picture of values from `low` to `high` covers, never empty."""
     return (low, high) if low < high else (low - (abs(low) or 1.0), high + (abs(high) or 1.0))
 
 
 def displayed(histogram: Histogram, low: float, high: float) -> list[int]:
-    """Counts in SHOWN_BINS even bins from `low` to `high`."""
+    """Return counts in SHOWN_BINS even bins from `low` to `high`."""
     places = np.linspace(low, high, SHOWN_BINS + 1)
     below = np.interp(places, edges(histogram), cumulated(histogram))
     below[0], below[-1] = 0, int(histogram.counts.sum())  # what rounding moved beyond the ends

@@ -30,10 +30,10 @@ GELU_UNIT = 2**-14  # of the sigmoid's argument
 
 @dataclass(frozen=True)
 class Exp:
-    """Integer constants of exp for codes of one scale; `Exp.of` makes them.
+    """The integer constants of exp for codes of one scale; `Exp.of` makes them.
 
-    `shift`: how far codes move to the left first; below 0 to the right, with rounding. `b`, `c` and
-    `ln2` are the polynomial's and ln 2 in units of the finer scale and of its square.
+    `shift`: how many bits codes move to the left first; below 0 to the right, with rounding. `b`
+    and `ln2` are in units of the scale that this gives, `c` in units of its square.
     """
 
     shift: int
@@ -42,20 +42,21 @@ class Exp:
     ln2: int
 
     @staticmethod
-    def of(scale: float, terms: int = 1, shift: int | None = None) -> "Exp":
-        """For codes of `scale`, with the finest shift for which `terms` results add up to less than
-        2**31. OutOfRange for a scale that is not above 0."""
+    def of(scale: float, terms: int = 1) -> "Exp":
+        """Return the constants for codes of `scale`; OutOfRange for one that is not above 0.
+
+        The shift is the finest for which `terms` results add up to less than 2**31.
+        """
         positive(scale, "the scale of what exp takes in")
-        if shift is None:
-            shift = math.floor(math.log2(scale / math.sqrt(C * terms / 2**31)))
-            # The constants are rounded, and so may be one too large.
-            shift -= round(C / (scale / 2**shift) ** 2) * terms >= 2**31
+        shift = math.floor(math.log2(scale / math.sqrt(C * terms / 2**31)))
+        # The constants are rounded, and so may be one too large.
+        shift -= round(C / (scale / 2**shift) ** 2) * terms >= 2**31
         fine = scale / 2.0**shift
         return Exp(shift, round(B / fine), round(C / fine**2), max(round(math.log(2) / fine), 1))
 
 
 def exp(codes: Tensor, table: Exp) -> Tensor:
-    """exp of codes <= 0: integers in units of 1 / `table.c`, so that 0 gives `table.c`.
+    """Return exp of codes <= 0: integers in units of 1 / `table.c`, so that 0 gives `table.c`.
 
     Within 0.002 of exp for scales up to 1/4. OutOfRange for a code above 0.
     Kim et al., section 3.5 and algorithm 2. Deviations: codes are moved first, constants rounded
@@ -71,31 +72,29 @@ def exp(codes: Tensor, table: Exp) -> Tensor:
 
 
 def row_exp(scores: Tensor, table: Exp) -> tuple[Tensor, Tensor]:
-    """exp of scores [..., N] less the row's largest, and the sums [..., 1], which fit int32."""
+    """Return exp of scores [..., N] less the row's largest, and sums [..., 1], which fit int32."""
     e = exp(scores - scores.amax(-1, keepdim=True), table)
     return e, fits(e.sum(-1, keepdim=True), 32, "the sum of a row of exp")
 
 
-def softmax(
-    scores: Tensor, scale: float, levels: int = 255, qmax: int = 255, shift: int | None = None
-) -> Tensor:
-    """Softmax over the last axis: codes in [0, qmax] in units of 1 / levels, same shape.
+def softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 255) -> Tensor:
+    """Return the softmax over the last axis: codes in [0, qmax] in units of 1 / levels.
 
     `levels` above `qmax` resolve small values better, and cut off those above qmax / levels.
-    `shift` as for `Exp`. Kim et al., section 3.5; deviations: `exp`'s, and the division is exact.
+    Kim et al., section 3.5. Deviations: `exp`'s, and the division is exact.
     """
-    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1], shift))
+    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1]))
     return round_divide(e * levels, total).clamp(max=qmax)
 
 
-def log2_softmax(scores: Tensor, scale: float, format: Log2, shift: int | None = None) -> Tensor:
-    """Softmax over the last axis as codes of a logarithmic `format`, same shape.
+def log2_softmax(scores: Tensor, scale: float, format: Log2) -> Tensor:
+    """Return the softmax over the last axis as codes of a logarithmic `format`.
 
     Lin et al., "FQ-ViT: Post-Training Quantization for Fully Quantized Vision Transformer", IJCAI
     2022, section 3.3 (log-int-softmax). Deviations: `exp`'s, and codes follow from the exact ratio
     of sum and exp, not from a rounded one.
     """
-    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1], shift))
+    e, total = row_exp(scores, Exp.of(scale, scores.shape[-1]))
     # The code rounded down: how often e doubles before it exceeds the sum.
     floor = torch.zeros_like(e)
     for code in range(1, min(format.zero, 31) + 1):  # the sum is below 2**31
@@ -110,14 +109,12 @@ def log2_softmax(scores: Tensor, scale: float, format: Log2, shift: int | None =
 
 
 def log2_powers(scores: Tensor, scale: float, format: Log2) -> Tensor:
-    """`log2_softmax` as powers of two, or 0, in units of the smallest."""
-    top = format.zero - 1
-    codes = log2_softmax(scores, scale, format)
-    return torch.where(codes == format.zero, 0, 1 << (top - codes).clamp(min=0))
+    """Return `log2_softmax` as integers in units of the format's smallest power."""
+    return format.integers(log2_softmax(scores, scale, format))
 
 
 def shift_softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 255) -> Tensor:
-    """`softmax` with an exp that takes shifts and sums alone.
+    """Return `softmax` with an exp that takes shifts and sums alone.
 
     Li and Gu, "I-ViT", ICCV 2023, section 3.4 (Shiftmax). Deviation: the division is exact.
     """
@@ -129,47 +126,34 @@ def shift_softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 2
 
 
 def _shift_units(scale: float, terms: int) -> tuple[int, int]:
-    """The most halvings that ShiftExp can tell apart while `terms` results add up to 31 bits, and
-    what it then gives for 0."""
+    """Return the n of ShiftExp for which `terms` results fit 31 bits, and what it gives for 0."""
     one = math.ceil(1 / positive(scale, "the scale of what ShiftExp takes in"))
     n = max(31 - (2 * one * terms).bit_length(), 0)
     return n, one << n
 
 
-def shift_product(codes: Tensor, values: Tensor, format: Log2) -> Tensor:
-    """Sums of `values` [..., N, d] weighted by logarithmic codes [..., M, N], by shifts alone.
+def sigmoid(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
+    """Return 1 / (1 + exp(-x)) in units of 2**-bits, element by element.
 
-    int64 [..., M, d] in units of the values' scale times 2**-(zero - 1), where `format.zero` is the
-    code of 0; they fit int32. Lin et al., section 3.3.
+    I-ViT (Li and Gu, ICCV 2023) subtracts the largest element of a row first, and small elements
+    lose their digits. exp(-|x|) needs no such thing.
     """
-    top = format.zero - 1
-    shifts = (top - codes).clamp(min=0)[..., None]  # [..., M, N, 1]
-    terms = torch.where(codes[..., None] == format.zero, 0, values[..., None, :, :] << shifts)
-    return fits(terms.sum(-2), 32, "a product by shifts")
-
-
-def sigmoid(codes: Tensor, scale: float, bits: int = 12, shift: int | None = None) -> Tensor:
-    """1 / (1 + exp(-x)) in units of 2**-bits, element by element; 1 is 2**bits.
-
-    `shift` as for `Exp`. I-ViT (Li and Gu, ICCV 2023) subtracts the largest element of a row first,
-    which takes the small ones their digits; exp(-|x|) needs no such thing.
-    """
-    table = Exp.of(scale, 2, shift)
+    table = Exp.of(scale, terms=2)
     return _sigmoid(codes, exp(-codes.abs(), table), table.c, bits)
 
 
 def _sigmoid(codes: Tensor, e: Tensor, one: int, bits: int) -> Tensor:
-    """The sigmoid from `e`, which is exp(-|x|) in units of 1 / `one`."""
+    """Return the sigmoid from `e`, which is exp(-|x|) in units of 1 / `one`."""
     return round_divide(torch.where(codes >= 0, one, e) << bits, e + one)
 
 
-def silu(codes: Tensor, scale: float, bits: int = 12, shift: int | None = None) -> Tensor:
-    """x sigmoid(x) in units of scale / 2**bits, int32: with 12 bits a thousandth off."""
-    return fits(codes * sigmoid(codes, scale, bits, shift), 32, "SiLU")
+def silu(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
+    """Return x sigmoid(x) in units of scale / 2**bits, int32; 12 bits are a thousandth off."""
+    return fits(codes * sigmoid(codes, scale, bits), 32, "SiLU")
 
 
 def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) -> Tensor:
-    """x sigmoid(slope x) in units of scale / 2**bits, int32, with an exp of shifts and sums alone.
+    """Return x sigmoid(slope x) in units of scale / 2**bits, int32, by shifts and sums.
 
     A slope of 1.702 gives GELU. Li and Gu, "I-ViT", ICCV 2023, section 3.5 (ShiftGELU). Deviations:
     exp(-|x|), which does not depend on the largest of a row, and an exact division.
@@ -180,9 +164,9 @@ def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) 
 
 
 def gelu(codes: Tensor, scale: float, bits: int = 12, width: int = 9) -> Tensor:
-    """GELU in units of scale / 2**bits, int32; `codes` are signed integers of `width` bits.
+    """Return GELU in units of scale / 2**bits, int32, of signed codes of `width` bits.
 
-    Our own: the form with a cubic polynomial in a sigmoid, both in integers.
+    Our own: a sigmoid of a cubic polynomial, both in integers.
     """
     positive(scale, "the scale of what GELU takes in")
     fits(codes, width, "what GELU takes in")

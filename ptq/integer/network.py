@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ptq.integer.operators import (
 from ptq.integer.rescale import OutOfRange, fits
 from ptq.layers import QuantizedLayer, Quantizer
 from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm, parameters
-from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm, width
+from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm
 from ptq.methods.ivit import ShiftActivation, ShiftmaxCore
 from ptq.methods.norms import fold_norms
 
@@ -42,11 +43,14 @@ class IntegerNetwork(nn.Module):
         self.zero_point = int(image.zero_point)
 
     def encode(self, images: Tensor) -> Tensor:
-        """The codes of images, as the format of the first layer's input has them."""
+        """Return the codes of images, as the format of the first layer's input has them."""
         return self.image.format.encode(images, self.image.scale, self.image.zero_point).long()
 
     def forward(self, codes: Tensor) -> Tensor:
-        """OutOfRange for codes that the images' format does not have, TypeError unless int64."""
+        """Return the codes of logits.
+
+        OutOfRange for codes that the images' format does not have, TypeError unless int64.
+        """
         format = self.image.format
         if fits(codes, 63, "a code of an image").numel():
             low, high = (int(end) for end in codes.aminmax())
@@ -55,18 +59,21 @@ class IntegerNetwork(nn.Module):
         return self.operators(codes - self.zero_point)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The logits that codes stand for, float64."""
+        """Return the logits that codes stand for, float64."""
         return codes.double() * self.scale
 
 
 @torch.no_grad()
 def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64) -> IntegerNetwork:
-    """The network of integers that `quantized` simulates: one that `ptq.quantize` gave by a recipe
-    with quantized inputs of all products and integer forms of all other layers, such as `i-bert`.
+    """Return the network of integers that `quantized` simulates.
+
+    `quantized`: what `ptq.quantize` gave by a recipe that quantizes the inputs of all products and
+    has integer forms of all other layers, such as `i-bert`.
+    `products`: the type that matrix products are computed in, torch.int64 or, to the same bits,
+    torch.float64.
 
     Batch norms are folded. Between two layers a tensor has 32 bits, as fine as its largest possible
-    value permits. `products`: the type that matrix products are computed in, torch.int64 or, to
-    the same bits, torch.float64. ValueError names a layer that has no integer form.
+    value permits. ValueError names a layer that has no integer form.
     """
     if products not in (torch.int64, torch.float64):
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
@@ -102,7 +109,7 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
 
 
 def image_quantizer(network: nn.Module, traced: torch.fx.Graph) -> Quantizer:
-    """The quantizer of the first layer's input, whose codes are those of images."""
+    """Return the quantizer of the first layer's input, whose codes are those of images."""
     for node in traced.nodes:
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, QuantizedLayer):
@@ -116,12 +123,14 @@ def image_quantizer(network: nn.Module, traced: torch.fx.Graph) -> Quantizer:
 def translated(
     node: torch.fx.Node, network: nn.Module, known: dict, products: torch.dtype
 ) -> tuple[list[torch.fx.Node], nn.Module | None, Codes]:
-    """Of a node: the nodes that its operator takes in, the operator, and the codes that it gives.
-    Without an operator, the node does to codes what it does to values."""
+    """Return the nodes that a node's operator takes in, the operator, and the codes that it gives.
+
+    Where the operator is None, the node does to codes what it does to values.
+    """
     name = node.target if isinstance(node.target, str) else node.target.__name__
     try:
         if node.op == "get_attr":
-            constant = Constant(attribute(network, name))
+            constant = Constant(attrgetter(name)(network))
             return [], constant, constant.codes
         if node.op == "call_module":
             inputs = [*node.args, *node.kwargs.values()]
@@ -147,15 +156,10 @@ def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
     return [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
 
 
-def attribute(network: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    return getattr(network.get_submodule(owner), last)
-
-
 def layer_form(
     layer: nn.Module, inputs: list[Codes], products: torch.dtype
 ) -> tuple[nn.Module, Codes]:
-    """The integer operator of a layer and the codes that it gives."""
+    """Return the integer operator of a layer and the codes that it gives."""
     if type(layer) in SAME:
         return layer, inputs[0]
     form = FORMS.get(type(layer))
@@ -191,9 +195,7 @@ def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> At
 
 
 def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
-    of_factors = isinstance(norm, PowerOfTwoNorm)
-    bits = norm.input.format.bits + 4 if of_factors else width(norm.input)
-    return Norm(norm, parameters(norm.layer), *inputs, bits)
+    return Norm(norm, parameters(norm.layer, norm.output.scale.device), *inputs)
 
 
 def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:

@@ -25,37 +25,34 @@ class LayerNormTable:
 
 
 def layer_norm_table(
-    weight: list[float],
-    bias: list[float],
-    eps: float,
-    scale: float,
-    out_scale: float,
-    device: torch.device | None = None,
+    weight: Tensor, bias: Tensor, eps: float, scale: float, out_scale: float
 ) -> LayerNormTable:
-    """For inputs of `scale` and outputs of `out_scale`, above 0; `weight` and `bias` have C values.
+    """Return the table for inputs of `scale` and outputs of `out_scale`; OutOfRange unless above 0.
 
-    The gain takes 15 bits and a sign, or fewer if the offset would leave 46.
+    `weight`, `bias`: [C]. The gain takes 15 bits and a sign, or fewer if the offset would leave 46.
     """
     positive(scale, "the scale of what a layer norm takes in")
     positive(out_scale, "the scale of what a layer norm puts out")
-    largest = max(max(map(abs, weight)) / out_scale, 2.0**-20)
-    reach = max(max(map(abs, bias)) / out_scale, 1.0)
+    weight, bias = weight.double() / out_scale, bias.double() / out_scale
+    largest = max(float(weight.abs().max()), 2.0**-20)
+    reach = max(float(bias.abs().max()), 1.0)
     shift = UNIT + 14 - math.floor(math.log2(largest))
     shift = max(min(shift, 45 - math.ceil(math.log2(reach)), 62), 1)
     return LayerNormTable(
-        torch.tensor([round(w / out_scale * 2.0 ** (shift - UNIT)) for w in weight], device=device),
-        torch.tensor([round(b / out_scale * 2.0**shift) for b in bias], device=device),
+        (weight * 2.0 ** (shift - UNIT)).round().long(),
+        (bias * 2.0**shift).round().long(),
         shift,
         round(eps * len(weight) ** 2 / scale**2 * 2**16),
     )
 
 
 def normalised(codes: Tensor, bits: int = 12, epsilon: int = 0) -> Tensor:
-    """(x - mean) / standard deviation over the last axis, in units of 2**-12; 0 where all equal.
+    """Return (x - mean) / standard deviation over the last axis, in units of 2**-12.
 
-    `codes` [..., C] are signed integers of `bits` bits. V = C sum x^2 - (sum x)^2, which is C^2
-    times the variance, is exact: the mean is never rounded. Everything fits int64.
-    Deviation from Kim et al., section 3.6, who round the mean and the standard deviation to codes.
+    It is 0 where all are equal. `codes` [..., C] are signed integers of `bits` bits.
+    V = C sum x^2 - (sum x)^2, which is C^2 times the variance, is exact: the mean is never rounded.
+    Everything fits int64. Kim et al., section 3.6, round the mean and the standard deviation to
+    codes.
     """
     n = codes.shape[-1]
     codes = fits(codes, bits, "what a layer norm takes in")
@@ -78,7 +75,7 @@ def layer_norm(
     zero_point: int = 0,
     bits: int = 12,
 ) -> Tensor:
-    """Layer norm over the last axis: codes [..., C] of `bits` bits to codes in [qmin, qmax].
+    """Normalise codes [..., C] of `bits` bits over the last axis, to codes in [qmin, qmax].
 
     Lin et al., "FQ-ViT", IJCAI 2022, section 3.2, and our own arithmetic: eps is kept, a token
     without variance gives its bias, and multipliers are rounded, of 15 bits, and the same for every

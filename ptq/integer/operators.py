@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.formats import PowerOfTwo
+from ptq.formats import PowerOfTwo, Uniform
 from ptq.integer.norm import LayerNormTable, layer_norm, layer_norm_table
 from ptq.integer.rescale import Dyadic, OutOfRange, dyadic, requantize, rescale, round_divide
 
 
 @dataclass(frozen=True)
 class Codes:
-    """What is known of a tensor of integers beforehand: values are `scale` times them, and none is
-    larger than `reach` in size."""
+    """What is known of a tensor of integers beforehand.
+
+    Values are `scale` times the integers, and none of these is larger than `reach` in size.
+    """
 
     scale: float
     reach: int
@@ -33,23 +35,25 @@ class Codes:
         return self.scale * self.reach
 
 
-def filling(largest: float) -> Codes:
-    """The finest codes of 32 bits for values up to `largest` in size; a bit is left for rounding.
+def finest_codes(largest: float) -> Codes:
+    """Return the finest codes of 32 bits for values up to `largest` in size.
 
-    What a layer can give at most follows from its weights, so nothing has to be calibrated, and
-    nothing is cut off.
+    A bit is left for rounding. What a layer can give at most follows from its weights, so nothing
+    has to be calibrated, and nothing is cut off.
     """
     return Codes(largest / 2**30 if largest > 0 else 1.0, 2**30 + 1)
 
 
-def ratios(numbers: Iterable[float]) -> Dyadic:
-    """Ratios of scales within what `dyadic` takes: codes times a smaller one are 0 in any case, and
-    a larger one belongs to codes that are all 0."""
+def dyadic_ratios(numbers: Iterable[float]) -> Dyadic:
+    """Return ratios of scales, cut off to what `dyadic` takes.
+
+    Codes times a smaller one are 0 in any case, and a larger one belongs to codes that are all 0.
+    """
     return dyadic([min(max(number, 2.0**-32), 2.0**29) for number in numbers])
 
 
-def exact(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
-    """The matrix product of integers, computed in `dtype`: int64 or float64, which agree.
+def integer_product(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix product of integers, computed in `dtype`: int64 or float64, which agree.
 
     `largest`: what a product of two elements is at most, in size. OutOfRange if a sum of so many
     might leave int32.
@@ -60,12 +64,14 @@ def exact(a: Tensor, b: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
 
 
 class Rescale(nn.Module):
-    """Codes of one scale or, along an axis with `trailing` axes behind it, of many, to those of
-    another scale."""
+    """The way from codes of one scale, or of many along an axis, to those of another.
+
+    `trailing`: how many axes follow that axis.
+    """
 
     def __init__(self, scales: Sequence[float], to: float, trailing: int = 0):
         super().__init__()
-        number = ratios(scale / to for scale in scales)
+        number = dyadic_ratios(scale / to for scale in scales)
         for name in ("multiplier", "shift"):
             self.register_buffer(name, getattr(number, name).view(-1, *[1] * trailing))
 
@@ -74,7 +80,7 @@ class Rescale(nn.Module):
 
 
 class Requantize(nn.Module):
-    """Codes of one scale to those of a quantizer, less its zero-point.
+    """The way from codes of one scale to those of a quantizer, less its zero-point.
 
     `scales` are the quantizer's, and `reach` bounds the result.
     """
@@ -93,7 +99,7 @@ class Requantize(nn.Module):
                 raise ValueError("its input has scales along another axis than that of channels")
             trailing = 2
         grid = [scale * factor for scale in self.scales for factor in factors]
-        number = ratios(x.scale / scale for scale in grid)
+        number = dyadic_ratios(x.scale / scale for scale in grid)
         limits = fmt.qmin - zero_point, fmt.qmax - zero_point
         parts = number.multiplier, number.shift, *limits
         for name, part in zip(("multiplier", "shift", "low", "high"), parts):
@@ -120,7 +126,7 @@ class Window:
         return Window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def patches(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """[B, C, H, W] as [B, groups, C/groups * k * k, H' * W'], and [H', W']."""
+        """Return [B, C, H, W] as [B, groups, C/groups * k * k, H' * W'], and [H', W']."""
         top, left = self.padding
         x = F.pad(x, (left, left, top, top))
         spans = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.kernel)]
@@ -155,7 +161,7 @@ class Product(nn.Module):
         bias = torch.zeros(n) if layer.layer.bias is None else layer.layer.bias.detach()
         sums = (weight.abs().sum(1) * self.input.reach).tolist()
         reaches = [s * most + abs(b) for s, most, b in zip(scales, sums, bias.tolist())]
-        self.codes = filling(max(reaches))
+        self.codes = finest_codes(max(reaches))
         self.output = Rescale(scales, self.codes.scale, trailing)
         self.largest = int(weight.abs().max()) * self.input.reach
         bias = (bias.double() / self.codes.scale).round().long()
@@ -166,15 +172,15 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
         if self.window is None:
-            sums = exact(x, self.weight, self.largest, self.dtype)
+            sums = integer_product(x, self.weight, self.largest, self.dtype)
         else:
             x, size = self.window.patches(x.to(self.dtype))
-            sums = exact(self.weight, x, self.largest, self.dtype).view(len(x), -1, *size)
+            sums = integer_product(self.weight, x, self.largest, self.dtype).view(len(x), -1, *size)
         return self.output(sums) + self.bias
 
 
 class Table(nn.Module):
-    """SiLU or GELU: what the layer's integer arithmetic makes of every code of its input."""
+    """SiLU or GELU, as a table of what its integer arithmetic makes of every code."""
 
     def __init__(self, layer: nn.Module, x: Codes):
         super().__init__()
@@ -189,13 +195,13 @@ class Table(nn.Module):
 
 
 class Norm(nn.Module):
-    """A layer norm [..., C] from codes of `bits` bits to those of its output's format."""
+    """A layer norm [..., C] from the codes of its input's format to those of its output's."""
 
-    def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes, bits: int):
+    def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes):
         super().__init__()
-        self.input, self.bits = Requantize(x, layer.input), bits
-        out, weights = layer.output, [tensor.tolist() for tensor in parameters]
-        table = layer_norm_table(*weights, layer.layer.eps, self.input.scales[0], float(out.scale))
+        self.input, self.bits = Requantize(x, layer.input), layer.input.width
+        out, scale = layer.output, self.input.scales[0]
+        table = layer_norm_table(*parameters, layer.layer.eps, scale, float(out.scale))
         self.register_buffer("gain", table.gain)
         self.register_buffer("offset", table.offset)
         self.shift, self.epsilon = table.shift, table.epsilon
@@ -228,25 +234,31 @@ class Attention(nn.Module):
             scores = quantizers["scores"]
             zero_point, fmt = int(scores.zero_point), scores.format
             self.grid = float(scores.scale), fmt.qmin - zero_point, fmt.qmax - zero_point
-        self.softmax, self.one = core.integer_softmax()
-        self.codes = Codes(self.v.scales[0] / self.one, 2**31 - 1)
+        self.softmax, one = core.integer_softmax()
+        self.codes = Codes(self.v.scales[0] / one, 2**31 - 1)
+        # Even levels may be so fine that their codes end below 1.
+        fmt = core.attention
+        self.largest = (min(one, fmt.qmax) if isinstance(fmt, Uniform) else one) * self.v.reach
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.q(q), self.k(k), self.v(v)
-        scores = exact(q, k.mT, self.q.reach * self.k.reach, self.dtype)
+        scores = integer_product(q, k.mT, self.q.reach * self.k.reach, self.dtype)
         scale = self.scale * q.shape[-1] ** -0.5
         if self.grid is not None:
             fine, (scale, low, high) = scale, self.grid
             scores = requantize(scores, dyadic(fine / scale), low, high)
-        return exact(self.softmax(scores, scale), v, self.one * self.v.reach, self.dtype)
+        return integer_product(self.softmax(scores, scale), v, self.largest, self.dtype)
 
 
 class Sum(nn.Module):
-    """The sum of two tensors, each brought to the sum's scale first."""
+    """The sum of two tensors, each brought to the sum's scale first.
+
+    Kim et al., "I-BERT", ICML 2021, section 3 (residual connections).
+    """
 
     def __init__(self, a: Codes, b: Codes):
         super().__init__()
-        self.codes = filling(a.largest + b.largest)
+        self.codes = finest_codes(a.largest + b.largest)
         self.a, self.b = (Rescale([x.scale], self.codes.scale) for x in (a, b))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -284,7 +296,7 @@ class Constant(nn.Module):
 
     def __init__(self, values: Tensor):
         super().__init__()
-        self.codes = filling(float(values.abs().max()))
+        self.codes = finest_codes(float(values.abs().max()))
         self.register_buffer("values", (values.double() / self.codes.scale).round().long())
 
     def forward(self) -> Tensor:
@@ -292,8 +304,7 @@ class Constant(nn.Module):
 
 
 class Unresized(nn.Module):
-    """A function of feature maps and `settings` that resizes them to fit, of those that fit.
-    ValueError for others."""
+    """A function that resizes feature maps where they do not fit; ValueError where it would."""
 
     def __init__(self, resize, name: str, settings: Sequence):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Integer operators as the papers and their code have them, to be compared with.
+"""Integer operators as the papers and their code have them, to compare ours with.
 
 I-BERT: Kim et al., "I-BERT: Integer-only BERT Quantization", ICML 2021, and its code. I-ViT: Li and
 Gu, "I-ViT: Integer-only Quantization for Efficient Vision Transformer Inference", ICCV 2023, and
@@ -17,7 +17,7 @@ EXP_SHIFT = 30  # I-BERT's n
 
 
 def i_exp_constants(scale: float) -> tuple[int, int, int]:
-    """b, c and -ln 2 of I-BERT's polynomial, floored in units of the codes."""
+    """Return b, c and -ln 2 of I-BERT's polynomial, floored in units of the codes."""
     positive(scale, "the scale of what i-exp takes in")
     return (
         math.floor(0.96963238 / 0.35815147 / scale),
@@ -27,7 +27,7 @@ def i_exp_constants(scale: float) -> tuple[int, int, int]:
 
 
 def i_exp_parts(codes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """exp of codes <= 0 as a polynomial and its number of halvings: L and z of L / 2**z."""
+    """Return the polynomial L of codes <= 0 and its halvings z: exp is L / 2**z."""
     b, c, ln2 = i_exp_constants(scale)
     codes = fits(codes, 32, "what i-exp takes in").clamp(min=EXP_SHIFT * ln2)
     halvings = codes // ln2
@@ -36,19 +36,19 @@ def i_exp_parts(codes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def i_exp(codes: Tensor, scale: float) -> Tensor:
-    """I-BERT's exp of codes <= 0, in units of 0.35815147 scale**2 / 2**30; section 3.5.
+    """Return I-BERT's exp of codes <= 0, in units of 0.35815147 scale**2 / 2**30; section 3.5.
 
-    They have 40 bits and more where scores have 8, never 32.
+    Where scores have 8 bits, it has 40 and more, and never fits 32.
     """
     polynomial, halvings = i_exp_parts(codes, scale)
     return fits(polynomial, 33, "i-exp before its shift by 30") << (EXP_SHIFT - halvings)
 
 
 def _i_exp_of_16_bits(codes: Tensor, scale: float) -> Tensor:
-    """`i_exp` of codes <= 0, rounded to 16 bits by the range that it reaches: 0 gives 32767.
+    """Return `i_exp` of codes <= 0 in 16 bits, scaled so that exp(0) is 32767.
 
-    The range is that of exp(0), which every row holds. Where the polynomial has more than 31 bits,
-    those beyond are dropped first; float32, in which theirs is computed, holds 24.
+    Every row holds exp(0), its largest. Where the polynomial has more than 31 bits, those beyond
+    are dropped first. Float32, in which theirs is computed, holds 24.
     """
     polynomial, halvings = i_exp_parts(codes, scale)
     one = i_exp_constants(scale)[1]
@@ -57,19 +57,20 @@ def _i_exp_of_16_bits(codes: Tensor, scale: float) -> Tensor:
 
 
 def i_softmax(scores: Tensor, scale: float, bits: int = 8) -> Tensor:
-    """I-BERT's softmax over the last axis, in units of 2**-bits; 1 is 2**bits, one code too many.
+    """Return I-BERT's softmax over the last axis, in units of 2**-bits.
 
-    As in the code: exp, rounded to 16 bits, and a floored reciprocal of the sum.
+    1 is 2**bits, one code too many. As in the code, exp is rounded to 16 bits, and the reciprocal
+    of the sum is floored.
     """
     e = _i_exp_of_16_bits(scores - scores.amax(-1, keepdim=True), scale)
     return (e * (2**32 // e.sum(-1, keepdim=True))) >> (32 - bits)
 
 
 def log_int_softmax(scores: Tensor, scale: float, bits: int) -> Tensor:
-    """FQ-ViT's softmax over the last axis as codes k of 2**-k, and 2**bits for 0; section 3.3.
+    """Return FQ-ViT's softmax over the last axis as codes k of 2**-k, and 2**bits for 0.
 
-    As in the code: the ratio of sum and exp is rounded to an integer, and its logarithm up from 1.5
-    times a power of 2. With the extra code for 0, there are 2**bits + 1.
+    Section 3.3. As in the code, the ratio of sum and exp is rounded to an integer, and its
+    logarithm up from 1.5 times a power of 2. With that of 0 there are 2**bits + 1 codes.
     """
     codes = scores - scores.amax(-1, keepdim=True)
     e = i_exp(codes, scale)
@@ -82,7 +83,7 @@ def log_int_softmax(scores: Tensor, scale: float, bits: int) -> Tensor:
 
 
 def i_gelu(codes: Tensor, scale: float, shift: int = 0) -> tuple[Tensor, float]:
-    """I-BERT's GELU, and its scale (negative); section 3.4.
+    """Return I-BERT's GELU and its scale, which is negative; section 3.4.
 
     `shift`: 0 as in the paper; 14 in the code, which suits int32 accumulators with scales below
     0.001 or so, and leaves nothing of 8-bit codes.
@@ -98,9 +99,9 @@ def i_gelu(codes: Tensor, scale: float, shift: int = 0) -> tuple[Tensor, float]:
 
 
 def i_silu(codes: Tensor, scale: float, bits: int = 8) -> Tensor:
-    """SiLU with I-BERT's exp, in units of scale / 2**bits.
+    """Return SiLU with I-BERT's exp, in units of scale / 2**bits.
 
-    Not in the paper, which has no SiLU: what its exp and its division give for x sigmoid(x).
+    The paper has no SiLU. This is what its exp and its division give for x sigmoid(x).
     """
     e = _i_exp_of_16_bits(-codes.abs(), scale)
     numerator = torch.where(codes >= 0, 32767, e)
@@ -108,7 +109,7 @@ def i_silu(codes: Tensor, scale: float, bits: int = 8) -> Tensor:
 
 
 def i_layer_norm(codes: Tensor, shift: int = 0) -> Tensor:
-    """I-BERT's normalisation over the last axis, in units of sqrt(C) / 2**30; section 3.6.
+    """Normalise over the last axis as I-BERT does, in units of sqrt(C) / 2**30; section 3.6.
 
     `shift`: bits dropped before squares are summed, so that the sum fits 32 bits without a sign.
     The mean and the standard deviation are rounded to codes. OutOfRange for a token without
@@ -124,7 +125,10 @@ def i_layer_norm(codes: Tensor, shift: int = 0) -> Tensor:
 
 
 def shift_exp(codes: Tensor, scale: float, n: int) -> Tensor:
-    """I-ViT's exp of codes <= 0, in units of scale / 2**n: 2**x as a line, log2(e) as 1.4375."""
+    """Return I-ViT's exp of codes <= 0, in units of scale / 2**n.
+
+    log2(e) is 1.4375, and 2**x a line between powers of two.
+    """
     positive(scale, "the scale of what ShiftExp takes in")
     one = -math.floor(-1 / scale)
     p = (codes + (codes >> 1) - (codes >> 4)).clamp(min=-n * one)
@@ -134,7 +138,7 @@ def shift_exp(codes: Tensor, scale: float, n: int) -> Tensor:
 
 
 def shiftmax(scores: Tensor, scale: float, bits: int = 8, n: int = 15) -> Tensor:
-    """I-ViT's softmax over the last axis, in units of 2**-(bits - 1)."""
+    """Return I-ViT's softmax over the last axis, in units of 2**-(bits - 1)."""
     e = shift_exp(scores - scores.amax(-1, keepdim=True), scale, n)
     return _shift_division(e, e.sum(-1, keepdim=True), bits)
 
@@ -142,7 +146,7 @@ def shiftmax(scores: Tensor, scale: float, bits: int = 8, n: int = 15) -> Tensor
 def shift_gelu(
     codes: Tensor, scale: float, slope: float = 1.702, bits: int = 8, n: int = 23
 ) -> Tensor:
-    """I-ViT's GELU of rows along the last axis, in units of scale / 2**(bits - 1).
+    """Return I-ViT's GELU of rows along the last axis, in units of scale / 2**(bits - 1).
 
     A slope of 1 makes it SiLU, which the paper does not have.
     """
@@ -157,7 +161,7 @@ def _shift_division(e: Tensor, total: Tensor, bits: int) -> Tensor:
 
 
 def shift_isqrt(n: Tensor) -> Tensor:
-    """I-ViT's square root: ten of Newton's steps from 2**16, too few for n below about 31,000."""
+    """Return I-ViT's root: ten of Newton's steps from 2**16, too few for n below about 31,000."""
     x = torch.full_like(n, 2**16)
     for _ in range(10):
         x = (x + n // x) // 2
@@ -165,7 +169,7 @@ def shift_isqrt(n: Tensor) -> Tensor:
 
 
 def shift_layer_norm(codes: Tensor) -> Tensor:
-    """I-ViT's normalisation over the last axis, in units of sqrt(C) / 2**30."""
+    """Normalise over the last axis as I-ViT does, in units of sqrt(C) / 2**30."""
     y = codes - round_divide(codes.sum(-1, keepdim=True), codes.shape[-1])
     squares = fits((y * y).sum(-1, keepdim=True), 62, "I-ViT's variance")
     return fits((y * ((2**31 - 1) // shift_isqrt(squares))) // 2, 32, "I-ViT's layer norm")

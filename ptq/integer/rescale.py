@@ -1,4 +1,4 @@
-"""Changing scales in integers, sums of tensors with different scales, and square roots."""
+"""Changes of scale in integers, with rounding, and square roots."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def positive(scale: float, what: str) -> float:
 
 @dataclass(frozen=True)
 class Dyadic:
-    """The number multiplier / 2**shift; for a number a channel, int64 tensors [C].
+    """The number multiplier / 2**shift, or with int64 tensors [C] a number for each channel.
 
     |multiplier| lies in [2**30, 2**31).
     """
@@ -46,11 +46,12 @@ class Dyadic:
 
 
 def dyadic(ratio: float | Sequence[float]) -> Dyadic:
-    """The nearest dyadic number, within 2**-31 of it, to a ratio of scales; one for each of many.
+    """Return the dyadic number nearest to a ratio of scales, or to each of several.
 
-    Kim et al., "I-BERT: Integer-only BERT Quantization", ICML 2021, after Jacob et al., CVPR 2018.
-    Theirs does without the last line of `_dyadic`, and just below a power of 2 the multiplier
-    leaves 31 bits. OutOfRange for a ratio of 0, or beyond 2**-32 to 2**30 in size.
+    It is within 2**-31 of the ratio. OutOfRange for a ratio of 0, or beyond 2**-32 to 2**30 in
+    size. Kim et al., "I-BERT: Integer-only BERT Quantization", ICML 2021, after Jacob et al., CVPR
+    2018. Theirs does without the last line of `_dyadic`: just below a power of 2, its multiplier
+    leaves 31 bits.
     """
     if isinstance(ratio, Sequence):
         pairs = [_dyadic(r) for r in ratio]
@@ -67,7 +68,7 @@ def _dyadic(ratio: float) -> tuple[int, int]:
 
 
 def rescale(codes: Tensor, ratio: Dyadic, bits: int = 32) -> Tensor:
-    """Codes times `ratio`, rounded to nearest, halves up; shape as `codes`, or as broadcast.
+    """Return codes times `ratio`, rounded to nearest, halves up.
 
     `codes` fit int32, products int64. OutOfRange if the result does not fit `bits`.
     Deviation: I-BERT's code rounds halves to even, in float64, exactly for |codes| < 2**22.
@@ -77,33 +78,24 @@ def rescale(codes: Tensor, ratio: Dyadic, bits: int = 32) -> Tensor:
 
 
 def requantize(codes: Tensor, ratio: Dyadic, qmin: int, qmax: int, zero_point: int = 0) -> Tensor:
-    """`rescale` to the codes of a format: with its zero-point, cut off at its ends."""
+    """Rescale to the codes of a format: with its zero-point, cut off at its ends."""
     return (rescale(codes, ratio, 63) + zero_point).clamp(qmin, qmax)
 
 
-def add(a: Tensor, to_sum_a: Dyadic, b: Tensor, to_sum_b: Dyadic, qmin: int, qmax: int) -> Tensor:
-    """The sum of two tensors, each brought to the sum's scale first; cut off at qmin and qmax.
-
-    `to_sum_a` is the ratio of a's scale to that of the sum. Both roundings together err by a unit.
-    Kim et al., section 3 (residual connections).
-    """
-    return (rescale(a, to_sum_a) + rescale(b, to_sum_b)).clamp(qmin, qmax)
-
-
 def round_shift(values: Tensor, shift: int) -> Tensor:
-    """values / 2**shift to nearest, halves up; a negative shift multiplies."""
+    """Return values / 2**shift to nearest, halves up; a negative shift multiplies."""
     if shift <= 0:
         return values << -shift
     return (values + (1 << (shift - 1))) >> shift
 
 
 def round_divide(numerator: Tensor, denominator: Tensor | int) -> Tensor:
-    """numerator / denominator to nearest, halves up; the denominator is above 0."""
+    """Return numerator / denominator to nearest, halves up; the denominator is above 0."""
     return (2 * numerator + denominator) // (2 * denominator)
 
 
 def bit_length(n: Tensor) -> Tensor:
-    """Bits that each n >= 0 takes: 0 for 0, 3 for 4 to 7."""
+    """Return how many bits each n >= 0 takes: 0 for 0, 3 for 4 to 7."""
     rest, length = n, torch.zeros_like(n)
     for step in (32, 16, 8, 4, 2, 1):
         more = rest >= 1 << step
@@ -113,7 +105,7 @@ def bit_length(n: Tensor) -> Tensor:
 
 
 def isqrt(n: Tensor) -> Tensor:
-    """floor(sqrt(n)) of integers 0 <= n < 2**62, by Newton's steps from above until none falls.
+    """Return floor(sqrt(n)) of 0 <= n < 2**62, by Newton's steps from above until none falls.
 
     Kim et al., section 3.6, algorithm 4, without a fixed number of steps: I-ViT's ten from 2**16
     give 64 for 0 (`published.shift_isqrt`).

@@ -11,8 +11,7 @@ from ptq.layers import QuantizedLayer
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
 
-# Fewer, smaller and larger steps than in Nagel et al., section 5 (10,000 of 32 images at a rate of
-# 1e-3), for the sake of time.
+# Nagel et al., section 5, take 10,000 steps of 32 images at a rate of 1e-3. These take less time.
 STEPS = 1000  # a unit
 STEP_IMAGES = 8  # drawn anew each step
 LEARNING_RATE = 1e-2
@@ -23,7 +22,10 @@ ROUNDING_WEIGHT = 0.01  # of the regularisation
 
 
 class SoftRounding(nn.Module):
-    """A weight as floor(w / s) + h(v), h between 0 and 1, with v to be learnt (eq. 23 there)."""
+    """A weight as floor(w / s) + h(v) levels, h between 0 and 1, with v to be learnt.
+
+    Nagel et al., "Up or Down?", ICML 2020, equation 23.
+    """
 
     def __init__(self, layer: QuantizedLayer, scale: Tensor):
         super().__init__()
@@ -67,14 +69,15 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
 
 
 def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> None:
-    """Choose the codes of all layers to round in `unit` so that it maps `inputs` to `outputs`,
-    looking at `n` of them a step."""
+    """Choose the codes of all layers to round in `unit` so that it maps `inputs` to `outputs`.
+
+    Each step looks at `n` of them.
+    """
     channels = 1 if outputs.dim() == 4 else -1
     rounded = layers_to_round(unit)
-    soft = {}
     scales = {name: weight_scale(layer) for name, layer in rounded.items()}
+    soft = {name: SoftRounding(layer, scales[name]) for name, layer in rounded.items()}
     for name, layer in rounded.items():
-        soft[name] = SoftRounding(layer, scales[name])
         parametrize.register_parametrization(layer.layer, "weight", soft[name], unsafe=True)
     learnt = [rounding.v for rounding in soft.values()]
     optimizer = torch.optim.Adam(learnt, LEARNING_RATE)

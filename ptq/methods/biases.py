@@ -10,10 +10,10 @@ from ptq.recipe import Recipe
 
 @torch.no_grad()
 def correct_biases(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Give each quantized layer, from input to output, the mean output per channel that it has in
-    `reference`.
+    """Give each quantized layer the mean output per channel that it has in `reference`.
 
-    Layers whose mean a batch norm has taken in, by an earlier step of the recipe, are left alone.
+    Layers are taken from input to output. Those whose mean a batch norm has taken in, by an earlier
+    step of the recipe, are left alone.
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
     2019, section 4.2, with the expectation taken over `batches` (its appendix D). A convolution
     without bias gets one.
@@ -31,7 +31,7 @@ def correct_biases(model: nn.Module, reference: nn.Module, batches, recipe: Reci
 
 
 def mean_output(model: nn.Module, layer: nn.Module, batches) -> Tensor:
-    """Mean output [C] per channel of a convolution or linear layer of `model` over `batches`."""
+    """Return the mean output [C] per channel of a convolution or linear layer over `batches`."""
     total, n = 0.0, 0
     for output in captured(model, layer, batches, "output"):
         if isinstance(layer, nn.Conv2d):

@@ -9,10 +9,9 @@ from ptq.recipe import Recipe
 
 @torch.no_grad()
 def equalize(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Shrink the channels that a layer norm puts out with the widest range, and multiply the
-    weights that take them in instead.
+    """Shrink the widest channels that a layer norm puts out, and enlarge the weights behind them.
 
-    The float network computes as before, and one scale for all channels loses less. A step to take
+    The float network computes as before, and one scale for all channels loses less. This step comes
     before weights are rounded. Nagel et al., "Data-Free Quantization Through Weight Equalization
     and Bias Correction", ICCV 2019, section 4.1, with activations over `batches` in the place of
     the first layer's weights, as in Xiao et al., "SmoothQuant", ICML 2023, equation 4 with alpha

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange, published
-from ptq.integer.activations import log2_powers, softmax
+from ptq.integer.activations import log2_powers, log2_softmax, softmax
 from ptq.integer.norm import layer_norm, layer_norm_table
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
 from ptq.observers import Histogram, MinMax
@@ -21,7 +21,7 @@ from ptq.recipe import LayerSpec
 
 
 class Factors:
-    """Observer of PowerOfTwo, as published: `range()` gives low [1], high [1] and shifts [C].
+    """The observer of PowerOfTwo as published: `range()` gives low [1], high [1] and shifts [C].
 
     Ends are those of all tensors; shifts are those of least squared error on the last one.
     """
@@ -39,8 +39,11 @@ class Factors:
 
 
 class HistogramFactors:
-    """The same, corrected: shifts of least squared error on all tensors, through a histogram a
-    channel, and the zero-point of the range or one in the middle, whichever errs less."""
+    """The observer of PowerOfTwo, corrected.
+
+    Shifts are those of least squared error on all tensors, through a histogram for each channel.
+    The zero-point is that of the range or one in the middle, whichever errs less.
+    """
 
     def __init__(self, format: PowerOfTwo):
         self.format, self.seen, self.channels = format, MinMax(format.whole), Histogram(format)
@@ -62,7 +65,7 @@ class HistogramFactors:
 
 
 def errors(format: PowerOfTwo, low: Tensor, high: Tensor, rows: Tensor, weights=None) -> Tensor:
-    """Sums of squared errors [most + 1, C] of `rows` [C, n] for each shift."""
+    """Sum the squared errors of `rows` [C, n] for each shift: [most + 1, C]."""
     scale, zero_point = format.grid(low, high)
     whole, each = format.whole, []
     for shift in range(format.most + 1):
@@ -89,11 +92,7 @@ class PowerOfTwoQuantizer(Quantizer):
         self.scale, self.zero_point = self.format.grid(low, high)
         self.observer = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observer is not None:
-            self.observer.update(x)
-        if self.scale is None:
-            return x
+    def nearest(self, x: Tensor) -> Tensor:
         grid = self.scale, self.zero_point, self.shifts
         return self.format.decode(self.format.encode(x, *grid), *grid)
 
@@ -101,11 +100,15 @@ class PowerOfTwoQuantizer(Quantizer):
         codes = self.format.encode(x, self.scale, self.zero_point, self.shifts)
         return self.format.integers(codes, self.zero_point, self.shifts)
 
+    @property
+    def width(self) -> int:
+        return self.format.bits + 1 + self.format.most
 
-def parameters(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """A layer norm's weight and bias [C], 1 and 0 where it has none."""
-    like = torch.ones(norm.normalized_shape)
-    weight = like if norm.weight is None else norm.weight.detach()
+
+def parameters(norm: nn.LayerNorm, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a layer norm's weight and bias [C], 1 and 0 where it has none."""
+    ones = torch.ones(norm.normalized_shape, device=device)
+    weight = ones if norm.weight is None else norm.weight.detach()
     return weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
 
 
@@ -123,29 +126,28 @@ class PowerOfTwoNorm(IntegerLayer):
         return self.output(self.layer(self.input(x)))
 
     def compute(self, x: Tensor) -> Tensor:
-        codes, scale = self.input.integers(x), float(self.input.scale)
-        weight, bias = parameters(self.layer)
-        if self.published:
-            y = published_norm(codes, scale, weight, bias, float(self.output.scale))
-            return self.output(y.float())
-        return integer_norm(codes, scale, self.layer, self.output, self.input.format.bits + 4)
+        if not self.published:
+            return integer_norm(x, self.layer, self.input, self.output)
+        scale, out_scale = float(self.input.scale), float(self.output.scale)
+        weights = parameters(self.layer, x.device)
+        y = published_norm(self.input.integers(x), scale, *weights, out_scale)
+        return self.output(y.float())
 
 
-def integer_norm(codes: Tensor, scale: float, norm: nn.LayerNorm, out: Quantizer, bits: int):
-    """`ptq.integer.norm.layer_norm` of integers [..., C] of `bits` bits, as values of `out`."""
-    weight, bias = parameters(norm)
-    table = layer_norm_table(
-        weight.tolist(), bias.tolist(), norm.eps, scale, float(out.scale), codes.device
-    )
-    zero_point, fmt = int(out.zero_point), out.format
-    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, bits)
-    return (y - zero_point) * out.scale
+def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quantizer) -> Tensor:
+    """Normalise [..., C] by `ptq.integer.norm`, from the codes of `input` to those of `output`."""
+    scales = float(input.scale), float(output.scale)
+    table = layer_norm_table(*parameters(norm, x.device), norm.eps, *scales)
+    zero_point, fmt = int(output.zero_point), output.format
+    codes = input.integers(x)
+    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, input.width)
+    return (y - zero_point) * output.scale
 
 
 def published_norm(
     codes: Tensor, scale: float, weight: Tensor, bias: Tensor, out_scale: float
 ) -> Tensor:
-    """The layer norm of FQ-ViT's code: float64 values [..., C] for integers in units of `scale`.
+    """Normalise integers [..., C] in units of `scale` as FQ-ViT's code does; float64 values.
 
     Means and multipliers are floats, a pair for every token and channel. The multiplier is floored
     to 8 bits, eps left out. OutOfRange for a token without variance, by which theirs divides.
@@ -167,51 +169,64 @@ def published_norm(
 class LogSoftmaxCore(IntegerLayer):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
 
-    q, k, v and the scores have quantizers. The softmax puts out codes of `attention`: powers of
-    two, which make shifts of the product with v, or even levels of 1 / (a whole number).
+    `coded`: the tensors with quantizers. The softmax puts out codes of `attention`: powers of two,
+    which make shifts of the product with v, or even levels of 1 / (a whole number).
     """
+
+    coded = ("q", "k", "v", "scores")
 
     def __init__(self, spec: LayerSpec):
         super().__init__()
         self.attention, self.published = spec.attention, spec.published
-        formats = dict.fromkeys(("q", "k", "v", "scores"), spec.input)
+        formats = dict.fromkeys(self.coded, spec.input)
         if isinstance(self.attention, Uniform) and not self.published:
             formats["attention"] = self.attention
         observer = spec.input_observer
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
         self.softmax = nn.Softmax(-1)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
-
     def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = self.softmax(self.inputs["scores"](self.scores(q, k)))
+        scores = self.products(q, k)
+        if "scores" in self.inputs:
+            scores = self.inputs["scores"](scores)
+        attention = self.softmax(scores)
         if "attention" in self.inputs:
             attention = self.inputs["attention"](attention)
         return attention @ self.inputs["v"](v)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = self.weights(*self.scores(q, k))
+        return weights.to(v.dtype) @ self.inputs["v"](v)
+
+    def products(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the scores q k^T / sqrt(d/h) of rounded q and k, as values."""
+        return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
+
+    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
+        """Return the scores as integers, and their scale."""
         quantizer = self.inputs["scores"]
-        codes, scale = quantizer.integers(self.scores(q, k)), float(quantizer.scale)
-        return self.weights(codes, scale).to(v.dtype) @ self.inputs["v"](v)
+        return quantizer.integers(self.products(q, k)), float(quantizer.scale)
 
     def weights(self, scores: Tensor, scale: float) -> Tensor:
-        """The softmax of integers in units of `scale`, as values."""
-        if self.published:
-            codes = published.log_int_softmax(scores, scale, self.attention.bits)
+        """Return the softmax of integers in units of `scale`, as values."""
+        if isinstance(self.attention, Log2):  # decoded, as 64 bits do not hold 2**127
+            if self.published:
+                codes = published.log_int_softmax(scores, scale, self.attention.bits)
+            else:
+                codes = log2_softmax(scores, scale, self.attention)
             return self.attention.decode(codes)
         softmax, one = self.integer_softmax()
         return softmax(scores, scale).double() / one
 
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
-        """A function from scores and their scale to integers, and the integer that 1 would be."""
+        """Return a function of scores and their scale to integers, and the integer that is 1."""
         if isinstance(self.attention, Log2):
             return partial(log2_powers, format=self.attention), 2 ** (self.attention.zero - 1)
         return even_softmax(softmax, self.inputs["attention"])
 
 
 def even_softmax(softmax: Callable, attention: Quantizer) -> tuple[Callable, int]:
-    """`softmax` in units of the 1 / (a whole number) that is nearest to the quantizer's scale."""
+    """Return `softmax` in units of 1 / levels, and levels: the nearest to the quantizer's scale."""
     levels = max(round(1 / float(attention.scale)), 1)
     return partial(softmax, levels=levels, qmax=attention.format.qmax), levels
 

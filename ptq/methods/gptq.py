@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.graph import NEVER_RAN, captured
+from ptq.graph import NEVER_RAN, captured, hooked
 from ptq.layers import QuantizedLayer
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
@@ -15,9 +15,9 @@ GPTQ_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
 def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Round column by column; the columns still to come make up for each rounding error.
 
-    Frantar et al., "GPTQ", ICLR 2023, algorithm 1, with columns in descending order of the
-    Hessian's diagonal (the authors' act-order) and scales fixed beforehand. Beyond the paper, the
-    groups of a convolution are solved side by side, each with its own Hessian: a depthwise
+    Frantar et al., "GPTQ", ICLR 2023, algorithm 1. Columns are taken in descending order of the
+    Hessian's diagonal, the authors' act-order, and scales are fixed beforehand. Beyond the paper,
+    the groups of a convolution are solved side by side, each with its own Hessian. A depthwise
     convolution is as many problems of nine weights as it has channels. The layers of a unit see
     inputs from before any of them is rounded.
     """
@@ -28,21 +28,21 @@ def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> Non
 
 
 def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer, Tensor]:
-    """Sum over `batches` of the moments [groups, n, n] of what each layer to round in `unit` takes
-    in."""
+    """Return the moments [groups, n, n] of what each layer to round in `unit` takes in.
+
+    They are summed over `batches`. ValueError for a layer that never runs, and for moments that are
+    not finite.
+    """
     sums = {}
 
-    def add(layer, inputs):
+    def add(layer, inputs, kwargs, output):
         sums[layer] = sums.get(layer, 0.0) + input_moments(layer.layer, layer.input(*inputs))
 
-    handles = [layer.register_forward_pre_hook(add) for layer in layers_to_round(unit).values()]
-    try:
+    paths = {layer: name for name, layer in layers_to_round(unit).items()}
+    with hooked(unit, paths, add):
         for _ in captured(model, unit, batches, "output"):
             pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(sums) < len(handles):
+    if len(sums) < len(paths):
         raise ValueError(NEVER_RAN)
     if not all(hessian.isfinite().all() for hessian in sums.values()):
         raise ValueError("the calibration data or what a layer makes of it is not finite")
@@ -50,8 +50,7 @@ def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer,
 
 
 def input_moments(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    """Sum over all places of u u^T, [groups, n, n], where u [n] is what a filter of the group is
-    multiplied with."""
+    """Sum u u^T over all places, [groups, n, n]; u [n] is what a filter of the group multiplies."""
     if isinstance(layer, nn.Linear):
         u = x.flatten(0, -2).T[None]  # [1, n, places]
         return u @ u.mT
@@ -65,7 +64,7 @@ def input_moments(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
 
 
 def gptq_codes(layer: QuantizedLayer, scale: Tensor, hessian: Tensor) -> Tensor:
-    """Codes int32 of the weight's shape; `hessian` [groups, n, n] up to a factor."""
+    """Return codes, int32 of the weight's shape; `hessian` [groups, n, n] up to a factor."""
     weight, fmt = layer.layer.weight, layer.format
     groups, n = hessian.shape[:2]
     # Both [groups, filters, n].

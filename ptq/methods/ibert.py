@@ -14,62 +14,41 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.formats import Uniform
 from ptq.integer import OutOfRange, published
-from ptq.integer.activations import gelu, silu, softmax
+from ptq.integer.activations import gelu, silu
 from ptq.integer.rescale import fits
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
-from ptq.methods.fq_vit import check_core, check_norm, even_softmax, integer_norm, parameters
+from ptq.methods.fq_vit import LogSoftmaxCore, check_core, check_norm, integer_norm, parameters
 from ptq.recipe import LayerSpec
 
 FRACTION = 12  # bits of a refined sigmoid
 
 
-def width(quantizer: Quantizer) -> int:
-    """Bits of a signed code less the zero-point."""
-    return quantizer.format.bits + (not quantizer.format.symmetric)
-
-
-class IntegerCore(IntegerLayer):
-    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
+class IntegerCore(LogSoftmaxCore):
+    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers to even levels.
 
     The softmax takes the sums of products of codes as they are, of 32 bits, without a format.
     """
 
-    def __init__(self, spec: LayerSpec):
-        super().__init__()
-        self.published, self.attention = spec.published, spec.attention
-        formats = dict.fromkeys("qkv", spec.input)
-        if not spec.published:
-            formats["attention"] = spec.attention
-        observer = spec.input_observer
-        self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
-        self.softmax = nn.Softmax(-1)
+    coded = ("q", "k", "v")
 
-    def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
-        attention = self.softmax(scores)
-        if "attention" in self.inputs:
-            attention = self.inputs["attention"](attention)
-        return attention @ self.inputs["v"](v)
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
         queries, keys = self.inputs["q"], self.inputs["k"]
         # Sums below 2**53 are exact in float64, which torch multiplies many times faster.
-        scores = (queries.integers(q).double() @ keys.integers(k).double().mT).long()
-        scale = float(queries.scale) * float(keys.scale) * q.shape[-1] ** -0.5
-        softmax, one = self.integer_softmax()
-        return softmax(scores, scale).to(v.dtype) / one @ self.inputs["v"](v)
+        sums = queries.integers(q).double() @ keys.integers(k).double().mT
+        return sums.long(), float(queries.scale) * float(keys.scale) * q.shape[-1] ** -0.5
 
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
-        """A function from scores and their scale to integers, and the integer that 1 would be."""
         if self.published:
             bits = self.attention.bits
             return partial(published.i_softmax, bits=bits), 2**bits
-        return even_softmax(softmax, self.inputs["attention"])
+        return super().integer_softmax()
 
 
 class IntegerNorm(IntegerLayer):
-    """A layer norm of [..., C] in integers; refined, its output has a format, as published 32 bits
-    and a scale per channel."""
+    """A layer norm of [..., C] in integers.
+
+    Refined, its output has a format. As published, it has 32 bits and a scale per channel.
+    """
 
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
         super().__init__()
@@ -82,23 +61,23 @@ class IntegerNorm(IntegerLayer):
         return y if self.output is None else self.output(y)
 
     def compute(self, x: Tensor) -> Tensor:
-        codes, scale = self.input.integers(x), float(self.input.scale)
-        if self.output is None:
-            return published_norm(codes, *parameters(self.layer), self.normalised)
-        return integer_norm(codes, scale, self.layer, self.output, width(self.input))
+        if self.output is not None:
+            return integer_norm(x, self.layer, self.input, self.output)
+        weights = parameters(self.layer, x.device)
+        return published_norm(self.input.integers(x), *weights, self.normalised)
 
     def normalised(self, codes: Tensor) -> Tensor:
-        """I-BERT's normalisation, in units of sqrt(C) / 2**30.
+        """Normalise as I-BERT does, in units of sqrt(C) / 2**30.
 
         Deviation: the shift before squares are summed follows from C and the bits, not from data.
         """
-        n, bits = codes.shape[-1], width(self.input)
+        n, bits = codes.shape[-1], self.input.width
         shift = max(math.ceil((math.log2(n) + 2 * bits - 2 - 32) / 2), 0)
         return published.i_layer_norm(codes, shift)
 
 
 def published_norm(codes: Tensor, weight: Tensor, bias: Tensor, normalised: Callable) -> Tensor:
-    """The layer norm of I-BERT's and I-ViT's code: float32 values for integers [..., C].
+    """Normalise integers [..., C] as I-BERT's and I-ViT's code does; float32 values.
 
     `normalised` gives integers in units of sqrt(C) / 2**30. Eps is left out. The bias over the
     weight is held in 63 bits: where it is beyond 2 sqrt(C), 32 do not hold it.
@@ -133,11 +112,11 @@ class IntegerActivation(IntegerLayer):
         return (y.double() * scale).to(x.dtype)[fmt.encode(x, *grid) - fmt.qmin]
 
     def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
-        """What the layer makes of integers in units of `scale`: integers, and their scale."""
+        """Return what the layer makes of integers in units of `scale`: integers and their scale."""
         if isinstance(self.layer, nn.GELU):
             if self.published:
                 return published.i_gelu(codes, scale)
-            return gelu(codes, scale, FRACTION, width(self.input)), scale / 2**FRACTION
+            return gelu(codes, scale, FRACTION, self.input.width), scale / 2**FRACTION
         if self.published:
             return published.i_silu(codes, scale, 8), scale / 2**8
         return silu(codes, scale, FRACTION), scale / 2**FRACTION

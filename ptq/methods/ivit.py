@@ -23,10 +23,6 @@ from ptq.recipe import LayerSpec
 class ShiftmaxCore(LogSoftmaxCore):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax by shifts, to even levels."""
 
-    def weights(self, scores: Tensor, scale: float) -> Tensor:
-        softmax, one = self.integer_softmax()
-        return softmax(scores, scale).double() / one
-
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
         if self.published:
             bits = self.attention.bits
@@ -35,8 +31,10 @@ class ShiftmaxCore(LogSoftmaxCore):
 
 
 class ShiftActivation(IntegerActivation):
-    """SiLU, or GELU as x sigmoid(1.702 x), by shifts. As published, what becomes of an element
-    depends on the largest of its row along the last axis."""
+    """SiLU, or GELU as x sigmoid(1.702 x), by shifts.
+
+    As published, what becomes of an element depends on the largest of its row, the last axis.
+    """
 
     def compute(self, x: Tensor) -> Tensor:
         if not self.published:

@@ -18,22 +18,27 @@ def layers_to_round(module: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def weight_scale(layer: QuantizedLayer) -> Tensor:
-    """Scale [G] that the layer's observer chooses for its float weight."""
+    """Return the scale [G] that the layer's observer chooses for its float weight."""
     observer = OBSERVERS[layer.weight_observer](layer.format)
     observer.update(layer.layer.weight)
     scale, _ = layer.format.grid(*observer.range())
     return scale
 
 
+def nearest_codes(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+    """Return the codes of the levels nearest to the layer's float weight, and the scale [G]."""
+    scale = weight_scale(layer)
+    return layer.format.encode(layer.layer.weight, scale), scale
+
+
 def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Give each weight the code of its nearest level."""
     for layer in layers_to_round(model).values():
-        scale = weight_scale(layer)
-        layer.set_weight(layer.format.encode(layer.layer.weight, scale), scale)
+        layer.set_weight(*nearest_codes(layer))
 
 
 def units(model: nn.Module, pattern: str | None) -> list[str]:
-    """Names of the modules whose weights are rounded together, from input to output.
+    """Return the names of the modules whose weights are rounded together, from input to output.
 
     These are the outermost modules that `pattern` matches, and each layer to round outside of
     them. ValueError if the pattern matches nothing.

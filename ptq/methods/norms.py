@@ -28,11 +28,12 @@ def make_norms_positive(model: nn.Module, batches) -> None:
 
 @torch.no_grad()
 def fold_norms(model: nn.Module, batches=None) -> None:
-    """Fold each batch norm into the convolution before it: Jacob et al., "Quantization and Training
-    of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
+    """Fold each batch norm into the convolution before it.
 
-    Of a quantized layer it changes scales and bias, not codes. Raises ValueError for a norm with a
+    Of a quantized layer this changes scales and bias, not codes. ValueError for a norm with a
     negative factor there, which `ptq.quantize` never leaves. `batches` as for `norms_after`.
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
     """
     for norm_name, conv_name in norms_after(model, batches).items():
         norm, layer = model.get_submodule(norm_name), model.get_submodule(conv_name)
@@ -61,17 +62,17 @@ def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
 def shift_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Shift the running statistics of every batch norm by what quantization changes in its input.
 
-    Means move by the difference and variances by the ratio between what `model` and `reference`
-    make of `batches`, starting from those of `reference`. Where both make the same, they stay the
-    same. To replace the statistics from training by those of calibration images costs accuracy
-    even in float: there are few such images, and they are not augmented as those that the network
-    learnt on. The shift is free of both faults.
+    From those of `reference`, means move by the difference and variances by the ratio between what
+    `model` and `reference` make of `batches`. Where both make the same, nothing moves. To replace
+    the statistics from training by those of calibration images costs accuracy even in float: there
+    are few such images, and they are not augmented like those that the network learnt on. The shift
+    is free of both faults.
     """
     _shift(model, reference, statistics(model, batches), statistics(reference, batches))
 
 
 def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
-    """A copy of a float network with batch norms for images of another size.
+    """Return a copy of a float network with batch norms for images of another size.
 
     `batches` holds the images at that size, `trained_batches` the same images at the size that the
     network was trained at.
@@ -83,16 +84,22 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
 
 
 def _shift(model: nn.Module, reference: nn.Module, after: dict, before: dict) -> None:
-    for name, of_input in after.items():
+    norms = {name: reference.get_submodule(name) for name in after}
+    _set(model, {name: shifted(norms[name], after[name], before[name]) for name in after})
+
+
+def _set(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (mean, variance) in found.items():
         norm = model.get_submodule(name)
-        mean, variance = shifted(reference.get_submodule(name), of_input, before[name])
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
 
 def shifted(trained: nn.BatchNorm2d, after, before) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a norm, moved from the trained ones as those of its input moved, from
-    `before` to `after`: pairs of mean and variance."""
+    """Return a norm's mean and variance, moved as those of its input from `before` to `after`.
+
+    Both are pairs of mean and variance.
+    """
     ratio = (after[1] + trained.eps) / (before[1] + trained.eps)
     return trained.running_mean + after[0] - before[0], trained.running_var * ratio
 
@@ -100,16 +107,13 @@ def shifted(trained: nn.BatchNorm2d, after, before) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def replace_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Replace the running statistics of every batch norm by those of `batches`; the usual way."""
-    for name, (mean, variance) in statistics(model, batches).items():
-        norm = model.get_submodule(name)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
+    _set(model, statistics(model, batches))
 
 
 def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name of a batch norm: mean and variance [C] of its inputs}, averaged over images.
+    """Return {name of a batch norm: mean and variance [C] of its inputs}, averaged over images.
 
-    Each batch counts as training would take it in. The network stays as it is.
+    A batch has the statistics that training would take from it. The network stays as it is.
     """
     model = copy.deepcopy(model).eval()
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}

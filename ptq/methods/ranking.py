@@ -4,6 +4,7 @@ Liu et al., "Post-Training Quantization for Vision Transformer", NeurIPS 2021 (a
 What follows the paper and what does not is said in docs/methods.md.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from ptq.graph import captured
+from ptq.graph import Reached, captured, hooked, running
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
 from ptq.methods.calibrate import calibrate
 from ptq.methods.nearest import nearest
@@ -44,19 +45,21 @@ def ranking_sum(model: nn.Module, reference: nn.Module, batches, recipe: Recipe)
 
 
 def ranking_alone(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Choose scales by the ranking loss alone, of what attention scores depend on; other scales
-    stay as their observers give them."""
+    """Choose the scales that attention scores depend on by the ranking loss alone.
+
+    Other scales stay as their observers give them.
+    """
     _search(model, reference, batches, recipe, correlate=False, reduction="mean")
 
 
 @torch.no_grad()
 def _search(model, reference, batches, recipe: Recipe, correlate: bool, reduction) -> None:
-    """Give each quantized layer codes and scales that minimize
-    mean(1 - correlation of outputs) + GAMMA * ranking loss.
+    """Give each quantized layer the codes and scales of least loss.
 
-    Scales start as their observers give them, and each is multiplied by one of FACTORS. Layers are
-    searched one by one, on what they take in in float. ValueError for a network without attention
-    where a ranking loss is asked for.
+    The loss is mean(1 - correlation of outputs) + GAMMA * ranking loss. Scales start as their
+    observers give them, and each is multiplied by one of FACTORS. Layers are searched one by one,
+    on what they take in in float. ValueError for a network without attention where a ranking loss
+    is asked for.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     attentions = Attention.all_in(reference, layers, batches) if reduction else []
@@ -81,18 +84,20 @@ def _search(model, reference, batches, recipe: Recipe, correlate: bool, reductio
 
 
 def dissimilarity(x: Tensor, y: Tensor) -> Tensor:
-    """1 - Pearson's correlation of each sample of `x` with that of `y`, [B, ...] -> [B].
+    """Return 1 - Pearson's correlation of each sample of `x` with that of `y`, [B, ...] -> [B].
 
-    A sample without variance correlates with nothing.
+    A sample without variance correlates with nothing: there it is 1.
     """
     x, y = x.flatten(1), y.flatten(1)
     x, y = (F.normalize(t - t.mean(1, keepdim=True), dim=1) for t in (x, y))
-    # 1 - r as half a squared distance keeps the digits that r, close to 1, would lose.
-    return 0.5 * (x - y).square().sum(1)
+    # 1 - r as half a squared distance keeps the digits that r, close to 1, would lose. It holds for
+    # vectors of length 1, and a constant has length 0.
+    constants = sum((t == 0).all(1).float() for t in (x, y))
+    return 0.5 * ((x - y).square().sum(1) + constants)
 
 
 def ranking_loss(scores: Tensor, quantized: Tensor, theta=THETA, reduction="mean") -> Tensor:
-    """Hinge loss of each row of scores on the order of its elements, [R, N] -> [R].
+    """Return the hinge loss of each row of scores on the order of its elements, [R, N] -> [R].
 
     Sum or mean over pairs i < j of max(0, theta - (q_i - q_j) sign(s_i - s_j)), eq. 13 there. It
     is not 0 for `quantized` that equals `scores`, if those are closer than theta.
@@ -110,13 +115,13 @@ def ranking_loss(scores: Tensor, quantized: Tensor, theta=THETA, reduction="mean
 
 
 def mean_ranking_loss(scores: Tensor, quantized: Tensor, reduction: str) -> float:
-    """Ranking loss of one head's whole attention map, estimated from some rows [R, N] of maps."""
+    """Estimate the ranking loss of one head's attention map from some rows [R, N] of maps."""
     n_rows = scores.shape[-1] if reduction == "sum" else 1
     return n_rows * ranking_loss(scores, quantized, reduction=reduction).mean().item()
 
 
 def inverted_share(scores: Tensor, quantized: Tensor) -> float:
-    """Share of the pairs in a row of scores [R, N] whose order `quantized` turns around."""
+    """Return the share of the pairs in a row of scores [R, N] whose order `quantized` turns."""
     n, inverted = scores.shape[-1], 0
     rows = max(1, CHUNK // n**2)
     for s, q in zip(scores.split(rows), quantized.split(rows)):
@@ -129,7 +134,7 @@ def inverted_share(scores: Tensor, quantized: Tensor) -> float:
 
 
 def descend(loss: Callable[[tuple], float], n: int) -> tuple[float, ...]:
-    """The `n` factors with the least loss that is found by changing one at a time, from 1.
+    """Find the `n` factors of least loss by changing one at a time, from 1.
 
     Never worse than all factors 1. `loss` is called once for each tuple of factors.
     """
@@ -230,10 +235,6 @@ def _mean(losses) -> float:
 # What attention scores depend on.
 
 
-class _Reached(Exception):
-    pass
-
-
 class _AtAttention(TorchFunctionMode):
     """Calls `found(q, k)` wherever attention is computed."""
 
@@ -264,63 +265,44 @@ class Attention:
 
     @staticmethod
     def all_in(reference: nn.Module, layers, batches) -> list["Attention"]:
-        """Every attention whose scores depend on one of `layers`, by their names."""
-        running, places, handles = [], [], []
-
-        def enter(name):
-            return lambda *_: running.append(name)
-
-        def leave(*_):
-            running.pop()
-
-        for name, module in reference.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave))
-        try:
-            with _AtAttention(lambda *_: places.append(running[-1])):
-                reference(next(iter(batches))[0][:1])
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Return every attention whose scores depend on a layer that `layers` names."""
+        places = []
+        with running(reference) as names, _AtAttention(lambda *_: places.append(names[-1])):
+            reference(next(iter(batches))[0][:1])
         units = dict.fromkeys(_unit(place, layers) for place in places)
         found = [Attention(reference, unit, layers, batches) for unit in units]
         return [attention for attention in found if attention.feeders]
 
     def scores(self, name: str | None = None, outputs=None) -> Tensor:
-        """Some rows [R, N] of q k^T, before it is scaled; with `outputs`, one a batch, in the place
-        of what the layer of this name puts out."""
-        layer = self.reference.get_submodule(name) if name else None
+        """Return some rows [R, N] of q k^T, before it is scaled.
+
+        With `outputs`, one a batch, in the place of what the layer of this name puts out.
+        """
         outputs = outputs or [None] * len(self.inputs)
-        pairs = (self._reach(x, layer, y) for x, y in zip(self.inputs, outputs))
+        pairs = (self._reach(x, name, y) for x, y in zip(self.inputs, outputs))
         return torch.cat([_rows(*pair, rows) for pair, rows in zip(pairs, self.drawn)])
 
-    def _reach(self, inputs, layer=None, output=None) -> tuple[Tensor, Tensor]:
-        """q and k of one batch."""
+    def _reach(self, inputs, name=None, output=None) -> tuple[Tensor, Tensor]:
+        """Return q and k of one batch, with `output` in the place of what layer `name` puts out."""
         reached = []
 
         def found(q, k):
             reached.append((q, k))
-            raise _Reached
+            raise Reached
 
-        handle = layer.register_forward_hook(lambda *_: output) if layer else None
-        try:
-            with _AtAttention(found):
-                self.unit(*inputs)
-        except _Reached:
-            pass
-        finally:
-            if handle:
-                handle.remove()
+        replaced = hooked(self.reference, {name: name} if name else {}, lambda *_: output)
+        with contextlib.suppress(Reached), replaced, _AtAttention(found):
+            self.unit(*inputs)
         return reached[0]
 
     def _depends_on(self, name: str) -> bool:
-        """Whether q or k change when the layer of this name puts out zeros."""
+        """Say whether q or k change when the layer of this name puts out zeros."""
         layer = self.reference.get_submodule(name)
         try:
             (output,) = captured(self.unit, layer, [self.inputs[0]], "output")
         except ValueError:
             return False  # never runs
-        zeros = self._reach(self.inputs[0], layer, torch.zeros_like(output))
+        zeros = self._reach(self.inputs[0], name, torch.zeros_like(output))
         exact = self._reach(self.inputs[0])
         return not all(map(torch.equal, zeros, exact))
 
@@ -330,21 +312,21 @@ def _inside(name: str, unit: str) -> bool:
 
 
 def _unit(place: str, layers) -> str:
-    """The innermost module around `place` that holds one of `layers`."""
+    """Return the innermost module around `place` that holds one of `layers`."""
     while not any(_inside(name, place) for name in layers):
         place = place.rpartition(".")[0]
     return place
 
 
 def _drawn(q: Tensor, n: int) -> Tensor:
-    """Numbers of up to `n` rows, at least one, of the score matrices of q [..., N, d]."""
+    """Draw up to `n` rows, at least one, of the score matrices of q [..., N, d]: their numbers."""
     total = q[..., 0].numel()
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(total, generator=generator)[: max(1, n)].to(q.device)
 
 
 def _rows(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-    """These rows [R, M] of q k^T, for q [..., N, d] and k [..., M, d]."""
+    """Compute these rows [R, M] of q k^T, for q [..., N, d] and k [..., M, d]."""
     of_rows = q.flatten(0, -2)[rows]  # [R, d]
     keys = k.flatten(0, -3)[rows // q.shape[-2]]  # [R, M, d]
     return (keys @ of_rows[:, :, None])[:, :, 0]

@@ -18,7 +18,7 @@ RECIPES = {recipe.name: recipe for recipe in ALL}
 
 
 def recipe(name: str, model: nn.Module) -> Recipe:
-    """The recipe of this name for `model`.
+    """Return the recipe of this name for `model`.
 
     MobileViT gets it as it stands, any other network the same formats by kinds of layers.
     ValueError if there is no such recipe for it.

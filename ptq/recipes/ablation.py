@@ -25,8 +25,10 @@ SILU = r".*\.act|.*\.ffn\.1"
 
 
 def _fx(name, title, *kept: LayerSpec, bits=7, silu=True, steps=("nearest", "calibrate")) -> Recipe:
-    """What torch FX rounds, simulated: inputs of all layers, and of SiLU, but nothing within
-    attention; layers of `kept` keep their inputs in float."""
+    """Return a recipe for what torch FX rounds: inputs of all layers, and of SiLU.
+
+    Nothing within attention is rounded. Layers of `kept` keep their inputs in float.
+    """
     every = LayerSpec(".*", weights(8), Uniform(bits, symmetric=False))
     specs = (*kept, LayerSpec(CORES), every, *([_pointwise(SILU, bits)] if silu else []))
     return Recipe(f"as-fx{name}", title, specs, steps, **CALIBRATED)

@@ -22,13 +22,13 @@ AS_PUBLISHED = {"input_observer": "minmax", "published": True}
 
 
 def products(weight_bits: int = 8) -> tuple[LayerSpec, ...]:
-    """Ours: 8-bit inputs everywhere, of depthwise convolutions with a scale per channel."""
+    """Return our formats: 8-bit inputs, of depthwise convolutions with a scale per channel."""
     depthwise, others = layers(weight_bits, 8)[1], layers(weight_bits, 8)[-1]
     return depthwise, others
 
 
 def published_products(input: Uniform) -> tuple[LayerSpec, ...]:
-    """As published: one scale for every input, ranges from extreme to extreme."""
+    """Return the published formats: one scale an input, ranges from extreme to extreme."""
     return (LayerSpec(".*", weights(8), input, "minmax", "minmax"),)
 
 

@@ -1,12 +1,12 @@
 """Our recipes for networks whose layers have other names: the same formats by kinds of layers."""
 
-import re
 from dataclasses import replace
 
 from torch import nn
 
+from mobilevit import AttentionCore
 from ptq.layers import kinds_of
-from ptq.recipe import Recipe
+from ptq.recipe import LayerSpec, Recipe, by_names
 from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.mobilevit import CORES, DEPTHWISE
 from ptq.recipes.ranking import RANKING
@@ -21,7 +21,7 @@ GENERIC += tuple(recipe.name for recipe in UNIFORM + INTEGER + RANKING + TENSORR
 
 
 def generic(recipe: Recipe, model: nn.Module) -> Recipe:
-    """The recipe with its formats, observers and steps for the layers that `model` has.
+    """Return the recipe with its formats, observers and steps for the layers that `model` has.
 
     Depthwise convolutions and attention cores get the formats that the recipe has for those of
     MobileViT, all other layers those of its last entry. What computes in integers takes all layers
@@ -34,38 +34,27 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
             f"recipe {recipe.name} names layers of MobileViT: for other networks there are "
             f"{', '.join(GENERIC)}"
         )
-    integer = {spec.kind: spec for spec in recipe.layers if spec.kind != "product"}
-    names = {kind: [] for kind in (*integer, "depthwise", "attention", "others")}
-    for name, module in model.named_modules():
-        computed = next((kind for kind in integer if kind in kinds_of(module)), None)
-        if computed:
-            names[computed].append(name)
-        elif "product" in kinds_of(module) and not in_torch_attention(name, model):
-            names[_group(module)].append(name)
-    by_pattern = {spec.pattern: spec for spec in recipe.layers if spec.kind == "product"}
+    products = {spec.pattern: spec for spec in recipe.layers if spec.kind == "product"}
     last = recipe.layers[-1]  # of all layers without a special format
-    formats = integer | {
-        "depthwise": by_pattern.get(DEPTHWISE, last),
-        "attention": by_pattern.get(CORES, last),
-        "others": last,
-    }
-    if formats["attention"].input is None:  # it has no weights
-        del names["attention"]
-    specs = tuple(
-        replace(formats[group], pattern="|".join(map(re.escape, of_group)))
-        for group, of_group in names.items()
-        if of_group
-    )
+
+    def spec_of(name: str, module: nn.Module) -> LayerSpec | None:
+        kinds = kinds_of(module)
+        computed = [spec for spec in recipe.layers if spec.kind in kinds - {"product"}]
+        if computed:
+            return computed[0]
+        if "product" not in kinds or in_torch_attention(name, model):
+            return None
+        if isinstance(module, AttentionCore):
+            spec = products.get(CORES, last)
+            return spec if spec.input else None  # it has no weights
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        return products.get(DEPTHWISE, last) if depthwise else last
+
+    specs = {name: spec_of(name, module) for name, module in model.named_modules()}
+    specs = {name: spec for name, spec in specs.items() if spec}
     if not specs:
         raise ValueError("the network has no convolution and no linear layer to quantize")
-    return replace(recipe, layers=specs, units=None)
-
-
-def _group(module: nn.Module) -> str:
-    if not isinstance(module, nn.Conv2d | nn.Linear):
-        return "attention"
-    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-    return "depthwise" if depthwise else "others"
+    return replace(recipe, layers=by_names(specs), units=None)
 
 
 def in_torch_attention(name: str, model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from ptq.recipe import LayerSpec, Recipe
 
 
 def weights(bits: int) -> Uniform:
-    """Signed weights with a scale for each output channel."""
+    """Return the format of signed weights with a scale for each output channel."""
     return Uniform(bits, granularity="channel")
 
 
@@ -23,7 +23,7 @@ DEPTHWISE = r".*\.depthwise\.conv"
 
 
 def claims(model: nn.Module) -> bool:
-    """Whether a network has the layers that the recipes of this file name."""
+    """Say whether a network has the layers that the recipes of this file name."""
     names = [name for name, _ in model.named_modules()]
     patterns = (EARLY, BLOCKS, CORES)
     return all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns)
@@ -32,7 +32,7 @@ def claims(model: nn.Module) -> bool:
 def layers(
     weight_bits: int, input_bits: int | None = None, attention_bits: int | None = None
 ) -> tuple[LayerSpec, ...]:
-    """Formats for every layer with a product in it.
+    """Return formats for every layer with a product in it.
 
     Inputs of depthwise convolutions have a scale per channel, which integer kernels can take in
     with the scales of the weights. All other inputs have one scale. Those of attention are
@@ -51,7 +51,7 @@ def layers(
 
 
 def _convolutions(weight_bits: int, input_bits: int) -> tuple[LayerSpec, ...]:
-    """As `layers`, but with float attention, and linear layers with 8-bit weights, float inputs."""
+    """Return `layers`, but attention and inputs of linear layers in float, with 8-bit weights."""
     early, depthwise, _, others = layers(weight_bits, input_bits)
     linear = LayerSpec(r".*\.(qkv|proj|core|ffn\.\d)|classifier", weights(8))
     return early, depthwise, linear, others

@@ -1,4 +1,4 @@
-"""Ranking-aware quantization and what of it counts, to be measured on held-out images."""
+"""Ranking-aware quantization, whole and in parts, to be measured on held-out images."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ VARIANTS = {
 
 
 def _ours(width: str, step: str) -> Recipe:
-    """The project's formats, and ranges that start from the extremes, as in the paper."""
+    """Return our formats, with ranges that start from the extremes, as in the paper."""
     specs = tuple(
         replace(spec, weight_observer="minmax", input_observer="minmax")
         for spec in layers(*WIDTHS[width])
@@ -28,7 +28,7 @@ def _ours(width: str, step: str) -> Recipe:
 
 
 def _published(width: str) -> Recipe:
-    """The paper's formats, one symmetric scale a tensor, its sum over pairs, its bias correction.
+    """Return the paper's formats: one symmetric scale a tensor, sums over pairs, biases corrected.
 
     There softmax and layer norms stay in float, as do inputs of pointwise layers here.
     """

@@ -1,4 +1,4 @@
-"""Recipes for vision transformers by a few words: bits, how ranges are chosen, parts, a share.
+"""Recipes for vision transformers, by bits, the way ranges are chosen, parts and a share of them.
 
 They find the layers of ours, timm's, torchvision's and transformers' ViT by their names.
 """
@@ -11,7 +11,7 @@ from torch import nn
 from ptq.formats import Uniform
 from ptq.layers import kinds_of
 from ptq.pipeline import chosen
-from ptq.recipe import LayerSpec, Recipe
+from ptq.recipe import LayerSpec, Recipe, by_names
 from ptq.recipes.generic import in_torch_attention
 from ptq.recipes.mobilevit import CALIBRATED
 
@@ -40,7 +40,7 @@ def vit_recipe(
     seed: int = 0,
     input_bits: int | None = None,
 ) -> Recipe:
-    """A recipe for the linear layers and attention products of a vision transformer.
+    """Return a recipe for the linear layers and attention products of a vision transformer.
 
     `bits`: of weights and, unless `input_bits` says otherwise, of the inputs of linear layers.
     `method`: of METHODS. "tensor" has one scale for a weight, from its smallest to its largest
@@ -59,22 +59,16 @@ def vit_recipe(
     names = layers_of(model, parts)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     drawn = [names[i] for i in sorted(order[: max(1, round(share * len(names)))].tolist())]
-    linear = [name for name in drawn if isinstance(model.get_submodule(name), nn.Linear)]
-    products = [name for name in drawn if name not in linear]
-    weight = Uniform(bits, granularity=granularity)
     input = Uniform(input_bits or bits, symmetric=False)
-    formats = ((linear, (weight, input)), (products, (None, Uniform(PRODUCT_BITS))))
-    layers = tuple(
-        LayerSpec("|".join(map(re.escape, group)), *of_group, observer, observer)
-        for group, of_group in formats
-        if group
-    )
+    linear = LayerSpec("", Uniform(bits, granularity=granularity), input, observer, observer)
+    product = LayerSpec("", None, Uniform(PRODUCT_BITS), observer, observer)
+    specs = {n: linear if isinstance(model.get_submodule(n), nn.Linear) else product for n in drawn}
     title = f"{' and '.join(parts)}, share {share:g} by seed {seed}"
-    return Recipe(f"vit-w{bits}a{input.bits}-{method}", title, layers, **CALIBRATED)
+    return Recipe(f"vit-w{bits}a{input.bits}-{method}", title, by_names(specs), **CALIBRATED)
 
 
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers and attention products in these parts, from input to output."""
+    """Return the names of linear layers and products in these parts, from input to output."""
     for part in parts:
         chosen(PARTS, part, "part")
     part_of = {
