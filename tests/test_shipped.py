@@ -27,6 +27,8 @@ SHIPPED = sorted(Path(ROOT, "checkpoints").glob("*/best.pth"))
 ROWS = sorted(Path(ROOT, "results").rglob("*@*.json"))
 N = 100  # images
 AGREEMENT_PCT, POINTS_APART = 99.5, 0.1  # wanted of an engine and the simulation
+
+
 @pytest.fixture(scope="module")
 def found():
     return load_results(ROOT / "results", ROOT / "checkpoints")

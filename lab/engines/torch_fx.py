@@ -43,7 +43,7 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 @torch.inference_mode()
 def sensitivities(model, recipe, calibration, outputs) -> dict:
-    """The noise, as `ptq.sensitivity.noises` gives it, of all "weights" and "activations" that FX
+    """The noise, as `ptq.analysis.sensitivity.noises` gives it, of all "weights" and "activations" that FX
     quantizes; an activation has the name of the layer or operation that gives it. Raises ValueError
     for weights that are not finite."""
     check_finite(model)
