@@ -30,7 +30,7 @@ def test_fx_computes_in_int8():
 def test_fx_feels_as_a_whole_what_its_int8_network_does():
     torch.manual_seed(0)
     model = MobileViT("xxs").eval()
-    batches = [(torch.randn(8, 3, 32, 32), None)]
+    batches = [(torch.randn(16, 3, 64, 64), None)]
     replace_norms(model, None, batches, None)
     found = torch_fx.sensitivities(
         model, RECIPES["int8-fx"], batches, lambda network: network(batches[0][0])
