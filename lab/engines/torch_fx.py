@@ -43,9 +43,11 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 @torch.inference_mode()
 def sensitivities(model, recipe, calibration, outputs) -> dict:
-    """The noise, as `ptq.analysis.sensitivity.noises` gives it, of all "weights" and "activations" that FX
-    quantizes; an activation has the name of the layer or operation that gives it. Raises ValueError
-    for weights that are not finite."""
+    """Return the noise of all "weights" and "activations" that FX quantizes.
+
+    As `ptq.analysis.sensitivity.noises` gives it; an activation has the name of the layer or
+    operation that gives it. ValueError for weights that are not finite.
+    """
     check_finite(model)
     network = calibrated(model, calibration, calibration[0][0][:1])
     from torch.ao.quantization import ObserverBase
