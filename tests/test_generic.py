@@ -103,6 +103,15 @@ def test_mobilevit_keeps_its_own_recipes_and_others_get_none_that_name_its_layer
         ptq.recipe("w8a8", nn.ReLU())
 
 
+def test_timms_mobilevit_is_not_taken_for_ours_when_its_attention_is_open():
+    model = ptq.open_attention(timm.create_model("mobilevit_xxs", num_classes=10))
+    recipe = ptq.recipe("w8a8", model)
+    assert recipe.layers != ptq.RECIPES["w8a8"].layers
+    quantized = ptq.quantize(model, recipe, batches(32))
+    cores = [m for m in quantized.modules() if isinstance(m, QuantizedAttentionCore)]
+    assert len(cores) == 9
+
+
 def test_layers_whose_weights_are_read_elsewhere_stay_in_float():
     class Attentive(nn.Module):
         def __init__(self):
