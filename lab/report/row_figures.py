@@ -21,6 +21,7 @@ HEADLINE = {  # (recipe, engine): label, colour, marker
 LOSS_SHOWN = 4  # points; what loses more is drawn below the break of the axis
 BELOW = 4.75  # where
 METHODS = ("FP32", "FP16", "INT8, FX", "INT4")  # short for tables.TITLES
+SHORT = dict(zip(tables.TITLES, METHODS))
 LABELLED = {"fp32": "center", "w8a8": "center", "w4": "left"}  # in the figure of sizes; where
 
 
@@ -43,13 +44,9 @@ def headline(found: Results):
                 draw_loss(axis, row, losses[id(row)])
         axis.set_title(short_name(model), loc="left", fontweight="bold")
         axis.set_xlabel("times as fast as FP32 in torch")
-        axis.axhline(LOSS_SHOWN + 0.3, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
         axis.set_xlim(0.8, 0.25 + max(map(tables.speed_up, rows)))
         axis.grid(visible=False, axis="x")
-    axes[0][0].set_ylim(BELOW + 0.4, -0.4)
-    axes[0][0].set_yticks(
-        [*range(LOSS_SHOWN + 1), BELOW], [*map(str, range(LOSS_SHOWN + 1)), "more"]
-    )
+    set_losses(axes[0], max(losses[id(row)] for row in rows))
     axes[0][0].set_ylabel("accuracy lost, points")
     shown = [key for key in HEADLINE if any(tables.method(row) == key for row in rows)]
     handles = [Line2D([], [], **mark(key)) for key in shown]
@@ -57,6 +54,18 @@ def headline(found: Results):
     title = f"one image, one thread, {cpu}"
     fig.legend(handles=handles, loc="outside lower center", title=title, **how)
     return fig
+
+
+def set_losses(axes, most: float) -> None:
+    """The axis of losses: as long as the largest one, or broken behind LOSS_SHOWN points."""
+    if most <= LOSS_SHOWN:
+        axes[0].set_ylim(max(0.5, 1.15 * most), -0.1)
+        return
+    for axis in axes:
+        axis.axhline(LOSS_SHOWN + 0.3, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
+    axes[0].set_ylim(BELOW + 0.4, -0.4)
+    ticks = range(LOSS_SHOWN + 1)
+    axes[0].set_yticks([*ticks, BELOW], [*map(str, ticks), "more"])
 
 
 def lost(row, rows) -> float | None:
@@ -91,7 +100,7 @@ def headline_finding(rows, losses) -> str:
     most = max(losses[id(row)] for row in fastest)
     speeds = [tables.speed_up(row) for row in fastest]
     return (
-        f"{label} is fastest on each model, {min(speeds):.1f} to {max(speeds):.1f} times FP32, "
+        f"{label} is the fastest of these, {min(speeds):.1f} to {max(speeds):.1f} times FP32, "
         f"and loses at most {most:.2f} points"
     )
 
@@ -168,8 +177,8 @@ def methods_finding(rows, models) -> str:
     int8, int4 = losses["int8-fx"], losses["int4-percentile"]
     fp16 = max(losses["fp16"])
     return (
-        f"On our weights the published INT8 loses {min(int8):.0f} to {max(int8):.0f} points, "
-        f"INT4 {min(int4):.0f} to {max(int4):.0f}, FP16 {f'{fp16:.2f}' if fp16 > 0 else 'none'}"
+        f"On our weights the published INT8 loses {min(int8):.1f} to {max(int8):.1f} points, INT4 "
+        f"{min(int4):.1f} to {max(int4):.1f}, FP16 {f'at most {fp16:.2f}' if fp16 > 0 else 'none'}"
     )
 
 
@@ -188,9 +197,11 @@ def pareto(found: Results):
     for row in theirs:
         x, y = row["size_bytes"] / MB, accuracy(row) if accuracy(row) > cut else floor
         axis.plot(x, y, "s", color=style.GREY, ms=6)
-        if y == floor:
-            beside = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
-            axis.annotate(f"{accuracy(row):.0f}", (x, y), fontsize=style.SMALL, **beside)
+        text = f"{short_name(row['model'])} {SHORT[row['recipe']['name']]}"
+        text += f", {accuracy(row):.0f} %" * (y == floor)
+        up = 7 if row["recipe"]["name"] != "fp16" else -15  # above FP16 stands what we label
+        beside = {"textcoords": "offset points", "xytext": (0, up), "ha": "center"}
+        axis.annotate(text, (x, y), fontsize=style.SMALL, color=style.GREY, **beside)
     for model in models:
         points = [
             (row["size_bytes"] / MB, accuracy(row), row["recipe"]["name"])
@@ -209,8 +220,9 @@ def pareto(found: Results):
     axis.plot([], [], "o", color=style.DARK, ms=4, label="small: our other recipes")
     axis.plot([], [], "s", color=style.GREY, label="published methods on the same weights")
     axis.axhline(cut, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
-    ticks = range(math.ceil(cut), math.ceil(max(map(accuracy, ours))) + 1)
-    axis.set_yticks([floor, *ticks], ["less", *map(str, ticks)])
+    halves = range(math.ceil(2 * cut), math.ceil(2 * max(map(accuracy, ours))) + 1)
+    ticks = [half / 2 for half in halves]  # percent
+    axis.set_yticks([floor, *ticks], ["less", *map("{:g}".format, ticks)])
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.08, y=0.1)
@@ -226,8 +238,9 @@ def pareto_finding(ours, rows) -> str:
         return "Accuracy against the size of the file"
     smaller = [tables.baseline_of(row, rows)["size_bytes"] / row["size_bytes"] for row in w4]
     times = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(smaller), max(smaller))))
+    names = ", ".join(short_name(model) for model in models_of(w4))
     return (
-        f"4-bit weights (w4) make files {times} times smaller and "
+        f"4-bit weights (w4) make files of {names} {times} times smaller and "
         f"cost at most {max(lost(row, rows) for row in w4):.2f} points"
     )
 

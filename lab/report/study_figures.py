@@ -61,8 +61,9 @@ def draw_chain(axis, chain, shades) -> None:
             xs.append(end)
             ys.append(row["val_accuracy_pct"])
         axis.plot(xs, ys, "o-", color=style.DARK, ms=5, clip_on=False)
+    chosen = [int(row["epoch"]) for row in run["log"]].index(run["epoch"])
     beside = {"textcoords": "offset points", "xytext": (0, 7), "ha": "right"}
-    axis.annotate(f"{ys[-1]:.2f}", (xs[-1], ys[-1]), fontsize=10, **beside)
+    axis.annotate(f"{ys[chosen]:.2f}", (xs[chosen], ys[chosen]), fontsize=10, **beside)
     for start, stop, size in bands:
         axis.axvspan(start, stop, color=shades[size], linewidth=0)
         side, window = size
@@ -78,8 +79,9 @@ def training_finding(chains, minutes) -> str:
     i = max(range(len(chains)), key=lambda i: chains[i][-1]["val_accuracy_pct"])
     last, time = chains[i][-1], minutes[i]
     took = f"{time:.0f} minutes" if time < 120 else f"{time / 60:.1f} hours"
+    name = short_name(last["model"]) + ", widened," * bool(last["config"].get("widen"))
     return (
-        f"{short_name(last['model'])} gets {last['val_accuracy_pct']:.2f} % of held-out images "
+        f"{name} gets {last['val_accuracy_pct']:.2f} % of held-out images "
         f"right after {took} on {last['hardware'].split(',')[0]}"
     )
 
@@ -109,7 +111,7 @@ def layers(found: Results):
             axis.barh(0, 0, color=colours.get(kind, style.GREY), label=f"{kind} of")
         axis.legend(loc="lower right")
     axes[-1, 0].set_xlabel(
-        "noise in the logits when this alone is in 8 bits, share of their variance"
+        "noise in the logits when this alone is quantized, share of their variance"
     )
     return fig
 
@@ -123,7 +125,7 @@ def layers_finding(reports) -> str:
         if total:
             pct = 100 * sum(noises[:n]) / total
             parts.append(f"{n} of {len(noises)} tensors make {pct:.0f} % ({title_of(name)})")
-    return f"Few tensors make most of the noise of 8 bits: {', '.join(parts)}"
+    return f"Few tensors make most of the noise: {', '.join(parts)}"
 
 
 def milliseconds(found: Results):
