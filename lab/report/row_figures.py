@@ -59,7 +59,7 @@ def headline(found: Results):
 def set_losses(axes, most: float) -> None:
     """The axis of losses: as long as the largest one, or broken behind LOSS_SHOWN points."""
     if most <= LOSS_SHOWN:
-        axes[0].set_ylim(max(0.5, 1.15 * most), -0.1)
+        axes[0].set_ylim(max(0.5, 1.15 * most), -0.09)
         return
     for axis in axes:
         axis.axhline(LOSS_SHOWN + 0.3, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
