@@ -45,7 +45,7 @@ from lab.options import CLASSIFIERS_ONLY, flags, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
 from lab.pictures import picture_path, write_picture
 from lab.profiles import profile_folder, write_profile
-from lab.recipes import recipe_of
+from lab.recipes import checked_recipe, recipe_of
 from lab.report.compare import compare_rows, comparison_table
 from lab.report.rows import (
     comparable,
@@ -59,7 +59,6 @@ from lab.report.tables import in_protocol, printed, products_text, results_table
 from lab.subject import Subject, load_subject, named
 from ptq import packing
 from ptq.analysis.energy import energy_by_prices
-from ptq.analysis.mixed import PREFIX as MIXED
 from ptq.recipe import Recipe
 
 
@@ -250,13 +249,12 @@ def repeat_rows(args) -> int:
 def recipe_of_row(subject: Subject, row: dict, path) -> Recipe:
     """The recipe that a row was measured with; BadInput if today's of that name is another.
 
-    A mixed one is taken from the row: an allocation may differ from machine to machine.
+    One that has no name here is taken from the row: it was allocated on images, where machines may
+    differ, or read from a file.
     """
     name = row["recipe"]["name"]
-    with named(name):
-        saved = Recipe.fromdict(row["recipe"])
-    if name.startswith(MIXED):
-        return saved
+    if name not in ptq.RECIPES:
+        return checked_recipe(row["recipe"], path)
     todays = recipe_of(subject, name)
     if comparable(todays.asdict()) != comparable(row["recipe"]):
         raise BadInput(f"{path}: recipe {name} is not what it was when the row was measured")

@@ -37,18 +37,24 @@ def recipe_of(subject: Subject, name: str) -> Recipe:
         return mixed.mixed_recipe(name, subject.network, batches, of_layers, latency_ms)
 
 
-def read_recipe(path) -> ptq.Recipe:
+def read_recipe(path) -> Recipe:
     """The recipe in a JSON file, such as `quantize.py --suggest` writes."""
-    try:
-        recipe = ptq.Recipe.fromdict(read_json(path))
-        check_patterns(recipe)
-    except ValueError as error:
-        raise BadInput(f"{shortened(path)}: {error}") from error
+    recipe = checked_recipe(read_json(path), path)
     if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:
         raise BadInput(
             f"{shortened(path)}: a recipe in a file has layers and a name of at most 60 letters, "
             "digits, dots, hyphens and underscores: files of results are called by it"
         )
+    return recipe
+
+
+def checked_recipe(value, path) -> Recipe:
+    """The recipe that is stored as `value` in the file `path`; BadInput if it is none."""
+    try:
+        recipe = Recipe.fromdict(value)
+        check_patterns(recipe)
+    except ValueError as error:
+        raise BadInput(f"{shortened(path)}: {error}") from error
     return recipe
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import fails_with_one_line, run
 from small import draw, small_network
 from torch import nn
 
@@ -80,9 +80,14 @@ def test_a_profile_with_a_suggestion_that_quantize_takes(checkpoint, tmp_path):
     assert tries[-1] <= tries[0] / 2 and report["suggestion"]["n_images"] == 200
     assert report["tensors"][0]["layer"] in out
     run(*command, "--recipes", folder / "suggested.json", "--latency-runs", "1")
-    row = files.read_json(next(tmp_path.rglob("w4-nearest-suggested-32@torch-eager.json")))
-    suggested = report["scores"]["suggested"]["top1_pct"]
+    path = next(tmp_path.rglob("w4-nearest-suggested-32@torch-eager.json"))
+    row, suggested = files.read_json(path), report["scores"]["suggested"]["top1_pct"]
     assert row["score"]["accuracy_pct"] == pytest.approx(suggested)
+    again = ("quantize.py", "--from", path, "--latency-runs", "1", "--output", tmp_path / "again")
+    assert "| yes |" in run(*again)[0]
+    row["recipe"]["layers"][0]["pattern"] = "stages("
+    files.write_json(path, row)
+    fails_with_one_line(*again, says="'stages(' is no pattern")
 
 
 def test_what_can_have_no_profile_or_has_one_already(tmp_path):
