@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import draw
+from small import draw, small_network
 
 import train
 from lab.bench.forked import Outcome, become, command
@@ -106,6 +106,18 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "mobilevit_xxs-synthetic"
     run("train.py", *SYNTHETIC, "--output", folder)
     return folder / "best.pth"
+
+
+@pytest.fixture(scope="session")
+def network():
+    """A network with every kind of layer of MobileViT."""
+    return small_network()
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Calibration images for `network`."""
+    return [(draw(4, 3, 32, 32, seed=i), None) for i in range(2)]
 
 
 @pytest.fixture(scope="session")

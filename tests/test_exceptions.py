@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fails_with_one_line, run
-from small import draw, small_network
 from torch import nn
 
 import ptq
@@ -17,16 +16,6 @@ from lab.options import parse_args
 from lab.profiles import enough, profile_folder
 from lab.recipes import read_recipe
 from ptq.analysis.exceptions import with_exceptions
-
-
-@pytest.fixture(scope="module")
-def network():
-    return small_network()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return [(draw(4, 3, 32, 32, seed=i), None) for i in range(2)]
 
 
 def test_exceptions_get_16_bits_or_floats(network, images):

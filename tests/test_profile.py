@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small import draw, small_network
+from small import draw
 from torch import nn
 
 import ptq
@@ -97,16 +97,6 @@ def test_a_logarithmic_format_has_no_scale():
     found = stats_of(x, Log2(4))
     assert found["codes"] == [1, 2, *[0] * 13, 1] and found["mse_over_rounding"] is None
     assert found["n_codes"] == 16 and found["scale"] is None
-
-
-@pytest.fixture(scope="module")
-def network():
-    return small_network()
-
-
-@pytest.fixture(scope="module")
-def images():
-    return [(draw(4, 3, 32, 32, seed=i), None) for i in range(2)]
 
 
 def profiled(network, name, images):
