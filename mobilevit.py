@@ -322,9 +322,15 @@ def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     timm's models have four heads in every block: build ours with `heads=4` for equal outputs.
     """
-    renamed = {}
+    return renamed(state_dict, _FROM_TIMM)
+
+
+def renamed(state_dict: dict[str, Tensor], rewrites) -> dict[str, Tensor]:
+    """`state_dict` with each pair (pattern, replacement) of `rewrites` applied to its names in
+    turn."""
+    new = {}
     for name, tensor in state_dict.items():
-        for pattern, ours in _FROM_TIMM:
+        for pattern, ours in rewrites:
             name = re.sub(pattern, ours, name)
-        renamed[name] = tensor
-    return renamed
+        new[name] = tensor
+    return new

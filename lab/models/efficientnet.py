@@ -9,7 +9,7 @@ It is here for ImageNet weights that a package index has: `efficientnet-lite0-py
 
 from torch import Tensor, nn
 
-from lab.models.rewrites import renamed
+from mobilevit import renamed
 
 STAGES = (  # a line: blocks, side of the kernel, stride of the first block, expansion, channels
     (1, 3, 1, 1, 16),

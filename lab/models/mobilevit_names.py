@@ -5,7 +5,8 @@ Each function takes a state dict of that project and returns one with our names.
 
 from torch import Tensor
 
-from lab.models.rewrites import joined_attention, renamed
+from lab.models.rewrites import joined_attention
+from mobilevit import renamed
 
 # Their parameter names -> ours, as rewrites applied in this order.
 _FROM_TRANSFORMERS = (

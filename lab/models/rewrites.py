@@ -1,19 +1,7 @@
-"""State dicts of other projects with our names: renamed by patterns, attention put in one."""
-
-import re
+"""Attention of other projects' state dicts in one layer, as ours is."""
 
 import torch
 from torch import Tensor
-
-
-def renamed(state: dict[str, Tensor], rewrites) -> dict[str, Tensor]:
-    """`state` with every pair (pattern, replacement) of `rewrites` applied to its names in turn."""
-    new = {}
-    for name, value in state.items():
-        for pattern, ours in rewrites:
-            name = re.sub(pattern, ours, name)
-        new[name] = value
-    return new
 
 
 def joined_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:

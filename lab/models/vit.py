@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lab.models.rewrites import joined_attention, renamed
-from mobilevit import Attention
+from lab.models.rewrites import joined_attention
+from mobilevit import Attention, renamed
 
 MLP_RATIO = 4  # hidden / input channels of the feed-forward network, in all variants
 EPS = 1e-6  # of the layer norms, as in the authors' code and timm; transformers has 1e-12
