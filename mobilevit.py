@@ -228,7 +228,7 @@ class MobileViT(nn.Module):
         if output_stride not in STRIDES:
             raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         v = VARIANTS[variant]
-        self.variant, self.num_classes, self.output_stride = variant, num_classes, output_stride
+        self.variant, self.num_classes = variant, num_classes
         self.heads = _three("heads", v.heads if heads is None else heads)
         self.patches = _three("patches", patches)
         if not all(1 <= p <= MAX_PATCH for p in self.patches):
@@ -236,6 +236,12 @@ class MobileViT(nn.Module):
         for dim, h in zip(v.dims, self.heads):
             if h < 1 or dim % h:
                 raise ValueError(f"{h} heads do not divide the transformer width {dim}")
+        # The arguments that build the same network, the last two only where they are not the usual.
+        self.settings = {"variant": variant, "num_classes": num_classes, "heads": list(self.heads)}
+        if self.patches != (2, 2, 2):
+            self.settings["patches"] = list(self.patches)
+        if output_stride != 32:
+            self.settings["output_stride"] = output_stride
 
         c1, c2, *_ = v.stages
         self.stem = ConvNorm(3, v.stem, kernel=3, stride=2)
@@ -257,20 +263,6 @@ class MobileViT(nn.Module):
             self.head = ConvNorm(v.stages[-1], v.head)
             self.classifier = nn.Linear(v.head, num_classes)
         self.apply(_init_weights)
-
-    @property
-    def settings(self) -> dict:
-        """The arguments that build the same network, as plain values; `patches` and
-        `output_stride` only where they are not the usual ones."""
-        unusual = {"patches": list(self.patches)} if self.patches != (2, 2, 2) else {}
-        if self.output_stride != 32:
-            unusual["output_stride"] = self.output_stride
-        return {
-            "variant": self.variant,
-            "num_classes": self.num_classes,
-            "heads": list(self.heads),
-            **unusual,
-        }
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The maps [B, C, H / s, W / s] at the ends of stages 1 to 5, at strides s = 2, 4, 8, 16,

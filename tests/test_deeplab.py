@@ -57,7 +57,7 @@ def test_settings_build_the_same_network(variant):
 )
 def test_impossible_networks_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
-        DeepLab("xxs", **settings)
+        build(NAME, **settings)
 
 
 def transformers_logits(theirs, x):
@@ -70,7 +70,7 @@ def test_equals_transformers_which_takes_blue_green_red(tmp_path, variant):
     theirs = transformers_network(variant, "SemanticSegmentation", output_stride=16)
     path = saved(tmp_path / "model.safetensors", theirs.state_dict())
     network, layout = read_weights(path, f"deeplab_mobilevit_{variant}")
-    assert (layout.name, network.num_classes) == ("transformers", 7)
+    assert (layout.name, network.classifier.out_channels) == ("transformers", 7)
     theirs.double()
     assert_computes(network, partial(transformers_logits, theirs), bgr=True)
 

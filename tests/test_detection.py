@@ -229,4 +229,4 @@ def test_settings_build_the_same_network(variant):
 )
 def test_impossible_networks_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
-        SSDLite("xxs", **settings)
+        build("ssdlite_mobilevit_xxs", **settings)

@@ -91,9 +91,11 @@ def require_heads(name: str) -> None:
         raise BadInput(f"--heads is for MobileViT, not for {name}")
 
 
-def build(name: str, **settings) -> nn.Module:
+def build(name: str, /, **settings) -> nn.Module:
     """The network `name` with fresh weights; ValueError for settings that it does not take."""
     try:
+        if settings.get("num_classes", 1) < 1:
+            raise ValueError(f"num_classes must be at least 1, got {settings['num_classes']}")
         return MODELS[name](**settings)
     except (TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that are none
         raise ValueError(f"{name} can't be built with {settings}: {error}") from error

@@ -58,26 +58,14 @@ class DeepLab(nn.Module):
         self, variant: str, num_classes: int = 21, heads=None, output_stride=16, rates=(6, 12, 18)
     ):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if len(rates) != 3 or not all(1 <= rate <= MAX_RATE for rate in rates):
             raise ValueError(f"rates must be three from 1 to {MAX_RATE}, got {list(rates)}")
-        self.num_classes, self.rates = num_classes, tuple(rates)
         self.backbone = MobileViT(variant, None, heads, output_stride=output_stride)
-        self.pyramid = Pyramid(VARIANTS[variant].stages[-1], self.rates)
+        own = {"num_classes": num_classes, "output_stride": output_stride, "rates": list(rates)}
+        self.settings = self.backbone.settings | own
+        self.pyramid = Pyramid(VARIANTS[variant].stages[-1], rates)
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(CHANNELS, num_classes, 1)
-
-    @property
-    def settings(self) -> dict:
-        """The arguments that build the same network, as plain values."""
-        return {
-            "variant": self.backbone.variant,
-            "num_classes": self.num_classes,
-            "heads": list(self.backbone.heads),
-            "output_stride": self.backbone.output_stride,
-            "rates": list(self.rates),
-        }
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pyramid(self.backbone.features(x)[-1])

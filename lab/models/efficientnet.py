@@ -65,9 +65,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes, self.settings = num_classes, {"num_classes": num_classes}
+        self.settings = {"num_classes": num_classes}
         self.stem = ConvNorm(3, STEM, kernel=3, stride=2)
         blocks, width = [], STEM
         for n, kernel, stride, expansion, channels in STAGES:

@@ -41,12 +41,12 @@ class SSDLite(nn.Module):
 
     def __init__(self, variant: str, num_classes: int = 80, heads=None, first_stride: int = 16):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if first_stride not in FIRST_SCALE:
             raise ValueError(f"first_stride must be 16 or 8, got {first_stride}")
         self.num_classes, self.first_stride = num_classes, first_stride
         self.backbone = MobileViT(variant, None, heads)
+        own = {"num_classes": num_classes, "first_stride": first_stride}
+        self.settings = self.backbone.settings | own
         strides = [stride for stride in STAGES if stride >= first_stride]
         self.stages = [STAGES[stride] for stride in strides]
         last = VARIANTS[variant].stages[-1]
@@ -67,16 +67,6 @@ class SSDLite(nn.Module):
         self.heads.append(nn.Conv2d(whole, boxes_per_cell(LAST_RATIOS) * outputs, 1))
         for part in (self.extra, self.whole, self.projections, self.heads):
             part.apply(_init_weights)
-
-    @property
-    def settings(self) -> dict:
-        """The arguments that build the same network, as plain values."""
-        return {
-            "variant": self.backbone.variant,
-            "num_classes": self.num_classes,
-            "heads": list(self.backbone.heads),
-            "first_stride": self.first_stride,
-        }
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.backbone.features(x)

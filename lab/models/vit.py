@@ -77,17 +77,16 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer of the given variant: images [B, 3, S, S] -> logits [B, num_classes].
 
-    Raises ValueError for an unknown variant, no classes, and images of another size than S.
+    Raises ValueError for an unknown variant and for images of another size than S.
     """
 
     def __init__(self, variant: str, num_classes: int = 10):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         v = VARIANTS[variant]
-        self.variant, self.num_classes, self.img_size = variant, num_classes, v.img_size
+        self.settings = {"variant": variant, "num_classes": num_classes}
+        self.img_size = v.img_size
         n_patches = (v.img_size // v.patch) ** 2
         self.patches = nn.Conv2d(3, v.dim, v.patch, v.patch)
         self.class_token = nn.Parameter(torch.empty(1, 1, v.dim))
@@ -98,11 +97,6 @@ class ViT(nn.Module):
         for tensor in (self.class_token, self.positions):
             nn.init.trunc_normal_(tensor, std=0.02)
         self.apply(_init_weights)
-
-    @property
-    def settings(self) -> dict:
-        """The arguments that build the same network, as plain values."""
-        return {"variant": self.variant, "num_classes": self.num_classes}
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patches(check_images(x, self.img_size)).flatten(2).transpose(1, 2)
