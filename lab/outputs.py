@@ -78,10 +78,7 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
 
     found = noises(subject.network, recipe, batches, logits)
     return {
-        "model": subject.name,
-        "img_size": subject.img_size,
-        "checkpoint_sha256": subject.sha256,
-        "recipe": recipe.asdict(),
+        **subject.origin(recipe),
         "seed": subject.seed,
         **found,
         "n_images": len(shown.data),

@@ -60,21 +60,18 @@ def write_profile(
         suggestion["file"] = str(folder / "suggested.json")
         networks["suggested"] = quantized(suggested)["network"]
     outputs = {
-        which: predict(network, EvalBatches(subject.images, subject.img_size, CPU_BATCH), workers)
+        which: outputs_on(subject.images, subject, network, workers)
         for which, network in networks.items()
     }
-    predictions = {which: logits.argmax(1) for which, (logits, _) in outputs.items()}
+    predictions = {which: logits.argmax(1) for which, logits in outputs.items()}
     report = {
-        "model": subject.name,
-        "task": subject.task,
-        "split": subject.split,
-        "img_size": subject.img_size,
-        "checkpoint_sha256": subject.sha256,
-        "recipe": recipe.asdict(),
+        **subject.origin(recipe),
         "seed": subject.seed,
         **found,
         "classes": list(subject.images.classes),
-        "scores": {which: class_scores(*of_network) for which, of_network in outputs.items()},
+        "scores": {
+            which: class_scores(logits, subject.images.labels) for which, logits in outputs.items()
+        },
         "n_changed": {
             which: int((predicted != predictions["float"]).sum())
             for which, predicted in predictions.items()

@@ -11,17 +11,15 @@ again.
 import math
 from collections.abc import Callable
 
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
 
 Schema = Callable[[object, str], None]
-SHOWN = 60  # characters of a wrong value that a message repeats
 
 
 def _require(ok: bool, value, where: str, expected: str) -> None:
     if not ok:
         shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
-        shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
-        raise BadInput(f"{where} is {shown}, but should be {expected}")
+        raise BadInput(f"{where} is {shortened(shown)}, but should be {expected}")
 
 
 def text(value, where: str) -> None:

@@ -105,8 +105,8 @@ class Subject:
         images, described = self.calibration(n)
         return EvalBatches(images, self.img_size, recipe.calibration_batch), described
 
-    def identity(self, recipe, engine: str, n_calibration: int, latency_runs: int) -> dict:
-        """What makes a row the same row: asked for again, it need not be measured again."""
+    def origin(self, recipe) -> dict:
+        """What a result says of the network, its images and the recipe."""
         return {
             "model": self.name,
             "task": self.task,
@@ -114,6 +114,11 @@ class Subject:
             "img_size": self.img_size,
             "checkpoint_sha256": self.sha256,
             "recipe": recipe.asdict(),
+        }
+
+    def identity(self, recipe, engine: str, n_calibration: int, latency_runs: int) -> dict:
+        """What makes a row the same row: asked for again, it need not be measured again."""
+        return self.origin(recipe) | {
             "engine": engine,
             "seed": self.seed,
             "calibration_images": n_calibration,

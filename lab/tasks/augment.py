@@ -37,7 +37,8 @@ class Augmentation:
         if self.policy != "none":
             x = flip(x, draws[:, 2])
         if self.policy == "autoaugment":
-            v2 = _transforms()
+            from torchvision.transforms import v2  # two seconds, see cifar10
+
             x = torch.stack(seeded(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), x, draws[:, 3]))
         if self.jpeg:
             x = through_jpeg(x, draws[:, 4:6], self.jpeg)
@@ -69,13 +70,6 @@ class Augmentation:
         else:
             x = (kept * x + (1 - kept) * other).round().to(torch.uint8)
         return x, kept * targets + (1 - kept) * other_targets
-
-
-def _transforms():
-    """Those of torchvision, which takes two seconds to import: spent only where it is used."""
-    from torchvision.transforms import v2
-
-    return v2
 
 
 def crop(x: Tensor, top: Tensor, left: Tensor, side: int, padding: int) -> Tensor:

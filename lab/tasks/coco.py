@@ -20,7 +20,7 @@ from lab.cli import BadInput
 from lab.files import read_json
 from lab.schema import integer, number, one_of, record, sequence, text
 from lab.tasks import detection, photo
-from lab.tasks.photo import read_photo, squares
+from lab.tasks.photo import chosen, read_photo, squares
 
 objective = detection
 to_input = photo.to_input
@@ -66,7 +66,7 @@ class Scenes:
         return len(self.files)
 
     def __getitem__(self, indices) -> "Scenes":
-        files = tuple(self.files[i] for i in torch.arange(len(self))[indices].tolist())
+        files = chosen(self.files, indices)
         sizes, labels = self.sizes[indices], self.labels[indices]
         return replace(self, files=files, sizes=sizes, labels=labels)
 
@@ -110,7 +110,7 @@ def load_val(data_dir) -> Scenes:
 
 
 def _read(data_dir, part: str) -> Scenes:
-    detection.require()
+    detection.pycocotools()  # before any work: it may be missing
     path, folder = Path(data_dir, f"{part}.json"), Path(data_dir, part)
     if not path.is_file():
         raise BadInput(f"no annotations at {path}: name the folder of train.json with --data-dir")

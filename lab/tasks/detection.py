@@ -132,7 +132,7 @@ def score(found: Tensor, targets: Tensor, sums: Tensor, positives: Tensor, class
 def average_precision(found: Tensor, targets: Tensor, n_classes: int) -> Tensor:
     """COCO's average precision [n_classes, 10] at overlaps of 0.5, 0.55 to 0.95; -1 for
     classes without an object."""
-    coco, evaluation = _pycocotools()
+    coco, evaluation = pycocotools()
     truth, seen = coco(), coco()
     of_images = [{"id": i} for i in range(len(targets))]
     categories = [{"id": k} for k in range(n_classes)]
@@ -173,12 +173,8 @@ def _annotations(image: Tensor, rows: Tensor, last: dict[str, int]) -> list[dict
     ]
 
 
-def require() -> None:
-    """Raise BadInput, before any work, if what judges is not installed."""
-    _pycocotools()
-
-
-def _pycocotools():
+def pycocotools():
+    """What judges detectors: pycocotools' COCO and COCOeval; BadInput if it is not installed."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import classification
-from lab.tasks.batches import balanced_subset
-from lab.tasks.photo import read_photo
+from lab.tasks.batches import split
+from lab.tasks.photo import chosen, read_photo
 
 objective = classification
 CALIBRATION_SHARE = 5  # every fifth image
 MAX_CALIBRATION = 1000  # images
-_SPLIT_SEED = 0
 # How a photo becomes a square of side S, as MobileViT is evaluated (its paper, section 4.1, and its
 # code): the short side becomes S / crop, the middle is cut out. With `stretch` both sides do.
 RESIZE = {"crop": 256 / 288, "interpolation": "bilinear", "stretch": False}
@@ -48,8 +47,7 @@ class Photos:
         return len(self.labels)
 
     def __getitem__(self, indices) -> "Photos":
-        files = tuple(self.files[i] for i in torch.arange(len(self))[indices].tolist())
-        return replace(self, files=files, labels=self.labels[indices])
+        return replace(self, files=chosen(self.files, indices), labels=self.labels[indices])
 
     def showing(self, path) -> "Photos":
         """The picture in a file in place of these; its label is -1."""
@@ -101,12 +99,8 @@ def load(data_dir, train: bool) -> Photos:
     n = min(len(photos) // CALIBRATION_SHARE, MAX_CALIBRATION)
     if n == 0:
         raise BadInput(f"{folder} has {len(photos)} images, but needs {CALIBRATION_SHARE} or more")
-    calibration = balanced_subset(photos.labels, torch.arange(len(photos)), n, _SPLIT_SEED)
-    if train:
-        return photos[calibration]
-    keep = torch.ones(len(photos), dtype=torch.bool)
-    keep[calibration] = False
-    return photos[keep]
+    evaluation, calibration = split(photos.labels, n)
+    return photos[calibration if train else evaluation]
 
 
 def load_all(data_dir) -> Photos:

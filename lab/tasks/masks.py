@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import photo, segmentation
-from lab.tasks.photo import read_photo, squares
+from lab.tasks.photo import chosen, read_photo, squares
 from lab.tasks.segmentation import IGNORED, OUTSIDE
 
 objective = segmentation
@@ -47,8 +47,7 @@ class Pictures:
         return len(self.files)
 
     def __getitem__(self, indices) -> "Pictures":
-        chosen = torch.arange(len(self))[indices].tolist()
-        files, masks = (tuple(paths[i] for i in chosen) for paths in (self.files, self.masks))
+        files, masks = (chosen(paths, indices) for paths in (self.files, self.masks))
         return replace(self, files=files, masks=masks)
 
     def showing(self, path) -> "Pictures":

@@ -20,6 +20,11 @@ def read_photo(path) -> Tensor:
     return _to_tensor(_decode(path))
 
 
+def chosen(paths: tuple[Path, ...], indices) -> tuple[Path, ...]:
+    """The paths at `indices`, a tensor of numbers or flags, or a slice."""
+    return tuple(paths[i] for i in torch.arange(len(paths))[indices].tolist())
+
+
 def squares(pictures: list[Tensor], img_size: int, device="cpu") -> Tensor:
     """Pictures uint8 [3, H, W] as a network's input float32 [N, 3, S, S], stretched to squares."""
     from torchvision.transforms.v2.functional import resize  # two seconds, see cifar10
@@ -35,13 +40,13 @@ def to_input(images: Tensor, img_size: int) -> Tensor:
     return (images / 255).contiguous(memory_format=torch.channels_last)
 
 
-def thumbnail(path, side: int = 32) -> Tensor:
-    """The picture in an image file made as small as training images, uint8 [3, side, side].
+def thumbnail(path) -> Tensor:
+    """The picture in an image file made as small as training images, uint8 [3, 32, 32].
 
     PIL's bicubic resize, which averages over all pixels that become one. The whole picture is
     kept and its sides are not: a wide one becomes narrower.
     """
-    return _to_tensor(_decode(path).resize((side, side)))
+    return _to_tensor(_decode(path).resize((32, 32)))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

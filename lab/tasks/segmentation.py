@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.cli import BadInput
+from lab.tasks import classification
 from lab.tasks.augment import Augmentation
 from lab.tasks.photo import read_photo
 
@@ -84,8 +85,7 @@ def judge(logits: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
         mask = mask[:height, :width].long()
         y = F.interpolate(y[None], (height, width), mode="bilinear")
         known = mask != IGNORED
-        pairs = k * mask[known] + y[0].argmax(0)[known]
-        counts.append(torch.bincount(pairs, minlength=k**2).view(k, k))
+        counts.append(classification.pairs(mask[known], y[0].argmax(0)[known], k))
         losses.append(F.cross_entropy(y, mask[None], ignore_index=IGNORED, reduction="sum"))
     return torch.stack(counts), torch.stack(losses)
 

@@ -128,11 +128,8 @@ class Run:
 
     def validate(self, val) -> None:
         """Validate and log, keep the weights if they are the best yet, save."""
-        world, stage, objective = (
-            self.world,
-            self.schedule.stage(self.step - 1),
-            self.task.objective,
-        )
+        world, objective = self.world, self.task.objective
+        stage = self.schedule.stage(self.step - 1)
         loss, right, _ = world.sum(self.sums).tolist()
         per_epoch = self.sampler.steps_per_epoch
         interval = self.validate_every * per_epoch
