@@ -213,8 +213,8 @@ class MobileViT(nn.Module):
     `heads` overrides the variant's attention heads in stages 3, 4 and 5, `patches` is the side of
     a patch there, in pixels of the feature map: one number for all three or three numbers.
     `output_stride` is 32, or 16 or 8 for larger maps at the end. With `num_classes` None there are
-    only `features`, for networks that build on them. Raises ValueError for what none of this is,
-    and for heads that do not divide the transformer width.
+    only `features`, for networks that build on them. Raises ValueError for any other arguments, and
+    for heads that do not divide the transformer width.
     """
 
     def __init__(

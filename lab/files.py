@@ -28,9 +28,9 @@ DAY_S = 24 * 3600
 def atomic(path) -> Iterator[Path]:
     """Give a path to write to; what was written there becomes `path` when all went well.
 
-    It lies in a folder beside `path`, which nobody else can have and no other user can enter. That
-    folder is locked: a free lock tells what a killed process has left, which goes at the next write
-    to the same place. Whatever wrote the file, it has the mode of a new file.
+    It lies in a new folder beside `path` that no other user can enter. The folder is locked, so one
+    without a lock was left by a killed process: the next write to the same place removes it. The
+    file gets the mode of a new file, whatever wrote it.
     """
     path = Path(path)
     try:
@@ -92,7 +92,7 @@ _locks: set[int] = set()  # descriptors
 
 @contextlib.contextmanager
 def _flock(folder: Path) -> Iterator[bool]:
-    """Lock a folder; whether that could be done. BlockingIOError if another process has."""
+    """Lock a folder, and give whether it could be; BlockingIOError if another process has it."""
     if fcntl is None:
         yield False
         return

@@ -65,9 +65,9 @@ def report_fn(recipe: Recipe):
 
 
 def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: int) -> dict:
-    """Noise in the logits from each single tensor that a recipe quantizes, as `noises` finds it.
+    """The noise in the logits from each single tensor that a recipe quantizes.
 
-    Calibrated on `n` images.
+    `noises` is what `report_fn` gives for the recipe. Calibrated on `n` images.
     """
     began = time.monotonic()
     batches, described = subject.calibration_batches(recipe, n)
@@ -89,8 +89,8 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
 
 
 def answered(subject: Subject, run) -> dict:
-    """What a row says of the answers to the subject's images that `run` gives: the score and, where
-    an answer is a class, all of them."""
+    """What a row says of the answers that `run` gives to the subject's images: their score and,
+    where an answer is one class, the answers themselves."""
     task, classes = TASKS[subject.task], subject.images.classes
     columns = judged(run, subject.images, subject.img_size, task, torch.device("cpu"))
     if not all(column.isfinite().all() for column in columns):
@@ -117,8 +117,9 @@ def prediction_text(logits: Tensor, classes) -> str:
 def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers: int) -> bool:
     """Write a quantized network as packed safetensors and, where ONNX can hold it, as QDQ ONNX.
 
-    `path`: of both files but for their suffix. Prints a line a file, and what each engine makes of
-    the ONNX file; whether all that were tried predict what the simulation does.
+    `path` is that of both files without a suffix. Prints a line for each file, and for each engine
+    what it makes of the ONNX file. Returns whether every engine that can run here predicts what the
+    simulation does.
     """
     written = {".safetensors": functools.partial(packing.save, network, recipe)}
     try:
@@ -139,7 +140,8 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
 
 
 def as_simulated(subject: Subject, network, file: Path, workers: int) -> bool:
-    """Whether every engine predicts with an ONNX file what was simulated, in words on stdout."""
+    """Print how each engine's predictions with an ONNX file agree with the simulated ones; return
+    whether all do."""
     images, _ = subject.calibration(PARITY_IMAGES if subject.classifies else PARITY_SCENES)
     batches = EvalBatches(images, subject.img_size, CPU_BATCH)
     (expected,) = over(batches, lambda x, _: [network(x)], workers)

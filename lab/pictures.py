@@ -30,9 +30,9 @@ def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
 
 
 def write_picture(path: Path, subject: Subject, image, outputs: dict[str, Tensor]) -> None:
-    """Draw into a photo what each network sees there, a panel each; prints the path.
+    """Draw a photo with what each network sees in it, a panel for each; prints the path.
 
-    `outputs`: {what a panel is called: the network's for that photo alone, [1, ...]}.
+    `outputs`: {title of the panel: the network's outputs for the photo, [1, ...]}.
     """
     photo = read_photo(image).permute(1, 2, 0)  # [H, W, 3]
     height, width, _ = photo.shape

@@ -45,8 +45,9 @@ def write_profile(
 ) -> None:
     """Write the profile of a recipe as JSON, CSV, PNG and a page; print its worst tensors.
 
-    `quantized(recipe)` gives the network quantized by a recipe, with its calibration batches.
-    `exceptions`: a key of EXCEPTIONS, to write the recipe with the worst tensors as such, too.
+    `quantized(recipe)` gives the network quantized by a recipe, with its calibration batches. With
+    `exceptions`, a key of EXCEPTIONS, also writes a recipe that makes such exceptions of the worst
+    tensors.
     """
     began = time.monotonic()
     made = quantized(recipe)
@@ -93,12 +94,12 @@ def write_profile(
 def suggest(
     subject: Subject, recipe: Recipe, found: dict, quantized, workers: int, exceptions: str
 ) -> tuple[Recipe, dict]:
-    """The recipe with as many of the worst tensors as exceptions as halve the noise in the outputs
-    on held-out images, and how it was found.
+    """A recipe that makes exceptions of the worst tensors, and how it was found.
 
-    It begins with as many as halve it by what the profile says of each, and doubles their number
-    until they do or half of all tensors are exceptions. The noise is a mean square over the float
-    outputs' variance.
+    There are as many as halve the noise in the outputs on held-out images: the mean square of what
+    the recipe changes in them, over their variance in float. The search starts from the number
+    that the profile `found` suggests and doubles it until the noise is halved or half of all
+    tensors are exceptions.
     """
     specs = layer_specs(subject.network, recipe)
     worst = [

@@ -20,9 +20,11 @@ LATENCY_CALLS = 30  # that what a layer takes is averaged over
 
 
 def recipe_of(subject: Subject, name: str) -> Recipe:
-    """The recipe of this name for the subject's network, or in this JSON file; a mixed one is
-    allocated on some of the images to calibrate on. BadInput if there is none, or none within the
-    budget."""
+    """The recipe of this name for the subject's network, or the one in this JSON file.
+
+    Bits of a mixed one are allocated on some of the images to calibrate on. BadInput if there is no
+    such recipe, or none within the budget.
+    """
     if name.endswith(".json"):
         return read_recipe(name)
     with named(name):

@@ -84,9 +84,9 @@ class Subject:
         return as_known(images, self.task, self.checkpoint)
 
     def calibration(self, n: int) -> tuple[object, dict]:
-        """`n` training images, drawn with `seed` and by classes alike, and their description.
+        """`n` training images, or all if there are fewer, and their description.
 
-        All of them if there are fewer. Where an image has no one class, each is as likely.
+        They are drawn with `seed`, as many of each class where an image has one class.
         """
         none = torch.zeros(len(self.train), dtype=torch.int64)
         labels = self.train.labels if self.classifies else none
@@ -130,7 +130,8 @@ class Subject:
 
 @contextlib.contextmanager
 def named(recipe: str):
-    """Name the recipe that weights, calibration images or packages are no good for."""
+    """Turn an error into a BadInput that names the recipe: weights or calibration images that do
+    not suit it, or a package that it lacks."""
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -154,8 +155,8 @@ def load_subject(
     `held_out`: judge on the images that its run chose the weights on, not on the test images.
     `n_images`: only the first so many. `seed`: of the choice of calibration images. `weights_of`:
     the file holds mere weights of the network of this name, ours or another project's, with `heads`
-    attention heads if not the usual number. BadInput if the checkpoint, the images or the two
-    together are no good.
+    attention heads if not the usual number. BadInput if the checkpoint or the images are no good or
+    do not fit each other.
     """
     path = Path(path)
     if weights_of:

@@ -51,7 +51,8 @@ class DeepLab(nn.Module):
 
     `heads` and `output_stride` are those of MobileViT. `rates` are the pyramid's dilations, in
     pixels of the last map: those of the paper suit its 32 x 32 map, of images of 512 pixels, and
-    mostly see padding on one of half the side. Raises ValueError for a network that there is not.
+    mostly see padding on one of half the side. Raises ValueError for arguments that it does not
+    take.
     """
 
     def __init__(

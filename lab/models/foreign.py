@@ -3,11 +3,12 @@
 >>> network, layout = read_weights("model.safetensors", "mobilevit_s")
 >>> save_checkpoint("mine.pth", as_checkpoint(network, "mobilevit_s", layout))
 
-MobileViT is read as timm, Hugging Face transformers and Apple's ml-cvnets name it, and under the
-heads of DeepLab and SSDLite as far as these have such networks. All compute the
-same; they differ in names, in attention heads (those three have four in every block) and in the
-order of the colours that the weights were trained on. A network read here always takes RGB. ViT is
-read as timm and transformers name it. Names and colours: the projects' code, of ml-cvnets its v0.1.
+MobileViT is read with the names of timm, Hugging Face transformers and Apple's ml-cvnets, DeepLab
+and SSDLite on it with those of the projects that have them, ViT with those of timm and
+transformers. For MobileViT all compute the same. They differ in names, in attention heads (those
+three have four in every block) and in the order of the colours that the weights were trained on;
+a network read here always takes RGB. Names and colours are from the projects' code, v0.1 of
+ml-cvnets.
 """
 
 from collections.abc import Callable

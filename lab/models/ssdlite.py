@@ -36,7 +36,7 @@ class SSDLite(nn.Module):
     and the anchor itself, so that the outputs tell all that `lab.tasks.boxes` needs. K is
     `num_classes` + 1. `heads` are those of MobileViT. Maps of strides `first_stride` to 32 come
     from the backbone, those of 64, 128, 256 and of the whole image are made of its last. Raises
-    ValueError for a network that there is not.
+    ValueError for arguments that it does not take.
     """
 
     def __init__(self, variant: str, num_classes: int = 80, heads=None, first_stride: int = 16):

@@ -36,11 +36,11 @@ def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
 
 
 def match(boxes: Tensor, real: Tensor, anchors: Tensor) -> Tensor:
-    """The object that each anchor stands for, int64 [b, A], or -1: of `boxes` [b, n, 4] those that
-    are `real` [b, n], with `anchors` [A, 4].
+    """The number of the object that each of `anchors` [A, 4] stands for, int64 [b, A], or -1.
 
-    It is the one that overlaps most, from MATCHED on. Each object also gets the anchor that
-    overlaps it most; if that is the best of several objects, the last of them.
+    Objects are those of `boxes` [b, n, 4] that are `real` [b, n]. An anchor stands for the one that
+    it overlaps most, if by MATCHED or more. Each object also gets the anchor that overlaps it most;
+    where several objects would get the same one, the last of them does.
     """
     b, n = real.shape
     if n == 0:
@@ -58,9 +58,9 @@ def match(boxes: Tensor, real: Tensor, anchors: Tensor) -> Tensor:
 def detections(outputs: Tensor) -> Tensor:
     """The objects that a detector sees, [b, MOST_OF_AN_IMAGE, 6]: box, score, class from 0.
 
-    `outputs` [b, A, 4 + K + 4] are those of lab.models.ssdlite. Rows of score 0 are none. Of each
-    class those of a score above MIN_SCORE, at most MOST_OF_A_CLASS, compete: what overlaps a
-    better one by more than MAX_IOU is dropped.
+    `outputs` [b, A, 4 + K + 4] are those of lab.models.ssdlite. Rows of score 0 stand for nothing.
+    Of each class, the MOST_OF_A_CLASS best boxes with a score above MIN_SCORE are looked at, and
+    those that overlap a better one by more than MAX_IOU are dropped.
     """
     boxes = decode(outputs[..., :4], outputs[..., -4:])  # [b, A, 4]
     scores = outputs[..., 4:-4].softmax(-1)[..., 1:]  # [b, A, classes]

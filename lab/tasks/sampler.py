@@ -12,8 +12,10 @@ MULTIPLE = 8  # of images in a batch: they can be shared among as many processes
 
 
 class Sampler:
-    """Batches of `n_images` images in epochs, of `batch_size` each or, with `multi_scale`, at each
-    of SCALES of as many as have its pixels, rounded down to a MULTIPLE.
+    """Batches of `batch_size` images, in epochs over `n_images` of them.
+
+    With `multi_scale` there are batches at each of SCALES, of as many images as make the same
+    number of pixels, rounded down to a MULTIPLE.
 
     An epoch has each scale equally often, in an order drawn with `seed`, and no image twice; the
     images that do not fill another round of all scales are left for the next shuffle. The authors

@@ -31,7 +31,7 @@ class Stage:
         return max(1, round(self.epochs * per_epoch))
 
     def scaled(self, scale: float) -> "Stage":
-        """The same of images of other sides."""
+        """The same stage with its sides scaled."""
         return replace(self, side=int(scale * self.side), img_size=int(scale * self.img_size))
 
     @property

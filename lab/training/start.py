@@ -29,8 +29,10 @@ def network_settings(pairs: list[str] | None) -> dict:
 
 
 def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> int | None:
-    """Attention heads that the network `name` is asked to have; None: its own. BadInput for a start
-    that it does not know."""
+    """The attention heads to build the network `name` with, None for its own.
+
+    BadInput if its heads can't be chosen, or if it can't be `widened` or start from timm's weights.
+    """
     if heads is not None:
         require_heads(name)
     if widened:
@@ -46,8 +48,8 @@ def fresh_model(
     sides: list[int],
     settings: dict | None = None,
 ) -> nn.Module:
-    """The network `name` with random weights, which takes images of all `sides`, in pixels; `heads`
-    as its `settings` or its variant have them if None."""
+    """The network `name` with random weights; BadInput if it does not take images of all `sides`,
+    in pixels. `heads` replace those of its `settings` or its variant, unless None."""
     torch.manual_seed(seed)
     settings = (settings or {}) | ({} if heads is None else {"heads": heads})
     try:
@@ -79,10 +81,10 @@ def training_data(task, data_dir, val_size: int | None, n_processes: int):
 def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
     """Give `model`, the network `name`, the weights to start from, if any.
 
-    They are from `init`, a checkpoint of the same network or of the classifier that it has for a
-    backbone; from `widened`, one of a narrower variant; or, if `pretrained`, timm's from ImageNet,
-    for which it must have the heads that `heads_to_build` says. BadInput if that checkpoint was
-    trained on images of `task` that a run with `val_size` holds out.
+    They come from one of three places: `init`, a checkpoint of the same network or of the
+    classifier that is its backbone; `widened`, one of a narrower variant; or, if `pretrained`,
+    timm's ImageNet weights, for which it must have the heads that `heads_to_build` says. BadInput
+    if the checkpoint was trained on images of `task` that a run with `val_size` holds out.
     """
     if init:
         checkpoint = checkpoint_for(init, task, val_size)
