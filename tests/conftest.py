@@ -16,21 +16,8 @@ from mobilevit import MobileViT
 from ptq.methods.norms import replace_norms
 
 ROOT = Path(__file__).parent.parent
-SYNTHETIC = (
-    "--task",
-    "synthetic",
-    "--img-size",
-    "32",
-    "--batch-size",
-    "50",
-    "--epochs",
-    "2",
-    "--warmup-epochs",
-    "0.5",
-    "--augment",
-    "crop-flip",
-)
-
+FLAGS = "--img-size 32 --batch-size 50 --epochs 2 --warmup-epochs 0.5 --augment crop-flip"
+SYNTHETIC = ("--task", "synthetic", *FLAGS.split())
 TIMEOUT_S = 300
 
 torch.set_num_threads(1)  # two busy thread pools on two cores slow each other many times

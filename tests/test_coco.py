@@ -109,9 +109,8 @@ STAGES = [Stage(64, 64, 1), Stage(96, 96, 1)]
 
 
 def test_boxes_stay_on_their_objects(scenes):
-    batches = TrainBatches(
-        batch, coco.load(scenes, True), 12, 0, Augmentation("ssd"), stages=STAGES
-    )
+    train = coco.load(scenes, True)
+    batches = TrainBatches(batch, train, 12, 0, Augmentation("ssd"), stages=STAGES)
     shapes = set()
     for step in range(2):
         images, targets = batches[step]

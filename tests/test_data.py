@@ -120,14 +120,8 @@ def test_a_damaged_file_is_one_line(tmp_path):
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
     for name in names:  # all there, with readable contents of another MD5
         (folder / name).write_bytes(pickle.dumps({"data": []}))
-    fails_with_one_line(
-        "train.py",
-        "--data-dir",
-        tmp_path,
-        "--output",
-        tmp_path / "out",
-        says="incomplete or damaged",
-    )
+    command = ("train.py", "--data-dir", tmp_path, "--output", tmp_path / "out")
+    fails_with_one_line(*command, says="incomplete or damaged")
     assert not (tmp_path / "out").exists()
 
 

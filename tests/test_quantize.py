@@ -33,12 +33,8 @@ def swept(checkpoint, tmp_path_factory):
 
 def test_every_recipe_gets_its_row(swept, checkpoint):
     _, out, results = swept
-    assert sorted(results) == [
-        "fp16-32@published",
-        "fp32-32@torch-eager",
-        "int4-percentile-32@published",
-        "int8-fx-32@torch-fx",
-    ]
+    int4, fx = "int4-percentile-32@published", "int8-fx-32@torch-fx"
+    assert sorted(results) == ["fp16-32@published", "fp32-32@torch-eager", int4, fx]
     trained = torch.load(checkpoint, weights_only=True)
     fp32 = results["fp32-32@torch-eager"]
     assert fp32["score"]["accuracy_pct"] == pytest.approx(trained["test_accuracy_pct"])
@@ -172,54 +168,23 @@ def test_a_failing_row_does_not_stop_the_others(checkpoint, tmp_path):
     folder = tmp_path / f"mobilevit_xxs-synthetic-{checkpoint.parent.parent.name}"
     blocked = folder / "fp32-32@torch-eager.json"
     blocked.mkdir(parents=True)  # a folder where the row's file should go
-    out, err = run(
-        "quantize.py",
-        "--checkpoint",
-        checkpoint,
-        *FLAGS,
-        "--recipes",
-        "fp32",
-        "fp16",
-        "--output",
-        tmp_path,
-        code=2,
-    )
+    command = ("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--output", tmp_path)
+    _, err = run(*command, "--recipes", "fp32", "fp16", code=2)
     assert "fp32@torch-eager: failed" in err and "Traceback" not in err
     assert (folder / "fp16-32@published.json").exists()
 
 
 def test_bad_input_is_one_line(checkpoint, tmp_path):
-    fails_with_one_line(
-        "quantize.py", "--checkpoint", tmp_path / "absent.pth", says="no checkpoint"
-    )
-    fails_with_one_line(
-        "quantize.py",
-        "--checkpoint",
-        checkpoint,
-        "--recipes",
-        "int3",
-        says="no recipe is called int3: closest are",
-    )
-    fails_with_one_line(
-        "quantize.py",
-        "--checkpoint",
-        checkpoint,
-        "--latency-runs",
-        "0",
-        says="not a whole number from 1",
-    )
-    fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--per-layer",
-        says="w4-nearest is neither",
-    )  # fmt: skip
-    fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--recipes", "w6a6", "--engines", "onnxruntime",
-        says="nothing was measured",
-    )  # fmt: skip
-    fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--recipes", "fp16", "--export", tmp_path,
-        says="fp16 has no quantized layers to write",
-    )  # fmt: skip
+    absent = tmp_path / "absent.pth"
+    fails_with_one_line("quantize.py", "--checkpoint", absent, says="no checkpoint")
+    for flags, says in {
+        ("--recipes", "int3"): "no recipe is called int3: closest are",
+        ("--latency-runs", "0"): "not a whole number from 1",
+        ("--recipes", "w4-nearest", "--per-layer"): "w4-nearest is neither",
+        ("--recipes", "w6a6", "--engines", "onnxruntime"): "nothing was measured",
+        ("--recipes", "fp16", "--export", tmp_path): "fp16 has no quantized layers to write",
+    }.items():
+        fails_with_one_line("quantize.py", "--checkpoint", checkpoint, *flags, says=says)
 
 
 def test_export_writes_files_that_load(checkpoint, tmp_path):

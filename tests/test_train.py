@@ -256,16 +256,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(checkpoint)
     folder = checkpoint.parent
     before = checkpoint.read_bytes()
     fails_with_one_line("train.py", *SYNTHETIC, "--output", folder, says="already holds a run")
-    fails_with_one_line(
-        "train.py",
-        *SYNTHETIC,
-        "--lr",
-        "0.1",
-        "--output",
-        folder,
-        "--resume",
-        says="--lr 0.002 (now 0.1)",
-    )
+    other = ("train.py", *SYNTHETIC, "--lr", "0.1", "--output", folder, "--resume")
+    fails_with_one_line(*other, says="--lr 0.002 (now 0.1)")
     assert checkpoint.read_bytes() == before
 
 
@@ -303,10 +295,7 @@ def test_a_checkpoint_of_another_network_names_both_sides(checkpoint):
     [
         (("--heads", "3"), "do not divide"),
         (("--batch-size", "5000"), "batch size 5000"),
-        (
-            ("--val-size", "2000"),
-            "--val-size 2000 leaves nothing to some",
-        ),
+        (("--val-size", "2000"), "--val-size 2000 leaves nothing to some"),
     ],
 )
 def test_options_that_do_not_fit_the_data_or_the_network_leave_nothing(flags, says, tmp_path):
