@@ -47,14 +47,7 @@ from lab.pictures import picture_path, write_picture
 from lab.profiles import profile_folder, write_profile
 from lab.recipes import checked_recipe, recipe_of
 from lab.report.compare import compare_rows, comparison_table
-from lab.report.rows import (
-    comparable,
-    has_predictions,
-    read_row,
-    reusable_row,
-    row_path,
-    setting,
-)
+from lab.report.rows import comparable, has_predictions, read_row, reusable_row, row_path, setting
 from lab.report.tables import in_protocol, printed, products_text, results_table
 from lab.subject import Subject, load_subject, named
 from ptq import packing
@@ -154,14 +147,16 @@ def calibration_images(recipe: Recipe, args) -> int:
     return recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
 
 
-def require_formats(recipe: Recipe, engine) -> None:
+def quantized_for(engine, subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
+    """What `quantized` gives; EngineMissing, before that work, if the engine can't run it."""
     if not (recipe.peer or engine in (torch_eager, integer) or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
+    engine.version()  # which may be missing
+    return quantized(subject, recipe, n_calibration)
 
 
 def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
     """A row that is there already, or one that is measured and written; whether it was there."""
-    require_formats(recipe, engine)
     same = subject.identity(recipe, engine.NAME, n, args.latency_runs)
     path = row_path(Path(args.output, subject.folder), same)
     if args.rows and any(path.resolve() == Path(shipped).resolve() for shipped in args.rows):
@@ -169,8 +164,7 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
     row = None if args.force else reusable_row(path, same)
     if row is not None:
         return row, True
-    engine.version()  # before long work: it may be missing
-    made = quantized(subject, recipe, n)
+    made = quantized_for(engine, subject, recipe, n)
     row = same | measure(subject, recipe, engine, made, args.latency_runs)
     row |= machine.provenance()
     files.write_json(path, row)
@@ -188,9 +182,7 @@ def show_predictions(pairs, args) -> None:
         for engine in engines_for(recipe, args.engines):
             what = f"{subject.name} {recipe.name}@{engine.NAME}"
             try:
-                require_formats(recipe, engine)
-                engine.version()  # before long work: it may be missing
-                made = quantized(subject, recipe, calibration_images(recipe, args))
+                made = quantized_for(engine, subject, recipe, calibration_images(recipe, args))
                 with named(recipe.name):
                     loaded = engine.load(made["network"], recipe, made["batches"], x)
             except EngineMissing as missing:
@@ -284,14 +276,14 @@ def write_profiles(pairs, args) -> None:
 
 
 @cli.command
-def main():
+def main() -> int | None:
     args = parse_args(__doc__)
     machine.keep_freed_memory()
     if not args.image:
         files.require_writable(args.export or args.output)
     torch.set_num_threads(args.workers)
     if args.rows:
-        sys.exit(repeat_rows(args))
+        return repeat_rows(args)
     settings = (args.data_dir, args.task, args.img_size, args.held_out, args.test_images, args.seed)
     if args.weights:
         subjects = [load_subject(args.weights, *settings, args.model, args.heads)]
@@ -309,20 +301,16 @@ def main():
                 raise BadInput(
                     f"{flags(option)} is for classifiers, {subject.path} is for {subject.task}"
                 )
-    pairs = []
     recipes = dict.fromkeys(["fp32", *args.recipes]) if args.image else args.recipes
-    for subject in subjects:
-        pairs += [(subject, recipe_of(subject, name)) for name in recipes]
+    pairs = [(subject, recipe_of(subject, name)) for subject in subjects for name in recipes]
     if args.per_layer:
-        write_reports(pairs, args.output, args.calibration_images, args.workers, args.force)
-        return
+        how = (args.output, args.calibration_images, args.workers, args.force)
+        return write_reports(pairs, *how)
     if args.profile:
-        write_profiles(pairs, args)
-        return
+        return write_profiles(pairs, args)
     if args.image:
-        show_predictions(pairs, args)
-        return
-    sys.exit(write_exports(pairs, args) if args.export else write_rows(pairs, args))
+        return show_predictions(pairs, args)
+    return write_exports(pairs, args) if args.export else write_rows(pairs, args)
 
 
 if __name__ == "__main__":

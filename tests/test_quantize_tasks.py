@@ -9,8 +9,9 @@ from test_coco import annotated
 from test_segmentation import NAMES, picture
 
 from lab import files
-from lab.models import build, settings_of
-from lab.models.checkpoint import FORMAT, save_checkpoint
+from lab.models import build
+from lab.models.checkpoint import save_checkpoint
+from lab.models.foreign import as_checkpoint, family_of
 from lab.pictures import COLOURS, draw_boxes, draw_classes
 from lab.report import style
 from lab.tasks import TASKS
@@ -59,13 +60,8 @@ def made(request, tmp_path_factory):
     replace_norms(network, None, EvalBatches(images, SIDE, 12), None)
     path = folder / "run" / "best.pth"
     path.parent.mkdir()
-    save_checkpoint(
-        path,
-        {"format": FORMAT, "model": name, "settings": settings_of(network), "task": task}
-        | {"classes": list(images.classes), "img_size": SIDE, "epoch": 1, "config": {}}
-        | {f"{split}_{METRICS[task]}": None for split in ("val", "test")}
-        | {"state_dict": network.state_dict()},
-    )
+    checkpoint = as_checkpoint(network, name, family_of(name).layouts[0], images.classes)
+    save_checkpoint(path, checkpoint | {"img_size": SIDE})
     return task, folder, path
 
 
