@@ -140,12 +140,9 @@ def write_text(path, text: str) -> None:
 def write_json(path, value) -> None:
     """Write plain values, indented, but each list of whole numbers on one line."""
     text = json.dumps(value, indent=1)
-    short = re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda m: _one_line(m[1]), text)
+    numbers = r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]"
+    short = re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
     write_text(path, short + "\n")
-
-
-def _one_line(numbers: str) -> str:
-    return f"[{' '.join(numbers.split())}]"
 
 
 def read_json(path):

@@ -47,12 +47,9 @@ class Subject:
         """Name of the folder of its rows: one for each run, so that no other run's rows get among
         those of shipped weights."""
         run = self.path.resolve().parent
-        name = run.parent.name if run.name == self.name else run.name  # runs/mobilevit_xxs: runs
-        return self.name if name == "checkpoints" and self.is_shipped else f"{self.name}-{name}"
-
-    @property
-    def is_shipped(self) -> bool:
-        return self.path.resolve().is_relative_to(Path(__file__).parents[1] / "checkpoints")
+        name = run.parent.name if run.name == self.name else run.name  # of runs/mobilevit_xxs: runs
+        shipped = run.is_relative_to(Path(__file__).parents[1] / "checkpoints")
+        return self.name if name == "checkpoints" and shipped else f"{self.name}-{name}"
 
     @property
     def classifies(self) -> bool:

@@ -97,7 +97,7 @@ def build(name: str, /, **settings) -> nn.Module:
         if settings.get("num_classes", 1) < 1:
             raise ValueError(f"num_classes must be at least 1, got {settings['num_classes']}")
         return MODELS[name](**settings)
-    except (TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that are none
+    except (TypeError, ArithmeticError, RuntimeError) as error:  # from sizes that torch refuses
         raise ValueError(f"{name} can't be built with {settings}: {error}") from error
 
 

@@ -54,7 +54,7 @@ class Scenes:
     """Image files with the objects in them.
 
     `labels`: float32 [N, n, 6], for each object its box (x1, y1, x2, y2) in fractions of the
-    image's sides, its class from 0, and 1 if it is a crowd; rows of class -1 are none.
+    image's sides, its class from 0, and 1 if it is a crowd. Rows of class -1 stand for nothing.
     """
 
     files: tuple[Path, ...]
@@ -76,7 +76,7 @@ class Scenes:
         return replace(self, files=(Path(path),), sizes=sizes, labels=torch.zeros(1, 0, 6))
 
     def picture(self, i: int) -> Tensor:
-        """The picture at `i`, uint8 [3, H, W]; BadInput if it has not the size that it should."""
+        """The picture at `i`, uint8 [3, H, W]; BadInput if its size is another than annotated."""
         image = read_photo(self.files[i])
         there, said = list(image.shape[1:]), self.sizes[i].tolist()
         if there != said:

@@ -174,7 +174,7 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def settle_task(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what the task does not know; give its defaults to options that hang on it."""
+    """Refuse what the task does not know; give its defaults to options that depend on it."""
     require_task(args.model, args.task)
     task = TASKS[args.task]
     kinds = task.objective.AUGMENT
