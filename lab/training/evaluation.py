@@ -88,7 +88,7 @@ def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
 
 
 def probed_colours(model, photos, img_size: int, device: torch.device) -> str:
-    """Leave `model` with the order of colours that scores higher on some of `photos`, and say it."""
+    """Leave `model` with the order of colours that scores higher on some of `photos`; name it."""
     n = min(PROBED, len(photos))
     some = photos[balanced_subset(photos.labels, torch.arange(len(photos)), n, seed=0)]
     right = []
