@@ -47,8 +47,7 @@ def _network(variant: str, pretrained: bool, num_classes: int) -> nn.Module:
         raise ValueError(f"the shipped weights have 10 classes, not {num_classes}")
     path = _HERE / "checkpoints" / f"mobilevit_{variant}" / "best.pth"
     shipped = torch.load(path, map_location="cpu", weights_only=True)
-    heads = shipped.get("settings", shipped)["heads"]  # settings came with checkpoint format 2
-    model = MobileViT(variant, num_classes, heads)
+    model = MobileViT(variant, **shipped["settings"])
     model.load_state_dict(shipped["state_dict"])
     return model.eval().to(memory_format=torch.channels_last)
 

@@ -2,7 +2,8 @@
 
 An engine is a module with `NAME`, `version()` and `load(model, recipe, calibration, example) ->
 Loaded`, where `model` comes from `ptq.quantize`, `calibration` is a sequence of (input, labels) or
-None, and `example` is an input [1, 3, S, S]. `predict` and `latency` treat all of them alike.
+None, and `example` is an input [1, 3, S, S]. EngineMissing says why one can't run here. `predict`
+and `latency` of lab.engines.measure treat all of them alike.
 """
 
 import importlib

@@ -1,9 +1,4 @@
-"""All engines by name: those that run what this project quantized, and peers. A line for each.
-
-An engine is a module with `NAME`, `version()` and `load(model, recipe, calibration, example) ->
-Loaded`. `model` comes from `ptq.quantize`, `calibration` is a sequence of (input, labels) or None,
-`example` an input [1, 3, S, S]. EngineMissing says why one can't run here.
-"""
+"""All engines by name: those that run what this project quantized, and peers. A line for each."""
 
 from lab.engines import (
     integer,

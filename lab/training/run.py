@@ -107,12 +107,15 @@ class Run:
         """True when the steps up to a validation are done, but not yet validated and logged."""
         return self.validations_due(self.step) > len(self.history)
 
+    @property
+    def interval(self) -> int:
+        """Steps from one validation to the next."""
+        return self.validate_every * self.sampler.steps_per_epoch
+
     def validations_due(self, step: int) -> int:
         """Validations up to `step`; there is one at the end, too."""
-        interval = self.validate_every * self.sampler.steps_per_epoch
-        if step == len(self.schedule):
-            return math.ceil(step / interval)
-        return step // interval
+        at_end = step == len(self.schedule)
+        return math.ceil(step / self.interval) if at_end else step // self.interval
 
     def network(self) -> nn.Module:
         """The weights to evaluate and ship."""
@@ -131,13 +134,11 @@ class Run:
         world, objective = self.world, self.task.objective
         stage = self.schedule.stage(self.step - 1)
         loss, right, _ = world.sum(self.sums).tolist()
-        per_epoch = self.sampler.steps_per_epoch
-        interval = self.validate_every * per_epoch
-        before = self.step - (self.step % interval or interval)  # the last can be short
+        before = self.step - (self.step % self.interval or self.interval)  # the last can be short
         n = self.sampler.seen(self.step) - self.sampler.seen(before)
         score = self.evaluate(val, stage.img_size)
         row = {
-            "epoch": math.ceil(self.step / per_epoch),
+            "epoch": math.ceil(self.step / self.sampler.steps_per_epoch),
             "img_size": stage.img_size,
             "window": stage.side,
             "lr": f"{self.schedule.lr(self.step - 1):.3g}",
