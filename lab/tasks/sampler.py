@@ -43,8 +43,9 @@ class Sampler:
     def place(self, step: int) -> tuple[int, int, int]:
         """The epoch of `step`, and the first and the end of its images in the epoch's order."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        ends = np.cumsum([self.sizes[k] for k in self._order(epoch)])
-        return epoch, int(ends[i] - self.sizes[self._order(epoch)[i]]), int(ends[i])
+        sizes = [self.sizes[k] for k in self._order(epoch)]
+        first = sum(sizes[:i])
+        return epoch, first, first + sizes[i]
 
     def seen(self, step: int) -> int:
         """Images in all steps before `step`."""
