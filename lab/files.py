@@ -132,6 +132,12 @@ def require_writable(folder) -> None:
         raise BadInput(f"cannot write to {shortened(folder)}: {error.strerror or error}") from error
 
 
+def require_absent(path: Path, force: bool) -> None:
+    """Raise BadInput if `path` is there already, unless `force` says to replace it."""
+    if path.exists() and not force:
+        raise BadInput(f"{path} is there already: --force replaces it")
+
+
 def write_text(path, text: str) -> None:
     with atomic(path) as new:
         new.write_text(text, encoding="utf-8", newline="\n")

@@ -39,8 +39,7 @@ def write_reports(pairs, output: str, n_calibration: int | None, workers: int, f
         name = f"{recipe.name}{setting(subject.img_size, subject.seed)}.json"
         path = Path(output, subject.folder, "per-layer", name)
         jobs.append((subject, recipe, path, report_fn(recipe)))
-        if path.exists() and not force:
-            raise BadInput(f"{path} is there already: --force replaces it")
+        files.require_absent(path, force)
     for subject, recipe, path, noises in jobs:
         n = n_calibration or recipe.calibration_images
         try:

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from lab.cli import BadInput
-from lab.files import atomic, require_writable
+from lab.files import atomic, require_absent, require_writable
 from lab.report import style
 from lab.subject import Subject
 from lab.tasks.boxes import detections
@@ -23,8 +22,7 @@ COLOURS = np.array(style.plt.get_cmap("tab20").colors)  # RGB, of classes in tur
 def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
     """Where the picture of a photo goes; BadInput if there can be none or if it is there."""
     path = Path(output, subject.folder, "pictures", f"{Path(image).stem}.png")
-    if path.exists() and not force:
-        raise BadInput(f"{path} is there already: --force replaces it")
+    require_absent(path, force)
     require_writable(path.parent)
     return path
 

@@ -30,8 +30,7 @@ def profile_folder(subject: Subject, recipe: Recipe, output: str, force: bool) -
         raise BadInput(f"--profile: recipe {recipe.name} has no quantized layers: choose --recipes")
     name = f"{recipe.name}{setting(subject.img_size, subject.seed)}"
     folder = Path(output, subject.folder, "profile", name)
-    if folder.exists() and not force:
-        raise BadInput(f"{folder} is there already: --force replaces it")
+    files.require_absent(folder, force)
     return folder
 
 
