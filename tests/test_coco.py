@@ -101,8 +101,11 @@ def test_settings_make_the_network():
     assert settings == {"first_stride": 8, "heads": [1, 1, 1]} and network_settings(None) == {}
     model = fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], settings)
     assert (model.first_stride, model.num_classes) == (8, 3)
-    with pytest.raises(BadInput, match="can't be built"):
-        fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], {"stride": 8})
+    for unknown in ("stride", "name"):
+        with pytest.raises(BadInput, match="can't be built"):
+            fresh_model("ssdlite_mobilevit_xxs", 3, None, 0, [64], {unknown: 8})
+    with pytest.raises(BadInput, match="says already how many"):
+        fresh_model("ssdlite_mobilevit_xxs", 3, 2, 0, [64], settings)
 
 
 STAGES = [Stage(64, 64, 1), Stage(96, 96, 1)]
@@ -210,6 +213,7 @@ def test_a_detector_learns_and_is_judged(scenes, checkpoint, tmp_path):
         (("--val-size", "5"), "--val-size is not for --task detection"),
         (("--resolutions", "64/128:2"), "windows"),
         (("--settings", "first_stride=x"), "give NAME=NUMBER"),
+        (("--settings", "num_classes=3"), "the images say how many classes"),
     ],
 )
 def test_options_that_are_not_for_detection_are_refused(flags, says, monkeypatch, capsys):

@@ -20,6 +20,8 @@ def network_settings(pairs: list[str] | None) -> dict:
     settings = {}
     for pair in pairs or ():
         name, _, value = pair.partition("=")
+        if name == "num_classes":
+            raise BadInput("--settings num_classes: the images say how many classes there are")
         try:
             numbers = [int(number) for number in value.split(",")]
         except ValueError as error:
@@ -49,9 +51,13 @@ def fresh_model(
     settings: dict | None = None,
 ) -> nn.Module:
     """The network `name` with random weights; BadInput if it does not take images of all `sides`,
-    in pixels. `heads` replace those of its `settings` or its variant, unless None."""
+    in pixels. `heads` replace its variant's, unless None."""
     torch.manual_seed(seed)
-    settings = (settings or {}) | ({} if heads is None else {"heads": heads})
+    settings = settings or {}
+    if heads is not None:
+        if "heads" in settings:
+            raise BadInput("--settings heads: --heads or --pretrained says already how many")
+        settings = settings | {"heads": heads}
     try:
         model = build(name, num_classes=num_classes, **settings)
     except ValueError as error:
