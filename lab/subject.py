@@ -87,7 +87,7 @@ class Subject:
         """
         none = torch.zeros(len(self.train), dtype=torch.int64)
         labels = self.train.labels if self.classifies else none
-        val_size = self.checkpoint["config"].get("val_size")
+        val_size = held_out_size(self.checkpoint, self.task)
         usable = split(labels, val_size)[0] if val_size else torch.arange(len(labels))
         n = min(n, len(usable))
         chosen = balanced_subset(labels, usable, n, self.seed)
@@ -176,7 +176,7 @@ def load_subject(
     images = source.load_val(data_dir) if own_val else source.load(data_dir, train=held_out)
     images = as_known(images, task, checkpoint)
     if held_out and not own_val:
-        val_size = checkpoint["config"].get("val_size")
+        val_size = held_out_size(checkpoint, task)
         if not val_size:
             raise BadInput(f"{path} does not say how many training images its run held out")
         images = images[split(images.labels, val_size)[1]]
@@ -193,6 +193,12 @@ def load_subject(
         data_dir=data_dir,
         seed=seed,
     )
+
+
+def held_out_size(checkpoint: dict, task: str) -> int | None:
+    """How many training images of `task` a checkpoint's run held out; None if it had its own to
+    choose weights on, was trained on another task, or does not say."""
+    return checkpoint["config"].get("val_size") if task == checkpoint["task"] else None
 
 
 def as_known(images, task: str, checkpoint: dict):

@@ -271,6 +271,20 @@ def test_a_checkpoint_must_hold_the_network_and_the_classes_that_are_asked_for(
     fails_with_one_line(*command, "--calibration-batches", "32", says="--calibration-images")
 
 
+def test_a_run_held_out_no_image_of_another_task(checkpoint, tmp_path):
+    images = TASKS["synthetic"].load(None, train=False)
+    for i in range(20):
+        place = tmp_path / "photos" / images.classes[images.labels[i]]
+        place.mkdir(parents=True, exist_ok=True)
+        to_pil_image(images.images[i]).save(place / f"{i}.png")
+    command = ("quantize.py", "--checkpoint", checkpoint, "--task", "imagefolder", "--data-dir",
+               tmp_path / "photos", "--output", tmp_path, "--latency-runs", "1")  # fmt: skip
+    run(*command, "--recipes", "w8a8-nearest")
+    row = files.read_json(next(tmp_path.rglob("w8a8-nearest-32@torch-eager.json")))
+    assert row["calibration"]["n"] == 4 and row["n_images"] == 16
+    fails_with_one_line(*command, "--held-out", says="how many training images its run held out")
+
+
 def test_a_row_is_measured_again_and_compared(swept, tmp_path):
     folder, _, _ = swept
     rows = [
