@@ -49,15 +49,17 @@ def test_score(path, data_dir, device) -> tuple[dict, str]:
     model, checkpoint = model_from_checkpoint(path)
     task = trained_task(checkpoint, path)
     test = task.load(data_dir, train=False)
-    if len(test.classes) != len(checkpoint["classes"]):
-        n = len(checkpoint["classes"])
-        raise BadInput(
-            f"{path} tells {n} classes apart, {checkpoint['task']} has {len(test.classes)}"
-        )
+    require_classes(path, len(checkpoint["classes"]), test, checkpoint["task"])
     device = torch.device(device)
     columns = judged(model.to(device), test, checkpoint["img_size"], task, device)
     score = task.objective.score(*columns, test.classes)
     return score, task.objective.written(score)
+
+
+def require_classes(path, n: int, images, source) -> None:
+    """Raise BadInput unless `images` of `source` have the `n` classes of the network in `path`."""
+    if len(images.classes) != n:
+        raise BadInput(f"{path} tells {n} classes apart, {source} has {len(images.classes)}")
 
 
 def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
@@ -70,8 +72,7 @@ def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
     model, layout = read_weights(path, name, heads)
     photos = imagefolder.load_all(data_dir)
     n, size = settings_of(model)["num_classes"], default_img_size(name)
-    if len(photos.classes) != n:
-        raise BadInput(f"{path} tells {n} classes apart, {data_dir} has {len(photos.classes)}")
+    require_classes(path, n, photos, data_dir)
     photos = replace(photos, normalize={"mean": layout.mean, "std": layout.std})
     model, device = model.to(device), torch.device(device)
     probed = layout.heads is not None  # MobileViT of another project
