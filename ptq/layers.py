@@ -188,8 +188,6 @@ def kinds_of(module: nn.Module) -> set[str]:
 
 def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
     """Return what takes the place of `module`, as `spec` asks; ValueError if its kind can't."""
-    if spec.kind != "product" and spec.weight is not None:
-        raise ValueError(f"{spec.kind} layers keep their weights in float")
     return _entry(LAYERS[spec.kind], module)(module, spec)
 
 

@@ -39,8 +39,8 @@ class LayerSpec:
     published: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
-        if self.kind == "pointwise" and self.weight is not None:
-            raise ValueError("pointwise layers keep their weights in float")
+        if self.kind != "product" and self.weight is not None:
+            raise ValueError(f"{self.kind} layers keep their weights in float")
         if self.kind in ("product", "pointwise"):
             if isinstance(self.input, PowerOfTwo):
                 raise ValueError(f"{self.kind} layers take inputs of a uniform format")

@@ -154,7 +154,7 @@ def test_fq_vit_core_corrected_is_closer_than_published(bits):
         spec = LayerSpec(
             "", input=UNSIGNED, attention=format, kind="fq-vit-core", published=published
         )
-        layer = calibrated(fq_vit._core(core, spec), q, k, v)
+        layer = calibrated(quantized(core, spec), q, k, v)
         errors[published] = (layer(q, k, v) - exact).square().mean().item()
     assert errors[False] < errors[True] < exact.square().mean()
 
@@ -167,7 +167,7 @@ def test_a_softmax_of_more_powers_of_two_is_no_worse(bits):
     exact, errors = core(q, k, v), []
     for format in (Log2(4), Log2(bits)):
         spec = LayerSpec("", input=UNSIGNED, attention=format, kind="fq-vit-core")
-        layer = calibrated(fq_vit._core(core, spec), q, k, v)
+        layer = calibrated(quantized(core, spec), q, k, v)
         errors.append((layer(q, k, v) - exact).square().mean().item())
     assert errors[1] <= 1.05 * errors[0]
 
@@ -182,16 +182,16 @@ def test_i_bert_layers_are_close_to_float_and_closer_than_published():
     of_norm = {"input": Uniform(8), "kind": "i-bert-norm"}
     of_act = signed | {"kind": "i-bert-act"}
     cases = [
-        (core, ibert._core, (q, k, v), of_core, {}),
-        (norm, ibert._norm, (x,), of_norm, {"output": Uniform(16, symmetric=False)}),
-        (nn.GELU(), ibert._activation, (2 * x / 16,), of_act, {}),
-        (nn.SiLU(), ibert._activation, (x,), of_act, {}),
+        (core, (q, k, v), of_core, {}),
+        (norm, (x,), of_norm, {"output": Uniform(16, symmetric=False)}),
+        (nn.GELU(), (2 * x / 16,), of_act, {}),
+        (nn.SiLU(), (x,), of_act, {}),
     ]
-    for layer, make, inputs, spec, refined in cases:
+    for layer, inputs, spec, refined in cases:
         exact, errors = layer(*inputs), {}
         for published in (False, True):
             more = {} if published else refined
-            built = make(layer, LayerSpec("", **spec, **more, published=published))
+            built = quantized(layer, LayerSpec("", **spec, **more, published=published))
             built = calibrated(built, *inputs)
             errors[published] = (built(*inputs) - exact).square().mean() / exact.square().mean()
         assert errors[False] < errors[True] < 0.01, type(layer)
@@ -215,14 +215,14 @@ def test_specs_that_do_not_suit_a_layer_are_refused():
     spec = LayerSpec("", input=UNSIGNED, kind="fq-vit-core", published=True, attention=Log2(4))
     for make in (
         lambda: quantized(norm, replace(NORM, weight=Uniform(8))),
-        lambda: fq_vit._norm(nn.LayerNorm((2, 4)), NORM),
-        lambda: fq_vit._norm(norm, replace(NORM, output=None)),
-        lambda: fq_vit._norm(norm, replace(NORM, input=UNSIGNED)),
-        lambda: fq_vit._core(core, spec),  # the code of 0 is not theirs
-        lambda: fq_vit._core(core, replace(spec, published=False, output=UNSIGNED)),
-        lambda: ibert._core(core, replace(spec, kind="i-bert-core")),
-        lambda: ibert._norm(norm, LayerSpec("", input=Uniform(16), kind="i-bert-norm")),
-        lambda: ibert._activation(nn.SiLU(), LayerSpec("", kind="i-bert-act")),
+        lambda: quantized(nn.LayerNorm((2, 4)), NORM),
+        lambda: quantized(norm, replace(NORM, output=None)),
+        lambda: quantized(norm, replace(NORM, input=UNSIGNED)),
+        lambda: quantized(core, spec),  # the code of 0 is not theirs
+        lambda: quantized(core, replace(spec, published=False, output=UNSIGNED)),
+        lambda: quantized(core, replace(spec, kind="i-bert-core")),
+        lambda: quantized(norm, LayerSpec("", input=Uniform(16), kind="i-bert-norm")),
+        lambda: quantized(nn.SiLU(), LayerSpec("", kind="i-bert-act")),
     ):
         with pytest.raises(ValueError):
             make()

@@ -6,6 +6,7 @@ Lin et al., "FQ-ViT: Post-Training Quantization for Fully Quantized Vision Trans
 
 from collections.abc import Callable
 from functools import partial
+from types import NoneType, UnionType
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,7 @@ class PowerOfTwoNorm(IntegerLayer):
     """A layer norm of [..., C] in integers between a PowerOfTwo input and a uniform output."""
 
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
+        check_spec(layer, spec, input=PowerOfTwo, output=Uniform)
         super().__init__()
         self.layer, self.published = layer, spec.published
         channels = layer.normalized_shape[-1]
@@ -174,8 +176,10 @@ class LogSoftmaxCore(IntegerLayer):
     """
 
     coded = ("q", "k", "v", "scores")
+    formats_of_softmax = Log2 | Uniform
 
-    def __init__(self, spec: LayerSpec):
+    def __init__(self, core: AttentionCore, spec: LayerSpec):
+        check_spec(core, spec, attention=self.formats_of_softmax)
         super().__init__()
         self.attention, self.published = spec.attention, spec.published
         formats = dict.fromkeys(self.coded, spec.input)
@@ -231,42 +235,36 @@ def even_softmax(softmax: Callable, attention: Quantizer) -> tuple[Callable, int
     return partial(softmax, levels=levels, qmax=attention.format.qmax), levels
 
 
-def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
-    check_norm(norm, spec, PowerOfTwo)
-    if spec.output is None:
-        raise ValueError(f"{spec.kind} layers need the format of their outputs")
-    return PowerOfTwoNorm(norm, spec)
+def check_spec(
+    layer: nn.Module,
+    spec: LayerSpec,
+    input: type = Uniform,
+    attention: type | UnionType = NoneType,
+    output: type = NoneType,
+) -> None:
+    """Raise ValueError unless `spec` has formats of these types for a layer's tensors, no others.
 
-
-def check_norm(norm: nn.LayerNorm, spec: LayerSpec, format: type) -> None:
-    """Raise ValueError unless the norm goes over one axis and the spec has what norms need."""
-    if len(norm.normalized_shape) != 1:
-        raise ValueError("layer norms compute in integers only over the last axis")
-    one = isinstance(spec.input, PowerOfTwo) or (spec.input and spec.input.granularity == "tensor")
-    if not (isinstance(spec.input, format) and one) or spec.attention is not None:
-        raise ValueError(
-            f"{spec.kind} layers need inputs in {format.__name__} with one scale, and no attention"
-        )
-
-
-def check_core(spec: LayerSpec, attention: type) -> None:
-    """Raise ValueError unless the spec has what cores need."""
-    uniform = isinstance(spec.input, Uniform) and spec.input.granularity == "tensor"
-    if not uniform or not isinstance(spec.attention, attention) or spec.output is not None:
-        raise ValueError(
-            f"{spec.kind} layers need inputs in Uniform with one scale, the format of their "
-            "softmax, and none of their outputs"
-        )
+    Inputs have one scale, a softmax has no sign, and layer norms go over the last axis.
+    """
+    for tensor, types in (("input", input), ("attention", attention), ("output", output)):
+        format = getattr(spec, tensor)
+        if not isinstance(format, types):
+            raise ValueError(f"{spec.kind} layers can't have {format} as format of their {tensor}")
+    if isinstance(spec.input, Uniform) and spec.input.granularity != "tensor":
+        raise ValueError(f"{spec.kind} layers need one scale for their input")
     if isinstance(spec.attention, Uniform) and spec.attention.symmetric:
         raise ValueError("a softmax takes a format without a sign")
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        raise ValueError("layer norms compute in integers only over the last axis")
 
 
-def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
-    check_core(spec, Log2 if spec.published else Log2 | Uniform)
-    if spec.published and (spec.attention.threshold, spec.attention.zero_code) != ("3/2", False):
-        raise ValueError("FQ-ViT's code rounds at 3/2 and has no code of 0")
-    return LogSoftmaxCore(spec)
+def _core(core: AttentionCore, spec: LayerSpec) -> LogSoftmaxCore:
+    layer = LogSoftmaxCore(core, spec)
+    theirs = Log2(spec.attention.bits, "3/2", zero_code=False)
+    if spec.published and spec.attention != theirs:
+        raise ValueError("FQ-ViT's code has powers of two, rounds at 3/2 and has no code of 0")
+    return layer
 
 
-LAYERS["fq-vit-norm"] = {nn.LayerNorm: _norm}
+LAYERS["fq-vit-norm"] = {nn.LayerNorm: PowerOfTwoNorm}
 LAYERS["fq-vit-core"] = {AttentionCore: _core}

@@ -7,6 +7,7 @@ published (ptq.integer.published) and refined (ptq.integer).
 import math
 from collections.abc import Callable
 from functools import partial
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ptq.integer import OutOfRange, published
 from ptq.integer.activations import gelu, silu
 from ptq.integer.rescale import fits
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
-from ptq.methods.fq_vit import LogSoftmaxCore, check_core, check_norm, integer_norm, parameters
+from ptq.methods.fq_vit import LogSoftmaxCore, check_spec, integer_norm, parameters
 from ptq.recipe import LayerSpec
 
 FRACTION = 12  # bits of a refined sigmoid
@@ -30,6 +31,7 @@ class IntegerCore(LogSoftmaxCore):
     """
 
     coded = ("q", "k", "v")
+    formats_of_softmax = Uniform
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
         queries, keys = self.inputs["q"], self.inputs["k"]
@@ -51,17 +53,18 @@ class IntegerNorm(IntegerLayer):
     """
 
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
+        check_spec(layer, spec, output=NoneType if spec.published else Uniform)
         super().__init__()
         self.layer, self.published = layer, spec.published
-        self.input = Quantizer(spec.input, spec.input_observer)
-        self.output = None if spec.published else Quantizer(spec.output, spec.input_observer)
+        self.input, self.output = Quantizer(spec.input, spec.input_observer), nn.Identity()
+        if not spec.published:
+            self.output = Quantizer(spec.output, spec.input_observer)
 
     def simulate(self, x: Tensor) -> Tensor:
-        y = self.layer(self.input(x))
-        return y if self.output is None else self.output(y)
+        return self.output(self.layer(self.input(x)))
 
     def compute(self, x: Tensor) -> Tensor:
-        if self.output is not None:
+        if not self.published:
             return integer_norm(x, self.layer, self.input, self.output)
         weights = parameters(self.layer, x.device)
         return published_norm(self.input.integers(x), *weights, self.normalised)
@@ -96,6 +99,7 @@ class IntegerActivation(IntegerLayer):
     """SiLU or GELU in integers."""
 
     def __init__(self, layer: nn.SiLU | nn.GELU, spec: LayerSpec):
+        check_spec(layer, spec)
         super().__init__()
         self.layer, self.published = layer, spec.published
         self.input = Quantizer(spec.input, spec.input_observer)
@@ -122,30 +126,6 @@ class IntegerActivation(IntegerLayer):
         return silu(codes, scale, FRACTION), scale / 2**FRACTION
 
 
-def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
-    check_core(spec, Uniform)
-    return IntegerCore(spec)
-
-
-def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
-    check_norm(norm, spec, Uniform)
-    if (spec.output is None) != spec.published:
-        raise ValueError(f"{spec.kind} layers need the format of their outputs, unless published")
-    return IntegerNorm(norm, spec)
-
-
-def check_activation(spec: LayerSpec) -> None:
-    """Raise ValueError unless the spec has what activation functions need."""
-    uniform = isinstance(spec.input, Uniform) and spec.input.granularity == "tensor"
-    if not uniform or spec.attention or spec.output:
-        raise ValueError(f"{spec.kind} layers need inputs in Uniform with one scale, no more")
-
-
-def _activation(layer: nn.Module, spec: LayerSpec) -> nn.Module:
-    check_activation(spec)
-    return IntegerActivation(layer, spec)
-
-
-LAYERS["i-bert-norm"] = {nn.LayerNorm: _norm}
-LAYERS["i-bert-core"] = {AttentionCore: _core}
-LAYERS["i-bert-act"] = {nn.SiLU: _activation, nn.GELU: _activation}
+LAYERS["i-bert-norm"] = {nn.LayerNorm: IntegerNorm}
+LAYERS["i-bert-core"] = {AttentionCore: IntegerCore}
+LAYERS["i-bert-act"] = {nn.SiLU: IntegerActivation, nn.GELU: IntegerActivation}

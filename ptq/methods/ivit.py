@@ -15,13 +15,15 @@ from ptq.formats import Uniform
 from ptq.integer import published
 from ptq.integer.activations import shift_silu, shift_softmax
 from ptq.layers import LAYERS
-from ptq.methods.fq_vit import LogSoftmaxCore, check_core, check_norm, even_softmax
-from ptq.methods.ibert import FRACTION, IntegerActivation, IntegerNorm, check_activation
+from ptq.methods.fq_vit import LogSoftmaxCore, even_softmax
+from ptq.methods.ibert import FRACTION, IntegerActivation, IntegerNorm
 from ptq.recipe import LayerSpec
 
 
 class ShiftmaxCore(LogSoftmaxCore):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax by shifts, to even levels."""
+
+    formats_of_softmax = Uniform
 
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
         if self.published:
@@ -54,27 +56,15 @@ class ShiftActivation(IntegerActivation):
 class ShiftNorm(IntegerNorm):
     """A layer norm of [..., C] as published: 32 bits and a scale per channel."""
 
+    def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
+        if not spec.published:
+            raise ValueError(f"{spec.kind} layers are as published: refined, they are i-bert-norm")
+        super().__init__(layer, spec)
+
     def normalised(self, codes: Tensor) -> Tensor:
         return published.shift_layer_norm(codes)
 
 
-def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
-    check_core(spec, Uniform)
-    return ShiftmaxCore(spec)
-
-
-def _activation(layer: nn.Module, spec: LayerSpec) -> nn.Module:
-    check_activation(spec)
-    return ShiftActivation(layer, spec)
-
-
-def _norm(norm: nn.LayerNorm, spec: LayerSpec) -> nn.Module:
-    check_norm(norm, spec, Uniform)
-    if spec.output is not None or not spec.published:
-        raise ValueError(f"{spec.kind} layers are as published: corrected, they are i-bert-norm")
-    return ShiftNorm(norm, spec)
-
-
-LAYERS["i-vit-norm"] = {nn.LayerNorm: _norm}
-LAYERS["i-vit-core"] = {AttentionCore: _core}
-LAYERS["i-vit-act"] = {nn.SiLU: _activation, nn.GELU: _activation}
+LAYERS["i-vit-norm"] = {nn.LayerNorm: ShiftNorm}
+LAYERS["i-vit-core"] = {AttentionCore: ShiftmaxCore}
+LAYERS["i-vit-act"] = {nn.SiLU: ShiftActivation, nn.GELU: ShiftActivation}
