@@ -59,16 +59,16 @@ class Uniform:
             raise ValueError(f"groups of {self.group_size} do not divide {x.shape[1]} weights")
         return x.reshape(-1, self.group_size)
 
-    def unrows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows` for a tensor of `like`'s shape."""
-        if self.granularity == "tensor":
-            return rows.reshape(like.shape)
-        moved = like.movedim(self.axis, 0)
-        return rows.reshape(moved.shape).movedim(0, self.axis)
-
     def spread(self, scale: Tensor, like: Tensor) -> Tensor:
-        """Return the scale of every single element, in `like`'s shape, from the scales [G]."""
-        return self.unrows(scale[:, None].expand_as(self.rows(like)), like)
+        """Return the scales [G], or zero-points, in a shape that broadcasts with `like`."""
+        if self.group_size:
+            moved = like.movedim(self.axis, 0)
+            each = scale.repeat_interleave(self.group_size)
+            return each.view(moved.shape).movedim(0, self.axis)
+        shape = [1] * like.dim()
+        if self.granularity == "channel":
+            shape[self.axis] = -1
+        return scale.view(shape)
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Return scales float32 [G] and zero-points int32 [G] that cover [low, high] and 0.
@@ -86,31 +86,34 @@ class Uniform:
         return scale, zero_point.int()
 
     def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        """Return the codes of the nearest levels, halves to even: int32 of `x`'s shape.
+        """Return the codes of the nearest levels, halves to even: int32 of `x`'s shape, contiguous.
 
         A symmetric format does without a zero-point, here and in `decode`.
         """
-        return self.unrows(self.encode_rows(self.rows(x), scale, zero_point), x)
+        zero = 0 if zero_point is None else self.spread(zero_point, x)
+        levels = (x.contiguous() / self.spread(scale, x)).round()
+        return (levels + zero).clamp(self.qmin, self.qmax).int()
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        return self.unrows(self.decode_rows(self.rows(codes), scale, zero_point), codes)
-
-    def encode_rows(self, rows: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Encode what `rows` gives."""
-        zero = 0 if zero_point is None else zero_point[:, None]
-        return ((rows / scale[:, None]).round() + zero).clamp(self.qmin, self.qmax).int()
-
-    def decode_rows(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        zero = 0 if zero_point is None else zero_point[:, None]
-        return (codes - zero) * scale[:, None]
+        zero = 0 if zero_point is None else self.spread(zero_point, codes)
+        return (codes - zero) * self.spread(scale, codes)
 
     def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the values of the nearest levels, as `decode` of `encode` does, in fewer passes.
 
-        `scale` and `zero_point` broadcast with `x`.
+        Torch's own function, fake_quantize, is not vectorised on CPUs.
         """
-        zero = zero_point.to(x.dtype)
+        scale, zero = self.spread(scale, x), self.spread(zero_point, x).to(x.dtype)
         return (x / scale).round_().clamp_(self.qmin - zero, self.qmax - zero).mul_(scale)
+
+    def integers(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        """Return the values of codes in units of their scale: int64 of `width` bits."""
+        return (codes - self.spread(zero_point, codes)).long()
+
+    @property
+    def width(self) -> int:
+        """Return how many bits `integers` takes, with the sign."""
+        return self.bits + (not self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,18 @@ class PowerOfTwo:
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
         return (codes - zero_point) * (scale * 2**shifts)
 
+    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
+        """Return the values of the nearest levels."""
+        grid = scale, zero_point, shifts
+        return self.decode(self.encode(x, *grid), *grid)
+
     def integers(self, codes: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
-        """Return the values of codes in units of `scale`: int64 of bits + 1 + most bits."""
+        """Return the values of codes in units of the scale: int64 of `width` bits."""
         return (codes - zero_point).long() << shifts
+
+    @property
+    def width(self) -> int:
+        return self.bits + 1 + self.most
 
 
 # A value x lies between 2**-k and 2**-(k+1). Code k + 1 is chosen where 2**-k / x is at least this.

@@ -43,36 +43,19 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.update(x)
-        return x if self.scale is None else self.nearest(x)
+        return x if self.scale is None else self.format.nearest(x, *self.grid)
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """Return the values of the levels nearest to `x`."""
-        return fake_quantize(x, self.format, self.scale, self.zero_point)
+    @property
+    def grid(self) -> tuple[Tensor, ...]:
+        """Return what the format's functions take besides a tensor."""
+        return self.scale, self.zero_point
 
     def integers(self, x: Tensor) -> Tensor:
         """Return `x` as int64 in units of the scale: codes less the zero-point."""
-        codes = self.format.encode(x, self.scale, self.zero_point)
-        return (codes - self.zero_point).long()
-
-    @property
-    def width(self) -> int:
-        """Return how many bits `integers` takes, with the sign."""
-        return self.format.bits + (not self.format.symmetric)
+        return self.format.integers(self.format.encode(x, *self.grid), *self.grid[1:])
 
     def extra_repr(self) -> str:
         return f"{self.format}, {self.observer_name}"
-
-
-def fake_quantize(x: Tensor, format: Uniform, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the nearest values of a format with scales per tensor or channel.
-
-    Torch's own function of this name is not vectorised on CPUs.
-    """
-    if format.granularity == "channel":
-        shape = [1] * x.dim()
-        shape[format.axis] = -1
-        scale, zero_point = scale.view(shape), zero_point.view(shape)
-    return format.nearest(x, scale, zero_point)
 
 
 class QuantizedLayer(nn.Module):

@@ -8,6 +8,8 @@ the low and high end, each [G] with one element per scale of its format. Every r
     >>> scale, zero_point = observer.format.grid(*observer.range())
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -179,10 +181,13 @@ class MSE(Histogram):
 
 def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
     """Sum the squared distances of a row's values to the nearest levels of [low, high]; [G]."""
-    scale, zero_point = format.grid(low, high)
-    levels = format.nearest(values, scale[:, None], zero_point[:, None])
-    error = (values - levels).square()
+    error = (values - of_rows(format).nearest(values, *format.grid(low, high))).square()
     return (error if weights is None else error * weights).sum(1)
+
+
+def of_rows(format: Uniform) -> Uniform:
+    """Return the format for what `format.rows` gives, [G, n]."""
+    return replace(format, granularity="channel", axis=0)
 
 
 class KL(Histogram):
@@ -210,8 +215,8 @@ class KL(Histogram):
             p = kept.clone()
             p[0] += counts[:first].sum()
             p[-1] += counts[last + 1 :].sum()
-            scale, zero_point = self.format.grid((low * s)[None], (high * s)[None])
-            codes = self.format.encode_rows(centres[None, first : last + 1], scale, zero_point)[0]
+            grid = self.format.grid((low * s)[None], (high * s)[None])
+            codes = of_rows(self.format).encode(centres[None, first : last + 1], *grid)[0]
             levels = (codes - codes.min()).long()
             n = int(levels.max()) + 1
             mass = p.new_zeros(n).index_add_(0, levels, kept)

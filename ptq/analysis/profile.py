@@ -22,7 +22,7 @@ from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
 from ptq.graph import NEVER_RAN, hooked
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoQuantizer
+from ptq.methods.fq_vit import LogSoftmaxCore
 from ptq.pipeline import float_twin, layer_specs
 from ptq.recipe import LayerSpec, Recipe
 
@@ -253,11 +253,8 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
     for path, module in layer.named_modules():
         if isinstance(module, Quantizer):
             role = "input" if path == "0" else path.rpartition(".")[2]  # of a pointwise layer
-            grid = (module.scale, module.zero_point)
-            if isinstance(module, PowerOfTwoQuantizer):
-                grid += (module.shifts,)
             of_channels = CORE_AXIS[role] if isinstance(layer, CORES) else axis
-            stats = TensorStats(module.format, grid, of_channels)
+            stats = TensorStats(module.format, module.grid, of_channels)
             found.append(Watched(name, role, f"{name}.{path}", stats))
     if isinstance(layer, CORES) and "attention" not in layer.inputs:
         format, grid = spec.attention, ()

@@ -44,7 +44,7 @@ class IntegerNetwork(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the codes of images, as the format of the first layer's input has them."""
-        return self.image.format.encode(images, self.image.scale, self.image.zero_point).long()
+        return self.image.format.encode(images, *self.image.grid).long()
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the codes of logits.

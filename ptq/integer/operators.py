@@ -199,7 +199,7 @@ class Norm(nn.Module):
 
     def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes):
         super().__init__()
-        self.input, self.bits = Requantize(x, layer.input), layer.input.width
+        self.input, self.bits = Requantize(x, layer.input), layer.input.format.width
         out, scale = layer.output, self.input.scales[0]
         table = layer_norm_table(*parameters, layer.layer.eps, scale, float(out.scale))
         self.register_buffer("gain", table.gain)

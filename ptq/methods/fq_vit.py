@@ -93,17 +93,9 @@ class PowerOfTwoQuantizer(Quantizer):
         self.scale, self.zero_point = self.format.grid(low, high)
         self.observer = None
 
-    def nearest(self, x: Tensor) -> Tensor:
-        grid = self.scale, self.zero_point, self.shifts
-        return self.format.decode(self.format.encode(x, *grid), *grid)
-
-    def integers(self, x: Tensor) -> Tensor:
-        codes = self.format.encode(x, self.scale, self.zero_point, self.shifts)
-        return self.format.integers(codes, self.zero_point, self.shifts)
-
     @property
-    def width(self) -> int:
-        return self.format.bits + 1 + self.format.most
+    def grid(self) -> tuple[Tensor, ...]:
+        return self.scale, self.zero_point, self.shifts
 
 
 def parameters(norm: nn.LayerNorm, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -142,7 +134,7 @@ def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quanti
     table = layer_norm_table(*parameters(norm, x.device), norm.eps, *scales)
     zero_point, fmt = int(output.zero_point), output.format
     codes = input.integers(x)
-    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, input.width)
+    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, input.format.width)
     return (y - zero_point) * output.scale
 
 

@@ -68,7 +68,8 @@ def gptq_codes(layer: QuantizedLayer, scale: Tensor, hessian: Tensor) -> Tensor:
     weight, fmt = layer.layer.weight, layer.format
     groups, n = hessian.shape[:2]
     # Both [groups, filters, n].
-    w, s = (t.reshape(groups, -1, n).clone() for t in (weight, fmt.spread(scale, weight)))
+    scales = fmt.spread(scale, weight).expand_as(weight)
+    w, s = (t.reshape(groups, -1, n).clone() for t in (weight, scales))
     diagonal = hessian.diagonal(dim1=1, dim2=2)  # [groups, n]
     order = diagonal.argsort(dim=1, descending=True)
     back = order.argsort(dim=1)

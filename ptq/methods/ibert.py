@@ -74,7 +74,7 @@ class IntegerNorm(IntegerLayer):
 
         Deviation: the shift before squares are summed follows from C and the bits, not from data.
         """
-        n, bits = codes.shape[-1], self.input.width
+        n, bits = codes.shape[-1], self.input.format.width
         shift = max(math.ceil((math.log2(n) + 2 * bits - 2 - 32) / 2), 0)
         return published.i_layer_norm(codes, shift)
 
@@ -108,19 +108,18 @@ class IntegerActivation(IntegerLayer):
         return self.layer(self.input(x))
 
     def compute(self, x: Tensor) -> Tensor:
-        quantizer = self.input
-        fmt, *grid = quantizer.format, quantizer.scale, quantizer.zero_point
+        quantizer, fmt = self.input, self.input.format
         # Of every code once: a feature map holds each many times.
         every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - quantizer.zero_point
         y, scale = self.integers(every, float(quantizer.scale))
-        return (y.double() * scale).to(x.dtype)[fmt.encode(x, *grid) - fmt.qmin]
+        return (y.double() * scale).to(x.dtype)[fmt.encode(x, *quantizer.grid) - fmt.qmin]
 
     def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
         """Return what the layer makes of integers in units of `scale`: integers and their scale."""
         if isinstance(self.layer, nn.GELU):
             if self.published:
                 return published.i_gelu(codes, scale)
-            return gelu(codes, scale, FRACTION, self.input.width), scale / 2**FRACTION
+            return gelu(codes, scale, FRACTION, self.input.format.width), scale / 2**FRACTION
         if self.published:
             return published.i_silu(codes, scale, 8), scale / 2**8
         return silu(codes, scale, FRACTION), scale / 2**FRACTION

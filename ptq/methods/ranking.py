@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ptq.graph import Reached, captured, hooked, running
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, fake_quantize
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods.calibrate import calibrate
 from ptq.methods.nearest import nearest
 from ptq.recipe import Recipe
@@ -225,7 +225,7 @@ def search_core(core, name, reference, batches, correlate, rank) -> None:
 
 
 def _rounded(quantizer: Quantizer, x: Tensor, factor: float) -> Tensor:
-    return fake_quantize(x, quantizer.format, quantizer.scale * factor, quantizer.zero_point)
+    return quantizer.format.nearest(x, quantizer.scale * factor, quantizer.zero_point)
 
 
 def _mean(losses) -> float:
