@@ -193,9 +193,9 @@ def test_layer_norm_as_in_plain_integers():
         deviation = math.isqrt((v << 16) + table.epsilon)
         u = [((16 * x - sum(token)) << 20) // deviation for x in token]
         parts = zip(u, table.gain.tolist(), table.offset.tolist())
-        y = [plain_nearest(Fraction(a * m + b, 2**table.shift)) + 7 for a, m, b in parts]
-        expected = [min(max(code, 0), 255) for code in y]
-        assert layer_norm(ints(*token), table, 0, 255, 7).tolist() == expected
+        y = [plain_nearest(Fraction(a * m + b, 2**table.shift)) for a, m, b in parts]
+        expected = [min(max(code, -7), 248) for code in y]
+        assert layer_norm(ints(*token), table, -7, 248, 12).tolist() == expected
 
 
 def test_square_roots_of_all_sizes():
@@ -283,7 +283,7 @@ def test_layer_norm_is_exact_within_a_unit(channels, largest, bits):
     assert ((u - exact).abs() <= 1.01 / 4096 + 2e-3 * exact.abs()).all()
     weight, bias = 1 + draw(channels, seed=9), draw(channels, seed=10)
     table = layer_norm_table(weight, bias, 1e-5, 0.003, 0.05)
-    got = layer_norm(codes, table, -128, 127, 0, bits)
+    got = layer_norm(codes, table, -128, 127, bits)
     eps = 1e-5 / 0.003**2
     wanted = torch.nn.functional.layer_norm(
         codes.double(), (channels,), weight.double(), bias.double(), eps
@@ -292,8 +292,8 @@ def test_layer_norm_is_exact_within_a_unit(channels, largest, bits):
     assert apart.abs().max() <= 0.05 * 0.5 + 0.01
 
 
-def test_codes_have_a_zero_point_and_ends():
-    assert requantize(ints(-5, 3, 900), dyadic(0.5), 0, 255, 2).tolist() == [0, 4, 255]
+def test_codes_have_ends():
+    assert requantize(ints(-5, 3, 900), dyadic(0.5), -2, 253).tolist() == [-2, 2, 253]
 
 
 # What is refused, and the edges of what is not.
@@ -343,7 +343,7 @@ def test_rows_of_one_element_and_tokens_without_variance():
     assert normalised(ints([4, 4, 4])).tolist() == [[0, 0, 0]]
     weight, bias = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.5, -0.5, 0.25])
     table = layer_norm_table(weight, bias, 1e-5, 0.1, 0.25)
-    assert layer_norm(ints([4, 4, 4]), table, -128, 127).tolist() == [[2, -2, 1]]
+    assert layer_norm(ints([4, 4, 4]), table, -128, 127, 12).tolist() == [[2, -2, 1]]
     assert softmax(torch.zeros(0, 3, dtype=torch.int64), 0.1).shape == (0, 3)
     far = softmax(ints(0, -(2**20)), 0.5)
     assert far.tolist() == [255, 0]

@@ -17,6 +17,7 @@ import ptq
 from lab.cli import BadInput
 from lab.engines import integer as engine
 from lab.models import vit
+from mobilevit import AttentionCore
 from ptq.formats import Uniform
 from ptq.integer import OutOfRange
 from ptq.integer.operators import Attention, Codes, Concatenation, Mean, Product, Sum
@@ -210,7 +211,7 @@ def test_attention_spread_evenly_over_many_tokens_fits_its_register():
     """Its softmax is far below 1, so its levels are far finer than its 8 bits reach."""
     unsigned = Uniform(8, symmetric=False)
     spec = LayerSpec("", input=Uniform(8), attention=unsigned, kind="i-bert-core")
-    core = ibert.IntegerCore(spec)
+    core = ibert.IntegerCore(AttentionCore(), spec)
     tensors = [size * draw(1, 1, 512, 4, seed=i) for i, size in enumerate((0.1, 0.1, 1))]
     for quantizer in core.inputs.values():
         quantizer.observe()

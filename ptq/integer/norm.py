@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.integer.rescale import fits, isqrt, positive
+from ptq.integer.rescale import fits, isqrt, positive, round_shift
 
 UNIT = 12  # bits after the point of a normalised value
 
@@ -67,20 +67,12 @@ def normalised(codes: Tensor, bits: int = 12, epsilon: int = 0) -> Tensor:
     return torch.where(deviation > 0, centred // deviation.clamp(min=1), 0)
 
 
-def layer_norm(
-    codes: Tensor,
-    table: LayerNormTable,
-    qmin: int,
-    qmax: int,
-    zero_point: int = 0,
-    bits: int = 12,
-) -> Tensor:
-    """Normalise codes [..., C] of `bits` bits over the last axis, to codes in [qmin, qmax].
+def layer_norm(codes: Tensor, table: LayerNormTable, low: int, high: int, bits: int) -> Tensor:
+    """Normalise codes [..., C] of `bits` bits over the last axis, to codes in [low, high].
 
     Lin et al., "FQ-ViT", IJCAI 2022, section 3.2, and our own arithmetic: eps is kept, a token
     without variance gives its bias, and multipliers are rounded, of 15 bits, and the same for every
     token (`ptq.methods.fq_vit` has their form).
     """
     u = normalised(codes, bits, table.epsilon)
-    y = (u * table.gain + table.offset + (1 << (table.shift - 1))) >> table.shift
-    return (y + zero_point).clamp(qmin, qmax)
+    return round_shift(u * table.gain + table.offset, table.shift).clamp(low, high)

@@ -111,32 +111,17 @@ class Requantize(nn.Module):
         return x if self.doublings is None else x << self.doublings
 
 
-@dataclass(frozen=True)
-class Window:
-    """What a convolution takes in for one element of its output; pairs along H and W."""
+def patches(x: Tensor, groups: int, padding, kernel, stride, dilation) -> Tensor:
+    """Return what each filter of a convolution multiplies, its settings pairs along H and W.
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @staticmethod
-    def of(conv: nn.Conv2d) -> "Window":
-        return Window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-    def patches(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """Return [B, C, H, W] as [B, groups, C/groups * k * k, H' * W'], and [H', W']."""
-        top, left = self.padding
-        x = F.pad(x, (left, left, top, top))
-        spans = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.kernel)]
-        size = [(n - r) // step + 1 for n, r, step in zip(x.shape[2:], spans, self.stride)]
-        rows, columns = (
-            [slice(first, first + step * (n - 1) + 1, step) for first in range(0, span, gap)]
-            for span, gap, step, n in zip(spans, self.dilation, self.stride, size)
-        )
-        taps = [x[..., row, column] for row in rows for column in columns]  # each [B, C, H', W']
-        return torch.stack(taps, 2).view(len(x), self.groups, -1, math.prod(size)), size
+    [B, C, H, W] -> [B, groups, C/groups * k * k, H', W']. F.unfold is for floats alone.
+    """
+    top, left = padding
+    x = F.pad(x, (left, left, top, top))
+    for axis, k, step, gap in zip((2, 3), kernel, stride, dilation):
+        x = x.unfold(axis, gap * (k - 1) + 1, step)[..., ::gap]
+    x = x.permute(0, 1, 4, 5, 2, 3)  # [B, C, H', W', k, k] -> [B, C, k, k, H', W']
+    return x.reshape(len(x), groups, -1, *x.shape[-2:])
 
 
 class Product(nn.Module):
@@ -148,9 +133,11 @@ class Product(nn.Module):
     def __init__(self, layer: nn.Module, x: Codes, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.input = dtype, Requantize(x, layer.input)
-        self.window = Window.of(layer.layer) if isinstance(layer.layer, nn.Conv2d) else None
-        n, trailing = len(layer.codes), 2 if self.window else 0
-        groups = self.window.groups if self.window else 1
+        conv, self.window = layer.layer, None  # or what `patches` takes besides its input
+        n, trailing, groups = len(layer.codes), 0, 1
+        if isinstance(conv, nn.Conv2d):
+            trailing, groups = 2, conv.groups
+            self.window = groups, conv.padding, conv.kernel_size, conv.stride, conv.dilation
         inputs = self.input.scales
         if len(inputs) > 1:  # output channel o takes in the input channel of its group alone
             if groups != len(inputs):
@@ -174,8 +161,9 @@ class Product(nn.Module):
         if self.window is None:
             sums = integer_product(x, self.weight, self.largest, self.dtype)
         else:
-            x, size = self.window.patches(x.to(self.dtype))
-            sums = integer_product(self.weight, x, self.largest, self.dtype).view(len(x), -1, *size)
+            x = patches(x.to(self.dtype), *self.window)
+            sums = integer_product(self.weight, x.flatten(3), self.largest, self.dtype)
+            sums = sums.view(len(x), -1, *x.shape[3:])
         return self.output(sums) + self.bias
 
 
@@ -211,7 +199,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         table = LayerNormTable(self.gain, self.offset, self.shift, self.epsilon)
-        return layer_norm(self.input(x), table, *self.limits, bits=self.bits)
+        return layer_norm(self.input(x), table, *self.limits, self.bits)
 
 
 class Attention(nn.Module):

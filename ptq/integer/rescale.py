@@ -77,9 +77,9 @@ def rescale(codes: Tensor, ratio: Dyadic, bits: int = 32) -> Tensor:
     return fits((product + (1 << (ratio.shift - 1))) >> ratio.shift, bits, "a rescaled tensor")
 
 
-def requantize(codes: Tensor, ratio: Dyadic, qmin: int, qmax: int, zero_point: int = 0) -> Tensor:
-    """Rescale to the codes of a format: with its zero-point, cut off at its ends."""
-    return (rescale(codes, ratio, 63) + zero_point).clamp(qmin, qmax)
+def requantize(codes: Tensor, ratio: Dyadic, low: int | Tensor, high: int | Tensor) -> Tensor:
+    """Rescale to the codes of a format, less its zero-point, which lie in [low, high]."""
+    return rescale(codes, ratio, 63).clamp(low, high)
 
 
 def round_shift(values: Tensor, shift: int) -> Tensor:

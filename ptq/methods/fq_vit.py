@@ -132,10 +132,9 @@ def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quanti
     """Normalise [..., C] by `ptq.integer.norm`, from the codes of `input` to those of `output`."""
     scales = float(input.scale), float(output.scale)
     table = layer_norm_table(*parameters(norm, x.device), norm.eps, *scales)
-    zero_point, fmt = int(output.zero_point), output.format
-    codes = input.integers(x)
-    y = layer_norm(codes, table, fmt.qmin, fmt.qmax, zero_point, input.format.width)
-    return (y - zero_point) * output.scale
+    limits = (end - int(output.zero_point) for end in (output.format.qmin, output.format.qmax))
+    y = layer_norm(input.integers(x), table, *limits, input.format.width)
+    return y * output.scale
 
 
 def published_norm(
