@@ -9,24 +9,16 @@ import torch
 from lab.engines import Loaded, require
 
 NAME = "onnxruntime"
-# Operators of an optimised graph that multiply, by what they multiply in.
-INT8 = {
-    "QLinearConv": "Conv",
-    "ConvInteger": "Conv",
-    "QGemm": "MatMul",
-    "QLinearMatMul": "MatMul",
-    "MatMulIntegerToFloat": "MatMul",
-    "MatMulInteger": "MatMul",
-}
-FLOAT = {
-    "Conv": "Conv",
-    "FusedConv": "Conv",
-    "MatMul": "MatMul",
-    "FusedMatMul": "MatMul",
-    "Gemm": "MatMul",
-    "FusedGemm": "MatMul",
-    "MatMulNBits": "MatMul",
-    "Einsum": "MatMul",
+# Operators of an optimised graph that multiply, by what they multiply in and by their kind.
+PRODUCTS = {
+    "int8": {
+        "Conv": ("QLinearConv", "ConvInteger"),
+        "MatMul": ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
+    },
+    "float": {
+        "Conv": ("Conv", "FusedConv"),
+        "MatMul": ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits", "Einsum"),
+    },
 }
 
 
@@ -70,12 +62,11 @@ def loaded(path: Path) -> Loaded:
 
 
 def executed_products(path) -> dict[str, dict[str, int]]:
-    """Convolutions and matrix products of an optimised graph: {"int8": {...}, "float": {...}}."""
+    """Count the products of an optimised graph: {"int8": {kind: number}, "float": {...}}."""
     import onnx
 
-    kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
-    counted = {"int8": Counter(), "float": Counter()}
-    for names, precision in ((INT8, "int8"), (FLOAT, "float")):
-        for kind, product in names.items():
-            counted[precision][product] += kinds[kind]
-    return {precision: dict(counts) for precision, counts in counted.items()}
+    found = Counter(node.op_type for node in onnx.load(path).graph.node)
+    return {
+        precision: {kind: sum(found[name] for name in names) for kind, names in kinds.items()}
+        for precision, kinds in PRODUCTS.items()
+    }

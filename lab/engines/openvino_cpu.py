@@ -3,6 +3,7 @@
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +94,17 @@ def one_thread(precision: str) -> dict:
 
 
 def executed_products(compiled) -> dict[str, dict[str, int]]:
-    """Convolutions and matrix products of a compiled model: {"int8": {...}, "float": {...}}. Those
-    are in integers whose input is; a node's own precision is that of the narrowest thing that it
-    takes in, be it weights that meet floats. Of attention, which is one node, the first product is
-    in integers if q and k are, the second if v is as well."""
-    counted = {"int8": Counter(), "float": Counter()}
+    """Count the convolutions and matrix products of a compiled model, in integers and in float.
+
+    {"int8": {kind: number}, "float": {...}}. Those are in integers whose input is: a node's own
+    precision is that of the narrowest thing that it takes in, be it weights that meet floats. Of
+    attention, which is one node, the first product is in integers if q and k are, the second if v
+    is as well.
+    """
+    numbers = {"int8": Counter(), "float": Counter()}
 
     def count(kind, in_integers):
-        counted["int8" if in_integers else "float"][kind] += 1
+        numbers["int8" if in_integers else "float"][kind] += 1
 
     for node in compiled.get_runtime_model().get_ops():
         layer = _said(node, "layerType")
@@ -110,7 +114,7 @@ def executed_products(compiled) -> dict[str, dict[str, int]]:
             n = sum(_comes_in_integers(value) for value in node.input_values())
             count("MatMul", n >= 2)
             count("MatMul", n >= 3)
-    return {precision: dict(counts) for precision, counts in counted.items()}
+    return {precision: dict(counts) for precision, counts in numbers.items()}
 
 
 def _said(node, what: str) -> str:
@@ -123,55 +127,61 @@ def _comes_in_integers(value) -> bool:
 
 
 def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]:
-    """For each of `networks`, {name: (network, precision)}, how many milliseconds a call spends in
-    each type of node and its arithmetic, such as "Convolution INT8", by OpenVINO's own counters:
-    the mean of `n` calls, in which the networks take turns."""
-    core = require("openvino")[0].Core()
-    images, requests, spent = _images(example), {}, {}
-    for name, (network, precision) in networks.items():
-        settings = one_thread(precision) | {"PERF_COUNT": True}
-        compiled = core.compile_model(channels_last(network), "CPU", settings)
-        requests[name] = compiled.create_infer_request()
-        requests[name].infer(images)  # the first call of all is slower
-        spent[name] = Counter()
-    for _ in range(n):
-        for name, request in requests.items():
-            request.infer(images)
-            for node in request.profiling_info:
-                computed_in = node.exec_type.rpartition("_")[2].upper()
-                arithmetic = {"I8": "INT8", "U8": "INT8", "F32": "FP32"}.get(
-                    computed_in, computed_in
-                )
-                ms = 1000 * node.real_time.total_seconds()
-                spent[name][f"{node.node_type} {arithmetic}"] += ms / n
+    """Return how many milliseconds a call of each network spends in each type of node.
+
+    `networks`: {name: (network, precision)}. A type comes with its arithmetic, such as
+    "Convolution INT8". Means of `n` calls, by OpenVINO's own counters.
+    """
+    compiled = {name: counted(*network) for name, network in networks.items()}
+    spent = {name: Counter() for name in networks}
+    for name, node, ms in nodes_ms(compiled, example, n):
+        computed_in = node.exec_type.rpartition("_")[2].upper()
+        arithmetic = {"I8": "INT8", "U8": "INT8", "F32": "FP32"}.get(computed_in, computed_in)
+        spent[name][f"{node.node_type} {arithmetic}"] += ms / n
     return {name: {k: ms for k, ms in nodes.items() if ms} for name, nodes in spent.items()}
 
 
 def layers_ms(files: dict, example, n: int) -> dict:
-    """For each of `files`, {key: ONNX file of ptq.export}, {name of a layer: ms that a call spends
-    in its product}, under NO_LAYER in all else: means of `n` calls, in which the files take turns.
+    """Return how many milliseconds a call of each network spends in the product of each layer.
+
+    `files`: {key: ONNX file of ptq.export}. {key: {name of a layer, or NO_LAYER for all else: ms}},
+    means of `n` calls.
     """
     from ptq.export import nodes_of_layers
 
     core = require("openvino")[0].Core()
-    images, requests, layers, spent = _images(example), {}, {}, {}
+    compiled, layers, spent = {}, {}, {key: Counter() for key in files}
     for key, path in files.items():
         network, layer_of = core.read_model(path), nodes_of_layers(path)
         network.reshape(list(example[:1].shape))
-        settings = one_thread(PRECISION) | {"PERF_COUNT": True}
-        compiled = core.compile_model(channels_last(network), "CPU", settings)
+        compiled[key] = counted(network, PRECISION)
         layers[key] = {
             node.get_friendly_name(): layer_of[name]
-            for node in compiled.get_runtime_model().get_ops()
+            for node in compiled[key].get_runtime_model().get_ops()
             for name in _said(node, "originalLayersNames").split(",")
             if name in layer_of
         }
-        requests[key], spent[key] = compiled.create_infer_request(), Counter()
-        requests[key].infer(images)
-    for _ in range(n):
+    for key, node, ms in nodes_ms(compiled, example, n):
+        spent[key][layers[key].get(node.node_name, NO_LAYER)] += ms / n
+    return spent
+
+
+def counted(network, precision: str):
+    """Return a network compiled as `loaded` does it, which also takes the time of its nodes."""
+    settings = one_thread(precision) | {"PERF_COUNT": True}
+    core = require("openvino")[0].Core()
+    return core.compile_model(channels_last(network), "CPU", settings)
+
+
+def nodes_ms(compiled: dict, example, n: int) -> Iterator[tuple]:
+    """Yield key, node and milliseconds for each node of `n` calls of each network of `compiled`.
+
+    The networks take turns, after a call of each that is not counted, since it is slower.
+    """
+    images = _images(example)
+    requests = {key: network.create_infer_request() for key, network in compiled.items()}
+    for call in range(n + 1):
         for key, request in requests.items():
             request.infer(images)
-            for node in request.profiling_info:
-                layer = layers[key].get(node.node_name, NO_LAYER)
-                spent[key][layer] += 1000 * node.real_time.total_seconds() / n
-    return spent
+            for node in request.profiling_info if call else ():
+                yield key, node, 1000 * node.real_time.total_seconds()

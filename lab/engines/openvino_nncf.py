@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from lab.engines import Loaded, openvino_cpu, require
@@ -20,35 +21,39 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    return loaded(quantized(model, calibration, example))
+    """Return `model` quantized by NNCF with all that it recommends, on OpenVINO."""
+
+    def quantize(nncf, network, images, **recommended):
+        return nncf.quantize(network, images, **recommended)
+
+    return quantized_by(quantize, model, calibration, example)
 
 
-def loaded(network) -> Loaded:
-    """A network that NNCF quantized, with the size of OpenVINO's files of it."""
-    openvino = require("openvino")[0]
+def quantized_by(quantize: Callable, model, calibration, example) -> Loaded:
+    """Return what `quantize(nncf, network, images, **recommended)` makes of `model`, on OpenVINO.
+
+    `images`: a data set of NNCF that holds (image, label) pairs, every one of `calibration`, a
+    sequence of (input, labels). Recommended for transformers and accuracy is full bias correction.
+    """
+    nncf, openvino = require("nncf", "openvino")
+    nncf.set_log_level(logging.ERROR)
+    network, _ = openvino_cpu.exported(model, example)
+    pairs = [
+        (image[None].contiguous().numpy(), label)
+        for x, labels in calibration
+        for image, label in zip(x, labels)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
+        network = quantize(
+            nncf,
+            network,
+            nncf.Dataset(pairs, lambda pair: pair[0]),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,
+            fast_bias_correction=False,
+            subset_size=len(pairs),
+        )
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, Path(folder, "model.xml"), compress_to_fp16=False)
         size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     return openvino_cpu.loaded(network, size_bytes)
-
-
-def quantized(model, calibration, example):
-    """`model` quantized by NNCF with `recommended`, on every image of `calibration`, a sequence of
-    (input, labels)."""
-    nncf, _ = require("nncf", "openvino")
-    nncf.set_log_level(logging.ERROR)
-    network, _ = openvino_cpu.exported(model, example)
-    images = [image[None].contiguous().numpy() for x, _ in calibration for image in x]
-    with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
-        return nncf.quantize(network, nncf.Dataset(images), **recommended(len(images)))
-
-
-def recommended(n_images: int) -> dict:
-    """What NNCF recommends for transformers and for accuracy, full bias correction included."""
-    nncf = require("nncf")[0]
-    return {
-        "preset": nncf.QuantizationPreset.MIXED,
-        "model_type": nncf.ModelType.TRANSFORMER,
-        "fast_bias_correction": False,
-        "subset_size": n_images,
-    }
