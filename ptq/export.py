@@ -53,12 +53,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
             if module.format is not None and module.format.bits <= 4:
                 int4.append(f"{name}.codes")
         elif isinstance(module, QuantizedAttentionCore):
-            for factor, quantizer in module.inputs.items():
-                module.inputs[factor] = _QDQ(quantizer)
-            module.product = _KeyProduct()
-            if for_tensorrt:  # which computes an Einsum in float
-                module.inputs["k"] = nn.Sequential(_Transposed(), module.inputs["k"])
-                module.product = _Product()
+            model.set_submodule(name, _Core(module, for_tensorrt))
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise ValueError("ONNX export of quantized inputs of norms and SiLU is not written")
     with warnings.catch_warnings(), torch.no_grad():
@@ -170,34 +165,34 @@ def _dequantized(codes: Tensor, grid, attrs, shape) -> Tensor:
     )
 
 
-class _KeyProduct(nn.Module):
-    """q k^T as Einsum, which names the axis to sum over.
+class _Core(nn.Module):
+    """A quantized attention core as ONNX operators.
 
-    MatMul wants keys transposed. OpenVINO is slow at that before they are quantized, and ONNX
-    Runtime 1.32 fails if it comes after.
+    q k^T is an Einsum, which names the axis to sum over. MatMul wants keys transposed: OpenVINO is
+    slow at that before they are quantized, and ONNX Runtime 1.32 fails if it comes after. TensorRT
+    computes an Einsum in float.
     """
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            "Einsum",
-            (q, k),
-            {"equation": "bhnd,bhmd->bhnm"},
-            dtype=q.dtype,
-            shape=(*q.shape[:-1], k.shape[-2]),
-            version=OPSET,
-        )
+    def __init__(self, core: QuantizedAttentionCore, for_tensorrt: bool):
+        super().__init__()
+        self.inputs = nn.ModuleDict({name: _QDQ(q) for name, q in core.inputs.items()})
+        self.for_tensorrt = for_tensorrt
 
-
-class _Transposed(nn.Module):
-    def forward(self, k: Tensor) -> Tensor:
-        return k.transpose(-1, -2)
-
-
-class _Product(nn.Module):
-    """q k^T for keys that are transposed already."""
-
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return q @ k
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = self.inputs["q"](q)
+        if self.for_tensorrt:
+            scores = q @ self.inputs["k"](k.mT)
+        else:
+            scores = torch.onnx.ops.symbolic(
+                "Einsum",
+                (q, self.inputs["k"](k)),
+                {"equation": "bhnd,bhmd->bhnm"},
+                dtype=q.dtype,
+                shape=(*q.shape[:-1], k.shape[-2]),
+                version=OPSET,
+            )
+        attention = (scores * q.shape[-1] ** -0.5).softmax(-1)
+        return self.inputs["attention"](attention) @ self.inputs["v"](v)
 
 
 class _Layer(nn.Module):
@@ -206,9 +201,8 @@ class _Layer(nn.Module):
     def __init__(self, quantized: QuantizedLayer):
         super().__init__()
         self.layer, self.format = quantized.layer, quantized.format
-        self.input = nn.Identity()
-        if isinstance(quantized.input, Quantizer):
-            self.input = _QDQ(quantized.input)
+        quantizes = isinstance(quantized.input, Quantizer)
+        self.input = _QDQ(quantized.input) if quantizes else nn.Identity()
         self.linear = isinstance(self.layer, nn.Linear)
         if self.format is not None:
             if not exportable_weight(self.format):

@@ -108,13 +108,6 @@ class IntegerLayer(nn.Module):
         return self.simulate(*inputs)
 
 
-class KeyProduct(nn.Module):
-    """q k^T of [..., N, d], a module of its own so that the ONNX exporter can replace it."""
-
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return q @ k.transpose(-1, -2)
-
-
 class QuantizedAttentionCore(nn.Module):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h] with quantizers before both products.
 
@@ -127,10 +120,9 @@ class QuantizedAttentionCore(nn.Module):
         attention = attention or replace(format, symmetric=False)
         formats = dict.fromkeys("qkv", format) | {"attention": attention}
         self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
-        self.product = KeyProduct()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = self.product(self.inputs["q"](q), self.inputs["k"](k)) * q.shape[-1] ** -0.5
+        scores = self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
         return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
 
 
