@@ -5,9 +5,9 @@ What follows the paper and what does not is said in docs/methods.md.
 """
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -29,35 +29,13 @@ ROWS = 128  # of attention scores that the ranking loss looks at, for each atten
 CHUNK = 2**21  # pairs at a time, so that they stay in the CPU's caches
 
 
-def similarity(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Choose scales of weights and inputs by the correlation of outputs (eq. 10-11)."""
-    _search(model, reference, batches, recipe, correlate=True, reduction=None)
-
-
-def ranking(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """As `similarity`, and by the ranking loss in attention (eq. 12), as a mean over pairs."""
-    _search(model, reference, batches, recipe, correlate=True, reduction="mean")
-
-
-def ranking_sum(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """As `ranking`, with the loss summed over all pairs, as published (eq. 13)."""
-    _search(model, reference, batches, recipe, correlate=True, reduction="sum")
-
-
-def ranking_alone(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Choose the scales that attention scores depend on by the ranking loss alone.
-
-    Other scales stay as their observers give them.
-    """
-    _search(model, reference, batches, recipe, correlate=False, reduction="mean")
-
-
 @torch.no_grad()
-def _search(model, reference, batches, recipe: Recipe, correlate: bool, reduction) -> None:
+def search(model, reference, batches, recipe: Recipe, correlate: bool, reduction=None) -> None:
     """Give each quantized layer the codes and scales of least loss.
 
-    The loss is mean(1 - correlation of outputs) + GAMMA * ranking loss. Scales start as their
-    observers give them, and each is multiplied by one of FACTORS. Layers are searched one by one,
+    The loss is mean(1 - correlation of outputs), if `correlate`, plus GAMMA * the ranking loss with
+    this `reduction` over pairs, if it is not None. Scales start as their observers give them, and
+    each that the loss depends on is multiplied by one of FACTORS. Layers are searched one by one,
     on what they take in in float. ValueError for a network without attention where a ranking loss
     is asked for.
     """
@@ -70,7 +48,7 @@ def _search(model, reference, batches, recipe: Recipe, correlate: bool, reductio
         )
     nearest(model, reference, batches, recipe)
     calibrate(model, reference, batches, recipe)
-    rank = functools.partial(mean_ranking_loss, reduction=reduction)
+    rank = partial(mean_ranking_loss, reduction=reduction)
     for name, layer in layers.items():
         attention = next((a for a in attentions if name in a.feeders), None)
         if correlate or attention:
@@ -78,6 +56,14 @@ def _search(model, reference, batches, recipe: Recipe, correlate: bool, reductio
     for name, core in model.named_modules():
         if isinstance(core, QuantizedAttentionCore):
             search_core(core, name, reference, batches, correlate, rank if reduction else None)
+
+
+# Steps of recipes: equations 10 and 11; with ranking, 12, as a mean over pairs or, as published, as
+# a sum (13); ranking alone, which leaves all scales that attention scores do not depend on.
+similarity = partial(search, correlate=True)
+ranking = partial(search, correlate=True, reduction="mean")
+ranking_sum = partial(search, correlate=True, reduction="sum")
+ranking_alone = partial(search, correlate=False, reduction="mean")
 
 
 # The loss.
@@ -102,12 +88,9 @@ def ranking_loss(scores: Tensor, quantized: Tensor, theta=THETA, reduction="mean
     Sum or mean over pairs i < j of max(0, theta - (q_i - q_j) sign(s_i - s_j)), eq. 13 there. It
     is not 0 for `quantized` that equals `scores`, if those are closer than theta.
     """
-    n = scores.shape[-1]
-    rows = max(1, CHUNK // n**2)
-    sums = []
-    for s, q in zip(scores.split(rows), quantized.split(rows)):
-        order = (s[:, :, None] - s[:, None]).sign_()
-        hinge = (q[:, :, None] - q[:, None]).mul_(order).neg_().add_(theta).clamp_(min=0)
+    n, sums = scores.shape[-1], []
+    for order, apart in _pairs(scores, quantized):
+        hinge = apart.mul_(order).neg_().add_(theta).clamp_(min=0)
         # Both halves of the square are alike, and its diagonal holds theta.
         sums.append((hinge.sum((1, 2)) - n * theta) / 2)
     total = torch.cat(sums)
@@ -122,12 +105,16 @@ def mean_ranking_loss(scores: Tensor, quantized: Tensor, reduction: str) -> floa
 
 def inverted_share(scores: Tensor, quantized: Tensor) -> float:
     """Return the share of the pairs in a row of scores [R, N] whose order `quantized` turns."""
-    n, inverted = scores.shape[-1], 0
-    rows = max(1, CHUNK // n**2)
-    for s, q in zip(scores.split(rows), quantized.split(rows)):
-        order = (s[:, :, None] - s[:, None]).sign_()
-        inverted += int((order * (q[:, :, None] - q[:, None]) < 0).sum())
+    n = scores.shape[-1]
+    inverted = sum(int((order * apart < 0).sum()) for order, apart in _pairs(scores, quantized))
     return inverted / max(1, len(scores) * n * (n - 1))
+
+
+def _pairs(scores: Tensor, quantized: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield sign(s_i - s_j) and q_i - q_j for all i and j, [r, N, N], of some rows at a time."""
+    rows = max(1, CHUNK // scores.shape[-1] ** 2)
+    for s, q in zip(scores.split(rows), quantized.split(rows)):
+        yield (s[:, :, None] - s[:, None]).sign_(), q[:, :, None] - q[:, None]
 
 
 # The search.
@@ -138,7 +125,7 @@ def descend(loss: Callable[[tuple], float], n: int) -> tuple[float, ...]:
 
     Never worse than all factors 1. `loss` is called once for each tuple of factors.
     """
-    loss = functools.cache(loss)
+    loss = cache(loss)
     best = (1.0,) * n
     for _ in range(ROUNDS):
         before = best
