@@ -110,7 +110,7 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
 @contextlib.contextmanager
 def running(model: nn.Module, followed: Iterable[str] | None = None):
     """Yield a list of the modules that run, the innermost last: of `followed`, or of all."""
-    names, handles = [], []
+    names = []
 
     def enter(name, *_):
         names.append(name)
@@ -118,15 +118,12 @@ def running(model: nn.Module, followed: Iterable[str] | None = None):
     def leave(*_):
         names.pop()
 
-    for name in dict(model.named_modules()) if followed is None else followed:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(partial(enter, name)))
-        handles.append(module.register_forward_hook(leave))
-    try:
+    with contextlib.ExitStack() as stack:
+        for name in dict(model.named_modules()) if followed is None else followed:
+            module = model.get_submodule(name)
+            stack.enter_context(module.register_forward_pre_hook(partial(enter, name)))
+            stack.enter_context(module.register_forward_hook(leave))
         yield names
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -139,15 +136,11 @@ def hooked(model: nn.Module, paths: dict, hook):
     def call(key, module, args, kwargs, output):
         return hook(key, args, kwargs, output)
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(partial(call, key), with_kwargs=True)
-        for key, path in paths.items()
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for key, path in paths.items():
+            register = model.get_submodule(path).register_forward_hook
+            stack.enter_context(register(partial(call, key), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Reached(Exception):
@@ -167,8 +160,7 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
         raise Reached
 
     register = layer.register_forward_pre_hook if what == "input" else layer.register_forward_hook
-    handle = register(keep)
-    try:
+    with register(keep):
         for x, *_ in batches:
             try:
                 model(x)
@@ -176,5 +168,3 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
                 yield seen.pop()
             else:
                 raise ValueError(NEVER_RAN)
-    finally:
-        handle.remove()
