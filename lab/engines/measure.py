@@ -65,9 +65,6 @@ def latency(runs: dict[str, Callable], n: int = 100, warmup: int = 10) -> dict:
     stats = {}
     for name, ms in times.items():
         median, p10, p90 = torch.tensor(ms, dtype=torch.float64).quantile(points).tolist()
-        stats[name] = {"median": median, "p10": p10, "p90": p90} | {
-            "runs": n,
-            "threads": 1,
-            "batch": 1,
-        }
+        of_times = {"median": median, "p10": p10, "p90": p90}
+        stats[name] = of_times | {"runs": n, "threads": 1, "batch": 1}
     return stats

@@ -9,10 +9,7 @@ from lab.machine import has_vnni
 
 NAME = "ort-static"
 PRODUCTS = ("Conv", "MatMul", "Gemm")  # operators to quantize
-
-
-def version() -> str:
-    return onnx_runtime.version()
+version = onnx_runtime.version
 
 
 def load(model, recipe, calibration, example) -> Loaded:
@@ -26,12 +23,10 @@ def load(model, recipe, calibration, example) -> Loaded:
     from ptq.export import to_onnx
 
     class Reader(CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter(calibration)
+        inputs = ({"images": x.contiguous().numpy()} for x, _ in calibration)
 
         def get_next(self):
-            x, _ = next(self.batches, (None, None))
-            return None if x is None else {"images": x.contiguous().numpy()}
+            return next(self.inputs, None)
 
     with tempfile.TemporaryDirectory() as folder:
         written, prepared, quantized = (Path(folder, f"{i}.onnx") for i in range(3))

@@ -7,17 +7,13 @@ PRECISION = "bf16"
 
 
 def version() -> str:
-    _require_bf16()
+    openvino, *_ = require("openvino", "onnx", "onnxscript")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise EngineMissing("this CPU does not compute in BF16")
     return openvino_cpu.version()
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    _require_bf16()
+    version()  # OpenVINO or the CPU may lack it
     network, size_bytes = openvino_cpu.exported(model, example)
     return openvino_cpu.loaded(network, size_bytes, precision=PRECISION)
-
-
-def _require_bf16() -> None:
-    openvino, *_ = require("openvino", "onnx", "onnxscript")
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise EngineMissing("this CPU does not compute in BF16")

@@ -5,10 +5,7 @@ from lab.engines import Loaded, openvino_nncf
 
 NAME = "nncf-control"
 MAX_DROP = 0.001  # of the share of calibration images that are right
-
-
-def version() -> str:
-    return openvino_nncf.version()
+version = openvino_nncf.version
 
 
 def load(model, recipe, calibration, example) -> Loaded:
