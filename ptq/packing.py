@@ -109,13 +109,12 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
 
 
 def check_patterns(recipe: Recipe) -> None:
-    """Raise ValueError if a recipe that came from a file has a pattern that is none, or one that
-    could take forever to match."""
+    """Raise ValueError if a pattern of a recipe from a file is not valid, or slow to match."""
     for pattern in (*(spec.pattern for spec in recipe.layers), recipe.units or ""):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern[:40]!r} is no pattern: {error}") from error
+            raise ValueError(f"{pattern[:40]!r} is not a pattern: {error}") from error
         if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
             raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
 
@@ -165,4 +164,4 @@ def _scales_of_input(model: nn.Module, name: str) -> int | None:
 def _check_grid(name: str, scale: Tensor, codes_fit: bool) -> None:
     good = scale.dtype == torch.float32 and scale.dim() == 1 and len(scale) > 0
     if not (good and codes_fit and (scale > 0).all()):
-        raise ValueError(f"codes or scales of {name} are none")
+        raise ValueError(f"codes or scales of {name} are not those of its format")

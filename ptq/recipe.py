@@ -5,7 +5,7 @@ A recipe can be printed, compared, saved beside its result (`asdict`) and read b
 
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import get_args, get_origin
 
 from ptq.formats import Log2, PowerOfTwo, Uniform
@@ -125,7 +125,7 @@ class Recipe:
         ValueError for anything that `asdict` did not write.
         """
         try:
-            rebuilt = rebuild(plain)
+            rebuilt = _rebuild(plain)
         except ValueError as error:
             raise ValueError(f"not a recipe: {error}") from error
         if not isinstance(rebuilt, Recipe):
@@ -147,27 +147,28 @@ _TYPES = {t.__name__: t for t in (Recipe, LayerSpec, Uniform, PowerOfTwo, Log2)}
 
 
 def _plain(value):
-    if is_dataclass(value):
-        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value) if _told(value, f)}
-        return {"type": type(value).__name__} | plain
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if not is_dataclass(value):
+        return value
+    plain = {"type": type(value).__name__}
+    for f in fields(value):
+        if f.metadata != LATER or getattr(value, f.name) != f.default:
+            plain[f.name] = _plain(getattr(value, f.name))
+    return plain
 
 
-def _told(value, of: Field) -> bool:
-    return not of.metadata or getattr(value, of.name) != of.default
-
-
-def rebuild(plain):
+def _rebuild(plain):
     """Return a recipe or a part of one from the plain values of `asdict`; ValueError for others."""
     if isinstance(plain, list):
-        return tuple(rebuild(v) for v in plain)
+        return tuple(_rebuild(v) for v in plain)
     if not isinstance(plain, dict):
         return plain
     kind = _TYPES.get(plain.get("type")) if isinstance(plain.get("type"), str) else None
     if kind is None:
-        raise ValueError(f"no part of one is a {str(plain.get('type'))[:40]!r}")
+        raise ValueError(f"there is no type {str(plain.get('type'))[:40]!r}")
     types = {f.name: f.type for f in fields(kind)}
-    values = {k: rebuild(v) for k, v in plain.items() if k != "type"}
+    values = {k: _rebuild(v) for k, v in plain.items() if k != "type"}
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"a {plain['type']} has no {name[:40]}")

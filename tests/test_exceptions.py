@@ -108,8 +108,8 @@ def test_options_that_do_not_go_together(monkeypatch, capsys):
         ({"name": "../w8a8"}, "a recipe in a file has layers and a name"),
         ({"layers": [], "steps": []}, "a recipe in a file has layers and a name"),
         ({"steps": 3}, "steps of a Recipe can't be '3'"),
-        ({"type": "Layer"}, "no part of one is a 'Layer'"),
-        ({"units": "stages("}, "'stages(' is no pattern"),
+        ({"type": "Layer"}, "there is no type 'Layer'"),
+        ({"units": "stages("}, "'stages(' is not a pattern"),
         ({"units": r"(\w+)+x"}, "repeats too much for a file's"),
     ],
 )

@@ -98,5 +98,5 @@ def test_scales_of_inputs_are_as_many_as_the_format_says(name, saved, tmp_path):
     bad = tmp_path / "bad.safetensors"
     for wrong in (tensors[name][:0], tensors[name].repeat(2)):
         save_file(tensors | {name: wrong}, bad, metadata=header)
-        with pytest.raises(ValueError, match="codes or scales of .*input are none"):
+        with pytest.raises(ValueError, match="codes or scales of .*input are not"):
             packing.load(bad, model)

@@ -2,7 +2,8 @@
 
 Each is a function (model, recipes, batches) -> {name of a layer: {bits: cost}}. `recipes`: {bits:
 a recipe that gives every weight so many}. Weights are rounded to nearest, inputs stay in float.
-Costs of one measure compare and add up across layers, to first order. Those of two do not.
+Costs of one measure compare and add up across layers, to first order. Costs of different measures
+do not.
 """
 
 import contextlib
@@ -71,12 +72,11 @@ def following(norm: nn.BatchNorm2d, before: tuple[Tensor, Tensor]):
         variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
         norm.running_mean, norm.running_var = shifted(trained, (mean, variance), before)
 
-    handle = norm.register_forward_pre_hook(follow)
-    try:
-        yield
-    finally:
-        handle.remove()
-        norm.running_mean, norm.running_var = trained.running_mean, trained.running_var
+    with norm.register_forward_pre_hook(follow):
+        try:
+            yield
+        finally:
+            norm.running_mean, norm.running_var = trained.running_mean, trained.running_var
 
 
 def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:

@@ -278,8 +278,8 @@ def attention(core: LogSoftmaxCore, q: Tensor, k: Tensor) -> Tensor:
 def block_of(model: nn.Module, layer: str) -> str:
     """Return the name of the block that holds a layer.
 
-    It is the outermost element of a list or sequence of modules that is no such list itself, or
-    the layer where there is none.
+    Blocks are the outermost elements of lists and sequences that are not lists themselves. Without
+    one, it is the layer itself.
     """
     sequences = (nn.Sequential, nn.ModuleList)
     parts = layer.split(".")

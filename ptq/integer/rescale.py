@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OutOfRange(ValueError):
-    """A value does not fit the register that an integer operator has for it, or a scale is none."""
+    """A value does not fit its register in an integer operator, or a scale is not above 0."""
 
 
 def fits(values: Tensor, bits: int, what: str) -> Tensor:

@@ -50,8 +50,8 @@ def vit_recipe(
     `parts`: of PARTS. `share`: of their layers and products, drawn with `seed`; a larger share
     contains a smaller one of the same seed. The recipe names those that were drawn.
 
-    ValueError for words that there are none of, a share that is not above 0 and at most 1, and a
-    part that the network does not have.
+    ValueError for an unknown method or part, a share that is not above 0 and at most 1, and a part
+    that the network does not have.
     """
     granularity, observer = chosen(METHODS, method, "method")
     if not 0 < share <= 1:
