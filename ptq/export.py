@@ -156,12 +156,7 @@ class _QDQ(nn.Module):
 
 def _dequantized(codes: Tensor, grid, attrs, shape) -> Tensor:
     return torch.onnx.ops.symbolic(
-        "DequantizeLinear",
-        (codes, *grid),
-        attrs,
-        dtype=torch.float32,
-        shape=shape,
-        version=OPSET,
+        "DequantizeLinear", (codes, *grid), attrs, dtype=torch.float32, shape=shape, version=OPSET
     )
 
 

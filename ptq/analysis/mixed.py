@@ -219,10 +219,7 @@ def allocation(costs: Mapping, prices: Mapping, budget: float, fixed=0.0, unit="
         1000 * cost / (cost.max() or 1.0),
         integrality=np.ones_like(cost),
         bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(price, ub=budget - fixed),
-        ],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price, ub=budget - fixed)],
         options={"mip_rel_gap": 0},
     )
     if solved.status != 0:

@@ -67,15 +67,9 @@ ABLATION = (
     _w8a8("tensor", "with one scale per weight tensor", weight=Uniform(8)),
     _w8a8("early", "with 8-bit inputs of the first five layers, too", layers(8, 8)[1:]),
     _w8a8(
-        "norms",
-        "with 8-bit inputs of layer norms, too",
-        (*layers(8, 8), _pointwise(r".*norm\d?")),
+        "norms", "with 8-bit inputs of layer norms, too", (*layers(8, 8), _pointwise(r".*norm\d?"))
     ),
-    _w8a8(
-        "silu",
-        "with 8-bit inputs of SiLU, too",
-        (*layers(8, 8), _pointwise(SILU)),
-    ),
+    _w8a8("silu", "with 8-bit inputs of SiLU, too", (*layers(8, 8), _pointwise(SILU))),
     Recipe("w8a7", "with 7 bits for activations", layers(8, 7), W8A8_STEPS, **CALIBRATED),
     _fx("", "what torch FX rounds, in 7 bits"),
     _fx("-8bit", "in 8 bits", bits=8),
