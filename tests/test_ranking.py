@@ -12,6 +12,7 @@ from torch import nn
 
 import ptq
 from ptq.formats import Uniform
+from ptq.graph import captured
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer
 from ptq.methods import ranking
 from ptq.methods.ranking import (
@@ -216,6 +217,7 @@ def test_a_part_of_the_rows_is_drawn_alike_each_time(monkeypatch):
 
 
 BATCHES = [(draw(4, 3, 32, 32, seed=i), None) for i in range(2)]
+PLACE = "body.2.layers.0.attn.core"  # of the one attention in a small network
 
 
 def of_attention(steps, bits=4):
@@ -228,24 +230,15 @@ def of_attention(steps, bits=4):
 
 def scores_of(network, quantized):
     """q k^T [R, N] of the one attention of a network, in float and quantized."""
-    seen = []
-    place = "body.2.layers.0.attn.core"
-
-    def keep(_, inputs):
-        seen.append(inputs)
-
-    handles = [
-        network.get_submodule(place).register_forward_pre_hook(keep),
-        quantized.get_submodule(place).product.register_forward_pre_hook(keep),
-    ]
+    rounded = quantized.get_submodule(PLACE).inputs
+    scores = {network: [], quantized: []}
     with torch.no_grad():
-        for model in (network, quantized):
-            for x, _ in BATCHES:
-                model(x)
-    for handle in handles:
-        handle.remove()
-    scores = [(q @ k.mT).flatten(0, -2) for q, k, *_ in seen]
-    return torch.cat(scores[:2]), torch.cat(scores[2:])
+        for model, of_model in scores.items():
+            for q, k, _ in captured(model, model.get_submodule(PLACE), BATCHES, "input"):
+                if model is quantized:
+                    q, k = rounded["q"](q), rounded["k"](k)
+                of_model.append((q @ k.mT).flatten(0, -2))
+    return [torch.cat(of_model) for of_model in scores.values()]
 
 
 def test_ranking_alone_leaves_all_else_and_keeps_attention_in_better_order():
