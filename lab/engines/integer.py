@@ -16,8 +16,10 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` as a network of integers; BadInput if one of its layers has no integer form, or none
-    for images of the example's size."""
+    """Return `model` as a network of integers.
+
+    BadInput if a layer has no integer form, or none for images of the example's size.
+    """
     try:
         network = ptq.integer_network(model)
         network(network.encode(example))

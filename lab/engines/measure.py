@@ -43,10 +43,10 @@ def over(batches, act: Callable, workers=1) -> tuple[Tensor, ...]:
 
 
 def latency(runs: dict[str, Callable], n: int = 100, warmup: int = 10) -> dict:
-    """Milliseconds a call of each of `runs` takes, for one image on one thread: median, p10 and p90
-    of `n`.
+    """Return the milliseconds that a call of each of `runs` takes, for one image on one thread.
 
-    The runs take turns, so that a change of the machine's speed meets all of them alike.
+    {name: {"median", "p10", "p90", "runs", "threads", "batch"}}, of `n` calls. The runs
+    take turns, so that a change of the machine's speed meets all of them alike.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -38,8 +38,10 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def loaded(path: Path) -> Loaded:
-    """The network of an ONNX file, one thread a call. Leaves a file beside `path`. ValueError if
-    that one is damaged."""
+    """Return the network of an ONNX file, which runs on one thread a call.
+
+    Leaves the optimised file beside `path`. ValueError for a file that is damaged.
+    """
     ort, *_ = require("onnxruntime", "onnx")
     optimised = path.with_suffix(".optimised.onnx")
     options = ort.SessionOptions()

@@ -13,9 +13,11 @@ version = onnx_runtime.version
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` quantized by ONNX Runtime as its guide recommends for x86: QDQ, prepared graph,
-    weights in INT8 per channel, kept to 7 bits on CPUs without VNNI, activations in UINT8 from
-    their extremes over every image of `calibration`, a sequence of (input, labels)."""
+    """Return `model` quantized by ONNX Runtime as its guide recommends for x86.
+
+    That is: QDQ, a prepared graph, INT8 weights per channel, of 7 bits on CPUs without VNNI, and
+    UINT8 activations, from their extremes over every image of `calibration`.
+    """
     require("onnxruntime", "onnx", "onnxscript")
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -45,8 +45,10 @@ def exported(model, example) -> tuple:
 
 
 def loaded(network, size_bytes: int, precision: str = PRECISION) -> Loaded:
-    """A network compiled for one thread a call, in `precision` where it is not quantized. Each
-    calling thread gets one of its own."""
+    """Compile a network for one thread a call, in `precision` where it is not quantized.
+
+    Each calling thread gets a network of its own.
+    """
     core = require("openvino")[0].Core()
     network = channels_last(network)
     lock, local = threading.Lock(), threading.local()
@@ -67,9 +69,10 @@ def loaded(network, size_bytes: int, precision: str = PRECISION) -> Loaded:
 
 
 def channels_last(network):
-    """A copy of `network`, for images [1, 3, S, S], that takes [1, S, S, 3] instead: the order in
-    which OpenVINO computes and in which tensors of images lie in memory here, so that none is
-    copied."""
+    """Return a copy of `network`, for images [1, 3, S, S], that takes [1, S, S, 3] instead.
+
+    OpenVINO computes in that order, and images lie in memory in that order, so none is copied.
+    """
     openvino, preprocess = require("openvino", "openvino.preprocess")
     steps = preprocess.PrePostProcessor(network.clone())
     steps.input().tensor().set_layout(openvino.Layout("NHWC"))
@@ -83,8 +86,11 @@ def _images(x) -> list:
 
 
 def one_thread(precision: str) -> dict:
-    """Settings to compile a network with for one thread a call. Dynamic quantization stays as it is
-    by default, on: without it `w4` is about 7 % slower, and its logits change by 0.006."""
+    """Return the settings to compile a network with for one thread a call.
+
+    Dynamic quantization stays on, as it is by default: without it `w4` is about 7 % slower, and its
+    logits change by 0.006.
+    """
     return {
         "INFERENCE_NUM_THREADS": 1,
         "NUM_STREAMS": 1,

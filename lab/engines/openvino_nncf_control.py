@@ -1,5 +1,7 @@
-"""NNCF's accuracy-aware quantization: operations go back to float, those that matter most first,
-until hardly an image is lost."""
+"""NNCF's accuracy-aware quantization.
+
+Operations go back to float, those that matter most first, until hardly an image is lost.
+"""
 
 from lab.engines import Loaded, openvino_nncf
 

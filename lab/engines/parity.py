@@ -31,8 +31,11 @@ NOISE = 0.5
 
 @dataclass(frozen=True)
 class Parity:
-    """How a file did in one setting: `same` of `images` came out as expected in the worst of
-    `passes`. With a `reason`, it was not checked or, if there were passes, did not run."""
+    """How a file did in one setting.
+
+    `same` of `images` came out as expected in the worst of `passes`. With a `reason`, the file was
+    not checked, if there were no passes, or did not run.
+    """
 
     engine: str
     setting: str = ""
@@ -93,8 +96,11 @@ def _right(run: Run, inputs: Sequence[Tensor], expected: Tensor, size: int) -> t
 
 
 def as_expected(outputs: Tensor, expected: Tensor) -> Tensor:
-    """Which images got the expected class [N] or, of more outputs [N, ...], these with little
-    noise: bool [N]. Outputs that are not finite are never as expected."""
+    """Say which images came out as expected: bool [N].
+
+    They got the expected class [N] or, where outputs have more dimensions [N, ...], outputs with
+    little noise. Outputs that are not finite are never as expected.
+    """
     if expected.dim() == 1:
         return (outputs.argmax(1) == expected) & outputs.isfinite().all(1)
     noise = (outputs - expected).flatten(1).square().mean(1)

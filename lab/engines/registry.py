@@ -30,8 +30,11 @@ def engines_for(recipe, names=tuple(engine.NAME for engine in OURS)) -> list:
 
 
 def row_kind(recipe, engine) -> str:
-    """Say "simulated" where floats stand in for numbers of few bits, "integer" where integers alone
-    compute but not fast, otherwise "measured"."""
+    """Return the kind of an engine's rows: "simulated", "integer" or "measured".
+
+    Simulated are those where floats stand in for numbers of few bits, integer those where integers
+    alone compute, but not fast.
+    """
     if engine is integer:
         return "integer"
     simulates = engine is published or (engine is torch_eager and recipe.layers)

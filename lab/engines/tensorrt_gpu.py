@@ -50,8 +50,10 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def built(path: Path, shape) -> bytes:
-    """The engine that TensorRT builds from an ONNX file for 1 to CPU_BATCH images of a shape, and
-    tunes for one. ValueError if it does not take the file."""
+    """Return the engine that TensorRT builds from an ONNX file for images of a shape.
+
+    It takes 1 to CPU_BATCH images and is tuned for one. ValueError if TensorRT refuses the file.
+    """
     trt = _tensorrt()
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)

@@ -1,5 +1,4 @@
-"""torch, operator by operator, in float32: the reference, and the stage on which quantized values
-are simulated."""
+"""torch, operator by operator, in float32: the reference, which simulates quantized values, too."""
 
 import torch
 

@@ -1,5 +1,7 @@
-"""torch's FX graph mode quantization: INT8 kernels behind torch.ao.quantization, torch's own
-observers and settings. The published baseline, kept as it was done."""
+"""torch's FX graph mode quantization: the published baseline, kept as it was done.
+
+INT8 kernels behind torch.ao.quantization, with torch's own observers and settings.
+"""
 
 import copy
 import warnings

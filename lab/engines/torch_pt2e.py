@@ -23,8 +23,10 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` quantized with the default settings for x86 on every image of `calibration`, a
-    sequence of (input, labels), then compiled for one image and one thread a call."""
+    """Return `model` quantized with the default settings for x86 on all of `calibration`.
+
+    It is compiled for one image and one thread a call.
+    """
     require("torchao")
     from torch._dynamo.utils import counters
     from torch._inductor import config
