@@ -1,9 +1,15 @@
 """Engines of torch, and how every engine is judged and timed."""
 
+import json
+import sys
+
 import pytest
 import torch
 from conftest import ROOT
 
+from lab.bench import __main__ as bench
+from lab.bench import quantization
+from lab.bench.forked import forked
 from lab.bench.quantization import engines
 from lab.cli import BadInput
 from lab.engines import EngineMissing, torch_eager, torch_fx
@@ -110,3 +116,21 @@ def test_latency_is_single_threaded_and_restores_the_threads():
 def test_a_benchmark_of_nothing_that_runs_is_one_line():
     with pytest.raises(BadInput, match="nothing can be timed here"):
         engines(ROOT / "checkpoints" / "mobilevit_xxs" / "best.pth", ["fp16"], 1)  # simulated
+
+
+def test_an_engine_that_fails_is_told_and_the_others_are_timed(checkpoint, monkeypatch, tmp_path):
+    def load(*_):
+        raise RuntimeError("no compiler\nand more")
+
+    here = lambda recipe: [torch_fx if recipe.peer else torch_eager]  # noqa: E731
+    monkeypatch.setattr(torch_fx, "load", load)
+    monkeypatch.setattr(quantization, "engines_for", here)
+    flags = ["--recipes", "int8-fx", "fp32", "--checkpoint", checkpoint, "--output", tmp_path]
+    words = ["lab.bench", "engines", *flags, "--latency-runs", 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    outcome = forked(bench.main, tmp_path)
+    says = "int8-fx@torch-fx: failed, RuntimeError: no compiler"
+    assert (outcome.code, outcome.err) == (1, says + "\n")
+    (path,) = tmp_path.glob("engines-*.json")
+    found = json.loads(path.read_text())
+    assert found["faults"] == [says] and list(found["latency_ms"]) == ["fp32@torch-eager"]

@@ -9,7 +9,8 @@
 
 Each prints what it writes: results/benchmarks/NAME.json, or, for engines, profile and tensorrt,
 NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Only ratios carry over to other
-machines. abuse exits with 1 if something ends otherwise than docs/robustness.md says.
+machines. Exit code 1: something failed. Of engines it is one of them, and the others are timed all
+the same; of abuse, something ended otherwise than docs/robustness.md says.
 """
 
 from lab import cli

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 
 import torch
 
@@ -39,10 +40,11 @@ PROFILED = (
 def engines(checkpoint, names, n_calls: int) -> dict:
     """Milliseconds an image of every method on every engine, all called in turn on one thread.
 
-    `checkpoint`: path of the network. `names`: recipes. `n_calls`: timed calls of each.
+    `checkpoint`: path of the network. `names`: recipes. `n_calls`: timed calls of each. "faults" in
+    the result has a line for each method that failed on an engine.
     """
     model, described, batches, example = on_noise(checkpoint)
-    runs, versions, recipes = {}, {}, {}
+    runs, versions, recipes, faults = {}, {}, {}, []
     for recipe in recipes_for(model, names):
         network = ptq.quantize(model, to_nearest(recipe), batches)
         for engine in engines_for(recipe):
@@ -57,7 +59,8 @@ def engines(checkpoint, names, n_calls: int) -> dict:
                 continue
             except Exception as error:  # such as no compiler for PT2E; the others go on
                 reason = str(error).split("\n")[0]
-                print(f"{what}: failed, {type(error).__name__}: {reason}")
+                faults.append(f"{what}: failed, {type(error).__name__}: {reason}")
+                print(faults[-1], file=sys.stderr)
                 continue
             runs[what] = functools.partial(run, example)
             recipes[recipe.name] = recipe.asdict()
@@ -67,6 +70,7 @@ def engines(checkpoint, names, n_calls: int) -> dict:
         "recipes": recipes,
         "engine_versions": versions,
         "latency_ms": latency(runs, n_calls),
+        "faults": faults,
     }
 
 
