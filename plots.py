@@ -44,9 +44,12 @@ def main():
     from lab.report.figures import FIGURES  # matplotlib takes a second that --check need not
     from lab.report.style import save
 
+    folder = Path(args.figures or Path(args.results, "figures"))
     for name, draw in FIGURES.items():
         if figure := draw(found):
-            save(figure, Path(args.figures or Path(args.results, "figures"), name))
+            paths = [folder / f"{name}{suffix}" for suffix in (".png", ".svg")]
+            save(figure, *paths)
+            print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ from lab.outputs import answered, export_files, prediction_text, write_reports
 from lab.pictures import picture_path, write_picture
 from lab.profiles import profile_folder, write_profile
 from lab.recipes import checked_recipe, recipe_of
-from lab.report.compare import compare_rows, comparison_table
+from lab.report.compare import compare_rows
 from lab.report.rows import comparable, has_predictions, read_row, reusable_row, row_path, setting
-from lab.report.tables import in_protocol, printed, products_text, results_table
+from lab.report.tables import in_protocol, markdown, printed, products_text, results_table
 from lab.subject import Subject, load_subject, named
 from ptq import packing
 from ptq.analysis.energy import energy_by_prices
@@ -234,7 +234,7 @@ def repeat_rows(args) -> int:
         print(printed(row), flush=True)
     if not lines:
         raise BadInput("nothing was measured: the engines of these rows can't run here")
-    print(f"\nShipped / measured here, on the images measured here:\n{comparison_table(lines)}")
+    print(f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}")
     return status
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from lab.files import atomic, require_absent, require_writable
+from lab.files import require_absent, require_writable
 from lab.report import style
 from lab.subject import Subject
 from lab.tasks.boxes import detections
@@ -49,9 +49,7 @@ def write_picture(path: Path, subject: Subject, image, outputs: dict[str, Tensor
         seen |= draw(axis, of_network, height, width)
     patches = [Patch(color=colour(k), label=subject.images.classes[k]) for k in sorted(seen)]
     fig.legend(handles=patches, loc="outside lower center", ncols=6)
-    with atomic(path) as tmp:
-        fig.savefig(tmp, format="png", dpi=150)
-    style.plt.close(fig)
+    style.save(fig, path, dpi=150)
     print(path)
 
 

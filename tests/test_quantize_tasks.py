@@ -103,7 +103,7 @@ def test_rows_hold_the_metric_of_the_task(made, tmp_path):
     assert f"| {column} | Changed |" in out and "| - |" in out and "| yes |" in out
     fails_with_one_line(*repeat, "--test-images", "2", says="has one score for 6 images")
     files.write_json(shipped, simulated | {"score": {"map_pct": 3.0}})
-    fails_with_one_line(*repeat, says=f"score lacks {metric}")
+    fails_with_one_line(*repeat, says="score lacks accuracy_pct or map50_pct or miou_pct")
 
 
 def test_held_out_are_the_images_that_choose_the_weights(made, tmp_path):

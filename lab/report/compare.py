@@ -2,7 +2,7 @@
 
 from lab.files import MB
 from lab.report.rows import METRICS, has_predictions, metric
-from lab.report.tables import accuracy, markdown, speed_up
+from lab.report.tables import accuracy, changed_predictions, speed_up
 
 POINTS, CHANGED_PCT, SIZE_PCT = 0.5, 2.0, 1.0  # how far the two may be apart
 
@@ -17,9 +17,9 @@ def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict
     n = measured["n_images"]
     shipped_pct, changed_pct, changed = accuracy(shipped), 0.0, "-"
     if has_predictions(shipped):
-        theirs, ours = shipped["predictions"][:n], measured["predictions"]
+        theirs = shipped["predictions"][:n]
         shipped_pct = 100 * sum(a == b for a, b in zip(theirs, labels, strict=True)) / n
-        changed_pct = 100 * sum(a != b for a, b in zip(theirs, ours, strict=True)) / n
+        changed_pct = 100 * changed_predictions(measured, {"predictions": theirs}) / n
         changed = f"{changed_pct:.2f} %"
     measured_pct = accuracy(measured)
     size_pct = 100 * (measured["size_bytes"] / shipped["size_bytes"] - 1)
@@ -38,8 +38,3 @@ def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict
         "Agree": "yes" if agree else "NO",
     }
     return line, agree
-
-
-def comparison_table(lines: list[dict[str, str]]) -> str:
-    """The lines of `compare_rows` as Markdown."""
-    return markdown(lines)

@@ -6,12 +6,12 @@ what `lab.bench profile` measures.
 
 import csv
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.files import atomic
+import numpy as np
+
 from lab.report import style
 from lab.report.tables import cell, markdown
 
@@ -210,10 +210,7 @@ def write_histograms(profile: dict, folder: Path) -> list[Path]:
     for first in range(0, len(tensors), per_sheet):
         shown = tensors[first : first + per_sheet]
         path = folder / f"histograms-{first // per_sheet + 1:02}.png"
-        with atomic(path) as tmp:
-            figure = histogram_sheet(shown)
-            figure.savefig(tmp, format="png", dpi=100)
-            style.plt.close(figure)
+        style.save(histogram_sheet(shown), path, dpi=100)
         paths.append(path)
     return paths
 
@@ -226,11 +223,9 @@ def histogram_sheet(tensors: list[dict]):
         axis.axis("off")
     for axis, tensor in zip(axes.flat, tensors):
         picture = tensor["histogram"]
-        step = (picture["high"] - picture["low"]) / len(picture["float"])
-        edges = [picture["low"] + i * step for i in range(len(picture["float"]) + 1)]
-        before, after = ([math.log1p(n) for n in picture[key]] for key in ("float", "quantized"))
-        axis.stairs(before, edges, fill=True, color=style.SKY)
-        axis.stairs(after, edges, color=style.VERMILION, linewidth=0.8)
+        edges = np.linspace(picture["low"], picture["high"], len(picture["float"]) + 1)
+        axis.stairs(np.log1p(picture["float"]), edges, fill=True, color=style.SKY)
+        axis.stairs(np.log1p(picture["quantized"]), edges, color=style.VERMILION, linewidth=0.8)
         axis.set_yticks([])
         axis.set_title(f"{tensor['layer']}, {tensor['role']}", fontsize=style.SMALL, loc="left")
     return fig

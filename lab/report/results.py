@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lab.report.benchmarks import load_benchmarks
 from lab.report.rows import PUBLISHED, is_published, load_rows
 from lab.report.runs import load_report, load_runs
-from lab.report.tables import SIZE_SWEEP, in_order, in_protocol, model_order
+from lab.report.tables import SIZE_SWEEP, in_order, in_protocol, model_order, on_usual_cpu
 
 REPORTED = {"model": "mobilevit_xxs", "recipes": ("w8a8-early", "int8-fx")}  # layer by layer
 
@@ -48,12 +48,12 @@ class Results:
 
     @property
     def input_sizes(self) -> list[dict]:
-        """The rows of a sweep over input sides, for models that have more than one side."""
+        """The rows of a sweep over input sides, of models with several and on one kind of CPU."""
         usual = {"split": "test", "engine": "openvino", "seed": PUBLISHED["seed"]}
         swept = [row for row in self.every_row if usual.items() <= row.items()]
         swept = [row for row in swept if row["recipe"]["name"] in SIZE_SWEEP]
         several = {row["model"] for row in swept if not is_published(row)}
-        return in_order([row for row in swept if row["model"] in several])
+        return on_usual_cpu(in_order([row for row in swept if row["model"] in several]))
 
 
 def load_results(results, checkpoints) -> Results:

@@ -2,12 +2,12 @@
 
 import math
 
+import numpy as np
 from matplotlib.lines import Line2D
 
 from lab.files import MB
 from lab.report import style, tables
 from lab.report.results import Results
-from lab.report.rows import is_published
 from lab.report.tables import accuracy, models_of, short_name
 
 HEADLINE = {  # (recipe, engine): label, colour, marker
@@ -20,38 +20,39 @@ HEADLINE = {  # (recipe, engine): label, colour, marker
 }
 LOSS_SHOWN = 4  # points; what loses more is drawn below the break of the axis
 BELOW = 4.75  # where
-METHODS = ("FP32", "FP16", "INT8, FX", "INT4")  # short for tables.TITLES
-SHORT = dict(zip(tables.TITLES, METHODS))
-LABELLED = {"fp32": "center", "w8a8": "center", "w4": "left"}  # in the figure of sizes; where
+METHODS = {"fp32": "FP32", "fp16": "FP16", "int8-fx": "INT8, FX", "int4-percentile": "INT4"}
+# Of `methods`: label and digits. Milliseconds measured apart don't compare, shares of FP32's do.
+PANELS = (("test accuracy, %", ".1f"), ("size, MB", ".2f"), ("time, % of FP32's", ".0f"))
+LABELLED = {"fp32": "center", "w8a8": "center", "w4": "left"}  # in `pareto`: where the text stands
+
+
+def lost(row, rows) -> float:
+    """Points of accuracy that a row has less than FP32 in torch, which is one of `rows`."""
+    return accuracy(tables.baseline_of(row, rows)) - accuracy(row)
 
 
 def headline(found: Results):
     """Accuracy lost against speed-up: ours and what people would otherwise use, a panel a model."""
-    rows = [row for row in found.rows if tables.method(row) in HEADLINE]
+    rows = tables.on_usual_cpu([row for row in found.rows if tables.method(row) in HEADLINE])
+    rows = [row for row in rows if tables.baseline_of(row, found.rows)]
     if not rows:
         return None
-    cpu = tables.usual_cpu(rows)
-    rows = [row for row in rows if tables.cpu_kind(row) == cpu]
-    losses = {id(row): loss for row in rows if (loss := lost(row, found.rows)) is not None}
-    rows = [row for row in rows if id(row) in losses]
     models = models_of(rows)
-    if not rows:
-        return None
-    fig, axes = style.canvas(1, len(models), 3.7, headline_finding(rows, losses), sharey=True)
+    fig, axes = style.canvas(1, len(models), 3.7, headline_finding(rows, found.rows), sharey=True)
     for model, axis in zip(models, axes[0]):
         for row in rows:
             if row["model"] == model:
-                draw_loss(axis, row, losses[id(row)])
+                draw_loss(axis, row, lost(row, found.rows))
         axis.set_title(short_name(model), loc="left", fontweight="bold")
         axis.set_xlabel("times as fast as FP32 in torch")
         axis.set_xlim(0.8, 0.25 + max(map(tables.speed_up, rows)))
         axis.grid(visible=False, axis="x")
-    set_losses(axes[0], max(losses[id(row)] for row in rows))
+    set_losses(axes[0], max(lost(row, found.rows) for row in rows))
     axes[0][0].set_ylabel("accuracy lost, points")
     shown = [key for key in HEADLINE if any(tables.method(row) == key for row in rows)]
     handles = [Line2D([], [], **mark(key)) for key in shown]
     how = {"ncols": len(handles), "columnspacing": 1, "handletextpad": 0.2}
-    title = f"one image, one thread, {cpu}"
+    title = f"one image, one thread, {tables.cpu_kind(rows[0])}"
     fig.legend(handles=handles, loc="outside lower center", title=title, **how)
     return fig
 
@@ -62,24 +63,17 @@ def set_losses(axes, most: float) -> None:
         axes[0].set_ylim(max(0.5, 1.15 * most), -0.09)
         return
     for axis in axes:
-        axis.axhline(LOSS_SHOWN + 0.3, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axis.axhline(LOSS_SHOWN + 0.3, **style.DASHED)
     axes[0].set_ylim(BELOW + 0.4, -0.4)
     ticks = range(LOSS_SHOWN + 1)
     axes[0].set_yticks([*ticks, BELOW], [*map(str, ticks), "more"])
-
-
-def lost(row, rows) -> float | None:
-    """Points of accuracy that a row has less than FP32 in torch."""
-    baseline = tables.baseline_of(row, rows)
-    return None if baseline is None else accuracy(baseline) - accuracy(row)
 
 
 def draw_loss(axis, row, loss: float) -> None:
     x, y = tables.speed_up(row), loss if loss <= LOSS_SHOWN else BELOW
     axis.plot(x, y, clip_on=False, zorder=3, **mark(tables.method(row)))
     if loss > LOSS_SHOWN:
-        beside = {"textcoords": "offset points", "xytext": (8, 0), "va": "center"}
-        axis.annotate(f"{loss:.1f}", (x, y), fontsize=style.SMALL, **beside)
+        style.note(axis, f"{loss:.1f}", (x, y), (8, 0), va="center")
 
 
 def mark(key) -> dict:
@@ -89,19 +83,18 @@ def mark(key) -> dict:
     return {"label": label, "color": colour, "marker": marker, "linestyle": "none"} | size
 
 
-def headline_finding(rows, losses) -> str:
+def headline_finding(shown, rows) -> str:
     """What the panels have in common, if the same method is fastest in all of them."""
     fastest = [
-        max((r for r in rows if r["model"] == m), key=tables.speed_up) for m in models_of(rows)
+        max((r for r in shown if r["model"] == m), key=tables.speed_up) for m in models_of(shown)
     ]
     if len({tables.method(row) for row in fastest}) > 1:
         return "Accuracy lost against speed-up, a mark a method"
     label = HEADLINE[tables.method(fastest[0])][0]
-    most = max(losses[id(row)] for row in fastest)
     speeds = [tables.speed_up(row) for row in fastest]
     return (
         f"{label} is the fastest of these, {min(speeds):.1f} to {max(speeds):.1f} times FP32, "
-        f"and loses at most {most:.2f} points"
+        f"and loses at most {max(lost(row, rows) for row in fastest):.2f} points"
     )
 
 
@@ -111,41 +104,32 @@ def methods(found: Results):
     models = models_of(found.protocol)
     if not models:
         return None
-    panels = (
-        ("test accuracy, %", accuracy, lambda model, p: p[0], "{:.1f}"),
-        ("size, MB", lambda row: row["size_bytes"] / MB, lambda model, p: p[1], "{:.2f}"),
-        # Against FP32 called in turn: milliseconds of rows measured apart don't compare.
-        ("time, % of FP32's", time_pct, published_time_pct, "{:.0f}"),
-    )
-    height = 1.6 + 0.31 * len(models) * len(METHODS)
-    fig, axes = style.canvas(1, 3, height, methods_finding(rows, models), sharey=True)
-    colour = style.colours(tables.TITLES)
-    for axis, (label, ours, theirs, form) in zip(axes[0], panels):
-        for i, model in enumerate(models):
-            for j, recipe in enumerate(tables.TITLES):
-                y, row = i * (len(METHODS) + 0.9) + j, rows.get((model, recipe))
-                published = tables.PUBLISHED.get((model, recipe))
-                value = None if row is None else ours(row)
-                outline = None if published is None else theirs(model, published)
-                ends = [x for x in (value, outline) if x is not None]
-                if value is not None:
-                    axis.barh(y, value, 0.62, color=colour[recipe])
-                if outline is not None:
-                    axis.barh(y, outline, 0.86, fill=False, edgecolor=style.DARK, linewidth=0.9)
-                text = "simulated" if value is None and row else form.format(value or 0)
-                if row is not None:
-                    at = max(ends, default=0)
-                    axis.annotate(f" {text}", (at, y), va="center", fontsize=style.SMALL)
+    bars = {  # (model, recipe): its place from above
+        (model, recipe): i * (len(METHODS) + 0.9) + j
+        for i, model in enumerate(models)
+        for j, recipe in enumerate(METHODS)
+    }
+    height, finding = 1.6 + 0.31 * len(bars), methods_finding(rows, models)
+    fig, axes = style.canvas(1, 3, height, finding, sharey=True)
+    colour = style.colours(METHODS)
+    for k, (axis, (label, digits)) in enumerate(zip(axes[0], PANELS)):
+        for (model, recipe), y in bars.items():
+            row = rows.get((model, recipe))
+            ours = values(row)[k] if row else None
+            theirs = published_values(model, recipe)[k]
+            if ours is not None:
+                axis.barh(y, ours, 0.62, color=colour[recipe])
+            if theirs is not None:
+                axis.barh(y, theirs, 0.86, fill=False, edgecolor=style.DARK, linewidth=0.9)
+            if row:
+                text = "simulated" if ours is None else f"{ours:{digits}}"
+                style.note(axis, f" {text}", (max(ours or 0, theirs or 0), y), va="center")
         axis.grid(visible=False, axis="y")
         axis.set_xlabel(label)
         axis.set_xlim(right=axis.get_xlim()[1] * 1.22)
-    ticks = [
-        (i * (len(METHODS) + 0.9) + j, f"{short_name(model)}  {name}")
-        for i, model in enumerate(models)
-        for j, name in enumerate(METHODS)
-    ]
-    axes[0][0].set_yticks(*zip(*ticks))
-    axes[0][0].set_ylim(ticks[-1][0] + 0.7, -0.7)
+    names = [f"{short_name(model)}  {METHODS[recipe]}" for model, recipe in bars]
+    axes[0][0].set_yticks([*bars.values()], names)
+    axes[0][0].set_ylim(max(bars.values()) + 0.7, -0.7)
     handles = [
         axes[0][0].barh(0, 0, color=style.GREY, label="on our weights, with its value"),
         axes[0][0].barh(0, 0, fill=False, edgecolor=style.DARK, label="as published"),
@@ -154,31 +138,35 @@ def methods(found: Results):
     return fig
 
 
-def time_pct(row) -> float | None:
-    """A call's time as a share of FP32's, None where floats stood in for few bits."""
-    return 100 / tables.speed_up(row) if row["kind"] == "measured" else None
+def values(row) -> tuple:
+    """What PANELS show of a row; None instead of a time where floats stood in for few bits."""
+    time_pct = 100 / tables.speed_up(row) if row["kind"] == "measured" else None
+    return accuracy(row), row["size_bytes"] / MB, time_pct
 
 
-def published_time_pct(model: str, published) -> float | None:
-    fp32_ms = tables.PUBLISHED[model, "fp32"][2]
-    return 100 * published[2] / fp32_ms if published[2] else None
+def published_values(model: str, recipe: str) -> tuple:
+    """What PANELS show of a published method; None for what was not published."""
+    pct, mb, ms = tables.PUBLISHED.get((model, recipe), (None, None, None))
+    return pct, mb, ms and 100 * ms / tables.PUBLISHED[model, "fp32"][2]
 
 
 def methods_finding(rows, models) -> str:
     """How much the published 8 and 4 bits lose on our weights."""
-    losses = {}
-    for model in models:
-        for recipe in tables.TITLES:
-            pair = rows.get((model, "fp32")), rows.get((model, recipe))
-            if all(pair):
-                losses.setdefault(recipe, []).append(accuracy(pair[0]) - accuracy(pair[1]))
-    if not {"fp16", "int8-fx", "int4-percentile"} <= losses.keys():
+    losses = {
+        recipe: [
+            accuracy(rows[model, "fp32"]) - accuracy(rows[model, recipe])
+            for model in models
+            if {(model, "fp32"), (model, recipe)} <= rows.keys()
+        ]
+        for recipe in METHODS
+    }
+    if not all(losses.values()):
         return "The published methods on our weights"
-    int8, int4 = losses["int8-fx"], losses["int4-percentile"]
-    fp16 = max(losses["fp16"])
+    _, fp16, int8, int4 = losses.values()
+    of_fp16 = f"at most {max(fp16):.2f}" if max(fp16) > 0 else "none"
     return (
-        f"On our weights the published INT8 loses {min(int8):.1f} to {max(int8):.1f} points, INT4 "
-        f"{min(int4):.1f} to {max(int4):.1f}, FP16 {f'at most {fp16:.2f}' if fp16 > 0 else 'none'}"
+        f"On our weights the published INT8 loses {min(int8):.1f} to {max(int8):.1f} points, "
+        f"INT4 {min(int4):.1f} to {max(int4):.1f}, FP16 {of_fp16}"
     )
 
 
@@ -197,29 +185,25 @@ def pareto(found: Results):
     for row in theirs:
         x, y = row["size_bytes"] / MB, accuracy(row) if accuracy(row) > cut else floor
         axis.plot(x, y, "s", color=style.GREY, ms=6)
-        text = f"{short_name(row['model'])} {SHORT[row['recipe']['name']]}"
+        text = f"{short_name(row['model'])} {METHODS[row['recipe']['name']]}"
         text += f", {accuracy(row):.0f} %" * (y == floor)
         up = 7 if row["recipe"]["name"] != "fp16" else -15  # above FP16 stands what we label
-        beside = {"textcoords": "offset points", "xytext": (0, up), "ha": "center"}
-        axis.annotate(text, (x, y), fontsize=style.SMALL, color=style.GREY, **beside)
+        style.note(axis, text, (x, y), (0, up), ha="center", color=style.GREY)
     for model in models:
-        points = [
-            (row["size_bytes"] / MB, accuracy(row), row["recipe"]["name"])
-            for row in ours
-            if row["model"] == model
-        ]
-        for x, y, name in points:
-            size = 7 if name in LABELLED else 4
-            axis.plot(x, y, "o", color=colour[model], ms=size, alpha=0.85)
+        best = {}  # of each recipe that is labelled, the most accurate
+        for row in ours:
+            if row["model"] == model:
+                name, at = row["recipe"]["name"], (row["size_bytes"] / MB, accuracy(row))
+                size = 7 if name in LABELLED else 4
+                axis.plot(*at, "o", color=colour[model], ms=size, alpha=0.85)
+                best[name] = max(best.get(name, at), at, key=lambda point: point[1])
         for name, align in LABELLED.items():
-            best = max((p for p in points if p[2] == name), key=lambda p: p[1], default=None)
-            if best:
-                label = {"textcoords": "offset points", "xytext": (0, 8), "ha": align}
+            if name in best:
                 text = f"{short_name(model)} {tables.title_of(name)}"
-                axis.annotate(text, best[:2], fontsize=style.SMALL, color=colour[model], **label)
+                style.note(axis, text, best[name], (0, 8), ha=align, color=colour[model])
     axis.plot([], [], "o", color=style.DARK, ms=4, label="small: our other recipes")
     axis.plot([], [], "s", color=style.GREY, label="published methods on the same weights")
-    axis.axhline(cut, color=style.GREY, linestyle=(0, (4, 3)), linewidth=1)
+    axis.axhline(cut, **style.DASHED)
     halves = range(math.ceil(2 * cut), math.ceil(2 * max(map(accuracy, ours))) + 1)
     ticks = [half / 2 for half in halves]  # percent
     axis.set_yticks([floor, *ticks], ["less", *map("{:g}".format, ticks)])
@@ -233,7 +217,7 @@ def pareto(found: Results):
 
 def pareto_finding(ours, rows) -> str:
     """What 4-bit weights give and take."""
-    w4 = [row for row in ours if row["recipe"]["name"] == "w4" and lost(row, rows) is not None]
+    w4 = [r for r in ours if r["recipe"]["name"] == "w4" and tables.baseline_of(r, rows)]
     if not w4:
         return "Accuracy against the size of the file"
     smaller = [tables.baseline_of(row, rows)["size_bytes"] / row["size_bytes"] for row in w4]
@@ -250,17 +234,16 @@ def confusion(found: Results):
     row = next((row for row in tables.in_order(found.rows) if tables.is_baseline(row)), None)
     if row is None:
         return None
-    classes, counts = row["classes"], row["confusion"]
-    fig, axes = style.canvas(1, 1, 6.4, confusion_finding(row))
+    classes, counts = row["classes"], np.array(row["confusion"])
+    fig, axes = style.canvas(1, 1, 6.4, confusion_finding(row, counts))
     axis = axes[0][0]
-    percent = [[100 * n / max(1, sum(line)) for n in line] for line in counts]
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(percent, cmap="Blues", vmin=0, vmax=20)  # the errors, not the diagonal
-    for true, line in enumerate(percent):
-        for given, value in enumerate(line):
-            if round(value) >= 1:
-                ink = "white" if value > 10 else "black"
-                middle = {"ha": "center", "va": "center", "fontsize": 10}
-                axis.annotate(f"{value:.0f}", (given, true), color=ink, **middle)
+    for (true, given), value in np.ndenumerate(percent):
+        if round(value) >= 1:
+            how = {"ha": "center", "va": "center", "fontsize": 10}
+            ink = "white" if value > 10 else "black"
+            style.note(axis, f"{value:.0f}", (given, true), color=ink, **how)
     ticks = range(len(classes))
     axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, classes)
@@ -269,42 +252,34 @@ def confusion(found: Results):
     return fig
 
 
-def confusion_finding(row) -> str:
+def confusion_finding(row, counts) -> str:
     """The two classes that are taken for each other most often."""
-    counts, classes = row["confusion"], row["classes"]
-    pairs = [(counts[a][b] + counts[b][a], a, b) for a in range(len(classes)) for b in range(a)]
-    errors = row["n_images"] - row["n_correct"]
-    n, a, b = max(pairs, default=(0, 0, 0))
-    if not n:
-        return f"{short_name(row['model'])} takes no class for another"
+    pairs = np.tril(counts + counts.T, -1)
+    b, a = np.unravel_index(pairs.argmax(), pairs.shape)
+    name, classes = short_name(row["model"]), row["classes"]
+    if not pairs[b, a]:
+        return f"{name} takes no class for another"
     return (
-        f"{short_name(row['model'])} takes {classes[b]} and {classes[a]} for each other most "
-        f"often: {n} of {errors:,} errors"
+        f"{name} takes {classes[a]} and {classes[b]} for each other most often: "
+        f"{pairs[b, a]} of {row['n_images'] - row['n_correct']:,} errors"
     )
 
 
 def input_sizes(found: Results):
     """Accuracy against speed at several sides of the input image, a line a recipe."""
     rows = found.input_sizes
-    rows = [row for row in rows if tables.cpu_kind(row) == tables.usual_cpu(rows)]
     if not rows:
         return None
     fig, axes = style.canvas(1, 1, 4.2, sizes_finding(rows))
     axis = axes[0][0]
     for model in models_of(rows):
         for recipe, colour, at in (("fp32", style.DARK, (-8, -11)), ("w8a8", style.BLUE, (8, 5))):
-            points = [
-                (tables.speed_up(row), accuracy(row), row["img_size"])
-                for row in rows
-                if (row["model"], row["recipe"]["name"]) == (model, recipe)
-            ]
+            line = [r for r in rows if (r["model"], r["recipe"]["name"]) == (model, recipe)]
+            xs, ys = [tables.speed_up(row) for row in line], [accuracy(row) for row in line]
             label = f"{short_name(model)}, {tables.title_of(recipe)}"
-            axis.plot(
-                [p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=label
-            )
-            for x, y, side in points:
-                beside = {"textcoords": "offset points", "xytext": at, "color": colour}
-                axis.annotate(f"{side}", (x, y), ha="center", fontsize=style.SMALL, **beside)
+            axis.plot(xs, ys, "o-", color=colour, label=label)
+            for row, *point in zip(line, xs, ys):
+                style.note(axis, str(row["img_size"]), point, at, ha="center", color=colour)
     axis.margins(0.08)
     axis.set_xlabel("times as fast as FP32 in torch at the side the network was trained for")
     axis.set_ylabel("test accuracy, %")
@@ -313,34 +288,10 @@ def input_sizes(found: Results):
 
 
 def sizes_finding(rows) -> str:
-    """The largest smaller side at which FP32 is both slower and less accurate than w8a8.
-
-    If there is none, what w8a8 gains at the same side.
-    """
-    quantized = [row for row in rows if row["recipe"]["name"] == "w8a8" and is_published(row)]
-    for row in quantized:
-        beaten = [
-            other["img_size"]
-            for other in rows
-            if other["recipe"]["name"] == "fp32"
-            and other["model"] == row["model"]
-            and other["img_size"] < row["img_size"]
-            and tables.speed_up(other) < tables.speed_up(row)
-            and accuracy(other) < accuracy(row)
-        ]
-        if beaten:
-            return (
-                f"Quantize first, then shrink: w8a8 at {row['img_size']} is faster and more "
-                f"accurate than FP32 at {max(beaten)}"
-            )
-    at = {(row["model"], row["img_size"], row["recipe"]["name"]): row for row in rows}
-    both = [
-        (at[model, side, "fp32"], row)
-        for (model, side, recipe), row in at.items()
-        if recipe == "w8a8" and (model, side, "fp32") in at
-    ]
-    gains = [tables.speed_up(b) / tables.speed_up(a) for a, b in both]
-    if gains and min(gains) > 1 and all(accuracy(b) > accuracy(a) - 0.2 for a, b in both):
+    """What w8a8 gains at every side, if it loses nothing."""
+    pairs = [(of["fp32"], of["w8a8"]) for of in tables.by_side(rows).values() if len(of) == 2]
+    gains = [tables.speed_up(b) / tables.speed_up(a) for a, b in pairs]
+    if gains and min(gains) > 1 and all(accuracy(b) > accuracy(a) - 0.2 for a, b in pairs):
         return (
             f"At every side w8a8 is as accurate as FP32 and {min(gains):.1f} to "
             f"{max(gains):.1f} times as fast"

@@ -15,9 +15,10 @@ SMALL = 9  # points; no text is smaller
 TITLE, TITLE_WIDTH = 11, 92  # points; characters that fit on a line
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
+SKY, PURPLE = "#56B4E9", "#CC79A7"
 GREY, LIGHT, DARK = "#8A8A8A", "#DDDDDD", "#333333"
 SERIES = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE)
+DASHED = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1}
 
 plt.rcParams |= {
     "font.size": 10,
@@ -48,16 +49,23 @@ def canvas(rows: int, columns: int, height_in: float, finding: str, **how):
     return fig, axes
 
 
+def note(axis, text: str, at, offset_points=(0, 0), **how) -> None:
+    """Write a small text at a point of the data, moved right and up by the offset."""
+    how = {"fontsize": SMALL, "textcoords": "offset points"} | how
+    axis.annotate(text, at, offset_points, **how)
+
+
 def colours(names) -> dict[str, str]:
     """{name: its colour}; the palette starts anew where it is not enough."""
     return {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
 
 
-def save(fig, path: Path) -> None:
-    """Write a figure as PNG and SVG, the same bytes at every run; prints both paths."""
-    for suffix in (".png", ".svg"):
-        metadata = {"Date": None} if suffix == ".svg" else None
-        with atomic(path.with_suffix(suffix)) as tmp:
-            fig.savefig(tmp, format=suffix[1:], dpi=200, metadata=metadata)
-        print(path.with_suffix(suffix))
+def save(fig, *paths: Path, dpi: int = 200) -> None:
+    """Write a figure to files of the kinds that their suffixes say, and close it.
+
+    These are the same bytes at every run.
+    """
+    for path in paths:
+        with atomic(path) as tmp:
+            fig.savefig(tmp, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(fig)

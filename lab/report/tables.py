@@ -163,13 +163,13 @@ def simulated_row(row: dict, rows: list[dict]) -> dict | None:
 
     GPTQ's codes depend on the CPU, so rows are compared within one kind of CPU.
     """
-    same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images", "cpu")
-    for other in rows:
-        alike = other is not row and all(other[name] == row[name] for name in same)
-        simulated = other["kind"] == "simulated"
-        if alike and simulated and other["recipe"]["name"] == row["recipe"]["name"]:
-            return other
-    return None
+
+    def setting(of):
+        same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images", "cpu")
+        return of["recipe"]["name"], *(of[name] for name in same)
+
+    others = (r for r in rows if r["kind"] == "simulated" and setting(r) == setting(row))
+    return next((other for other in others if other is not row), None)
 
 
 def agreement_pct(row: dict, other: dict) -> float:
@@ -187,9 +187,18 @@ def cpu_kind(row: dict) -> str:
     return row["cpu"].rpartition(", ")[2]
 
 
-def usual_cpu(rows: list[dict]) -> str:
-    """The kind of CPU that most rows are from."""
-    return Counter(map(cpu_kind, rows)).most_common(1)[0][0]
+def on_usual_cpu(rows: list[dict]) -> list[dict]:
+    """The rows from the kind of CPU that most are from."""
+    counts = Counter(map(cpu_kind, rows))
+    return [row for row in rows if cpu_kind(row) == max(counts, key=counts.get)]
+
+
+def by_side(rows: list[dict]) -> dict[tuple[str, int], dict[str, dict]]:
+    """{(model, side of the image): {recipe: row}}, in the order of `rows`."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["model"], row["img_size"]), {})[row["recipe"]["name"]] = row
+    return found
 
 
 def arithmetic(row: dict) -> str:
@@ -284,21 +293,21 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
     return markdown(lines)
 
 
-def headline_rows(rows: list[dict]) -> list[dict]:
-    """Of each model that has others than FP32's the rows of HEADLINE, in that order."""
-    of_ours = {row["model"] for row in rows if method(row) in HEADLINE and not is_baseline(row)}
-    shown = [row for row in rows if method(row) in HEADLINE and row["model"] in of_ours]
-    return sorted(shown, key=lambda r: (model_order(r["model"]), HEADLINE.index(method(r))))
-
-
 def headline_table(rows: list[dict]) -> str:
-    """The few rows and columns that most readers want; speed-ups on one kind of CPU."""
-    shown = headline_rows(rows)
-    timed = [row for row in shown if not is_baseline(row)]
+    """The few rows and columns that most readers want; speed-ups on one kind of CPU.
+
+    These are the rows of HEADLINE, in that order, of each model that has others than FP32's.
+    """
+    shown = [row for row in rows if method(row) in HEADLINE]
+    shown.sort(key=lambda row: (model_order(row["model"]), HEADLINE.index(method(row))))
+    quantized = [row for row in shown if not is_baseline(row)]
+    models, timed = models_of(quantized), on_usual_cpu(quantized)
     lines = []
     for row in shown:
+        if row["model"] not in models:
+            continue
         line = result_line(row, rows)
-        if row in timed and cpu_kind(row) != usual_cpu(timed):
+        if row in quantized and row not in timed:
             line["Faster"] = "-"
         lines.append({name: line[name] for name in HEADLINE_COLUMNS})
     return markdown(lines)
@@ -311,14 +320,9 @@ def simulated_table(rows: list[dict], all_rows: list[dict]) -> str:
 
 
 def sizes_table(rows: list[dict]) -> str:
-    """Accuracy and speed of a sweep over input sides on one kind of CPU: a line a side."""
-    by_side = {}
-    for row in rows:
-        if cpu_kind(row) == usual_cpu(rows):
-            by_recipe = by_side.setdefault((model_order(row["model"]), row["img_size"]), {})
-            by_recipe[row["recipe"]["name"]] = row
+    """Accuracy and speed of a sweep over input sides: a line a side."""
     lines = []
-    for ((_, model), side), by_recipe in sorted(by_side.items()):
+    for (model, side), by_recipe in by_side(rows).items():
         line = {"Model": cell(model), "Side": str(side)}
         for recipe in SIZE_SWEEP:
             row, title = by_recipe.get(recipe), title_of(recipe)
