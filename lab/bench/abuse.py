@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,16 +38,14 @@ from lab.report.studies import abuse_table
 from lab.tasks import TASKS
 from ptq import packing
 
+TREE_KINDS = ("rows", "reports per layer", "benchmark files", "metrics and configs")
 KINDS = (
     malformed_tensors.checkpoint_fields,
     malformed_tensors.checkpoint_tensors,
     malformed_tensors.archives,
     malformed_text.runs_to_resume,
     malformed_text.rows_to_repeat,
-    malformed_text.of_rows,
-    malformed_text.of_reports,
-    malformed_text.of_benchmarks,
-    malformed_text.of_metrics,
+    *(partial(malformed_text.tree_files, kind) for kind in TREE_KINDS),
     malformed_text.logs,
     malformed_text.text_for_pages,
     malformed_tensors.packed,
@@ -84,10 +83,9 @@ def abuse(n_inputs: int, n_kills: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         stand = Path(folder, "stand")
         seconds = prepare(stand)
-        inputs = drawn_inputs(n_inputs, seed, stand)
-        tasks = [(_tried, (given, stand)) for given in inputs]
+        tasks = [partial(_tried, given) for given in drawn_inputs(n_inputs, seed, stand)]
         for kind, at in kills.journeys(n_kills, seed):
-            tasks.append((_journeyed, (kind, at, stand, seconds[kind])))
+            tasks.append(partial(_journeyed, kind, at, stand, seconds[kind]))
         with get_context("fork").Pool(os.cpu_count(), _receive, (tasks,)) as pool:
             counts, found = Counter(), []
             for kind, n, faults in pool.imap(_done, range(len(tasks))):
@@ -184,9 +182,8 @@ def _receive(tasks) -> None:
 
 def _done(i: int) -> tuple[str, int, list[str]]:
     """Do a task in a folder of its own: its kind, how many inputs it was, its faults."""
-    function, args = _tasks[i]
     with tempfile.TemporaryDirectory() as folder:
-        return function(*args, Path(folder))
+        return _tasks[i](Path(folder))
 
 
 def _journeyed(kind, at, stand, seconds, folder) -> tuple[str, int, list[str]]:
@@ -195,7 +192,7 @@ def _journeyed(kind, at, stand, seconds, folder) -> tuple[str, int, list[str]]:
     return f"kills of {kind}", len(at), [f"{where}: {fault}" for fault in faults]
 
 
-def _tried(given: Input, stand: Path, folder: Path) -> tuple[str, int, list[str]]:
+def _tried(given: Input, folder: Path) -> tuple[str, int, list[str]]:
     fault = fault_of(given, outcome_of(given, folder), folder)
     return given.kind, 1, [f"{given.name}: {fault}"] if fault else []
 

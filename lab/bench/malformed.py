@@ -1,5 +1,6 @@
 """A malformed input: what it is, and how intact files and values are spoilt."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,9 +44,11 @@ def places(value, path=()) -> Iterator[tuple]:
     """Where something stands in nested dicts and lists; of a list, the first element alone."""
     if path:
         yield path
-    items = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(
-        value, list) else ()  # fmt: skip
-    for key, part in items:
+    if isinstance(value, dict):
+        parts = value.items()
+    else:
+        parts = enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, part in parts:
         yield from places(part, (*path, key))
 
 
@@ -88,33 +91,58 @@ def shown(value) -> str:
     return text[:40].encode("unicode_escape").decode()
 
 
-def spoilt_file(source: Path, how: str, target: Path) -> None:
-    """Write to `target` what no reader of text can take for the file `source`."""
-    content = source.read_bytes()
-    bad = {
-        "empty": b"",
-        "not UTF-8": content[: len(content) // 2] + b"\xff\xfe" + content[len(content) // 2 :],
-        "half": content[: len(content) // 2],
-        "nested 10,000 deep": b"[" * 10_000 + b"]" * 10_000,
-        "a number": b"3",
-        "null": b"null",
-        "a number of 10,000 digits": b"9" * 10_000,
-        "zeros": bytes(4096),
-    }
-    if target.exists():
-        target.unlink()
+def _first_half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+CONTENTS = {  # of a spoilt file, made of its intact content
+    "empty": lambda content: b"",
+    "not UTF-8": lambda content: _first_half(content) + b"\xff\xfe" + content,
+    "half": _first_half,
+    "nested 10,000 deep": lambda content: b"[" * 10_000 + b"]" * 10_000,
+    "a number": lambda content: b"3",
+    "null": lambda content: b"null",
+    "a number of 10,000 digits": lambda content: b"9" * 10_000,
+    "zeros": lambda content: bytes(4096),
+}
+SPOILT = (*CONTENTS, "a folder", "nothing at all")
+
+
+def spoil(intact: Path, how: str, path: Path) -> None:
+    """Put something at `path` that no reader of text can take for the file `intact`."""
+    content = intact.read_bytes()  # before it goes, where it is at `path` itself
+    path.unlink(missing_ok=True)
     if how == "a folder":
-        target.mkdir()
-    elif how == "nothing at all":
-        return
-    else:
-        target.write_bytes(bad[how])
+        path.mkdir()
+    elif how in CONTENTS:
+        path.write_bytes(CONTENTS[how](content))
 
 
-SPOILT = ("empty", "not UTF-8", "half", "nested 10,000 deep", "a number", "null")
-SPOILT += ("a number of 10,000 digits", "zeros", "a folder", "nothing at all")
+def write_changed(good, place: tuple, wrong, path: Path) -> None:
+    """Write `good` with one wrong value as JSON."""
+    try:
+        path.write_text(json.dumps(changed(good, place, wrong)))
+    except RecursionError:
+        path.write_text("[" * 10_000)
+
+
+def in_words(place: tuple, wrong) -> str:
+    """What `changed` does, for the name of an input."""
+    return f"{'.'.join(map(str, place))} is {shown(wrong)}"
 
 
 def given(command, path: Path) -> list:
     """A command with the path of the spoilt file in its place."""
     return [path if word == HERE else word for word in command]
+
+
+def of_file(kind: str, name: str, write, run, file: str = "bad.pth", **more) -> Input:
+    """An input of one file that `write(path)` makes. `run`: the command that reads it, with HERE
+    in its place, or a function from its path to a function."""
+
+    def make(folder):
+        path = folder / file
+        write(path)
+        return run(path) if callable(run) else given(run, path)
+
+    return Input(kind, name, make, **more)

@@ -9,6 +9,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +27,12 @@ from lab.bench.malformed import (
     Input,
     at,
     changed,
-    given,
+    in_words,
     nested,
+    of_file,
     places,
     shown,
-    spoilt_file,
+    spoil,
     wrong_values,
 )
 from lab.engines import published
@@ -52,12 +54,8 @@ def _readers(rng) -> tuple:
     )
 
 
-def _torch_input(kind, name, content, command, **more) -> Input:
-    def make(folder):
-        torch.save(content, folder / "bad.pth")
-        return given(command, folder / "bad.pth")
-
-    return Input(kind, name, make, **more)
+def _of_content(kind, name, content, command) -> Input:
+    return of_file(kind, name, partial(torch.save, content), command)
 
 
 def checkpoint_fields(rng: random.Random, stand: Path) -> Iterator[Input]:
@@ -80,16 +78,15 @@ def checkpoint_fields(rng: random.Random, stand: Path) -> Iterator[Input]:
         for wrong in wrong_values(at(top, path))
     ]
     rng.shuffle(drawn)
-    for path, wrong in (*fixed, *drawn):
-        name = f"{'.'.join(map(str, path))} is {shown(wrong)}"
-        yield _torch_input(kind, name, changed(good, path, wrong), _readers(rng))
+    for change in (*fixed, *drawn):
+        yield _of_content(kind, in_words(*change), changed(good, *change), _readers(rng))
     calibrated = ("--recipes", "w8a8", "--calibration-images", "8", *QUICK[2:])
     for wrong in ("200", 10**12, -5, 1.5, [200], math.nan, True, nested(300)):
         content = changed(good, ("config", "val_size"), wrong)
         for more in (calibrated, (*QUICK, "--held-out")):
             command = ("quantize.py", "--checkpoint", HERE, *more, *OUT)
             name = f"config.val_size is {shown(wrong)}, {more[-1]}"
-            yield _torch_input(kind, name, content, command)
+            yield _of_content(kind, name, content, command)
 
 
 def _quantized(x):
@@ -118,21 +115,14 @@ def checkpoint_tensors(rng: random.Random, stand: Path) -> Iterator[Input]:
         "missing": lambda t: MISSING,
         "under a number": lambda t: 7,
     }
-    fixed = [
-        [],
-        None,
-        {},
-        {3: torch.zeros(1)},
-        {"a": {}},
-        good["state_dict"] | {"more": torch.ones(1)},
-    ]
-    for wrong in fixed:
+    more = good["state_dict"] | {"more": torch.ones(1)}
+    for wrong in ([], None, {}, {3: torch.zeros(1)}, {"a": {}}, more):
         content = good | {"state_dict": wrong}
-        yield _torch_input(kind, f"state_dict is {shown(wrong)}", content, _readers(rng))
+        yield _of_content(kind, f"state_dict is {shown(wrong)}", content, _readers(rng))
     for what, of in itertools.cycle(wrongs.items()):
         name = rng.choice(names)
         content = changed(good, ("state_dict", name), of(good["state_dict"][name]))
-        yield _torch_input(kind, f"{name} is {what}", content, _readers(rng))
+        yield _of_content(kind, f"{name} is {what}", content, _readers(rng))
 
 
 class Attack:
@@ -148,7 +138,7 @@ class Attack:
 def archives(rng: random.Random, stand: Path) -> Iterator[Input]:
     kind, good = "checkpoints: archives", stand / "run" / "best.pth"
     for wrong in ([], 3, torch.zeros(3), None, {}, {"state_dict": 3}, nested(300), {"format": 2}):
-        yield _torch_input(kind, f"holds {shown(wrong)}", wrong, _readers(rng))
+        yield _of_content(kind, f"holds {shown(wrong)}", wrong, _readers(rng))
 
     def pickled(folder):
         torch.save({"format": 2, "state_dict": Attack(folder / "out" / "run")}, folder / "bad.pth")
@@ -156,48 +146,33 @@ def archives(rng: random.Random, stand: Path) -> Iterator[Input]:
         return ["train.py", "--eval", "--checkpoint", folder / "bad.pth"]
 
     yield Input(kind, "a pickled call", pickled)
-    whole = lambda folder: torch.save(build("mobilevit_xxs"), folder / "bad.pth")  # noqa: E731
-    yield Input(
-        kind, "a pickled network", lambda f: whole(f) or given(_readers(rng), f / "bad.pth")
-    )
+    network = partial(torch.save, build("mobilevit_xxs"))
+    yield of_file(kind, "a pickled network", network, ("train.py", "--eval", "--checkpoint", HERE))
     for how in ("empty", "zeros", "a folder", "nothing at all", "a number", "half"):
-        command = _readers(rng)
+        yield of_file(kind, f"is {how}", partial(spoil, good, how), _readers(rng))
+    content = good.read_bytes()
 
-        def spoil(folder, how=how, command=command):
-            spoilt_file(good, how, folder / "bad.pth")
-            return given(command, folder / "bad.pth")
+    def flip(bit, path):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
 
-        yield Input(kind, f"is {how}", spoil)
-    size = good.stat().st_size
-    while True:
-        bit, end = rng.randrange(8 * size), rng.randrange(size)
-        yield Input(
-            kind, f"bit {bit} flipped", lambda f, b=bit: _flipped(good, b, f), may_pass=True
-        )
-
-        command = _readers(rng)
-
-        def cut(folder, end=end, command=command):
-            (folder / "bad.pth").write_bytes(good.read_bytes()[:end])
-            return given(command, folder / "bad.pth")
-
-        yield Input(kind, f"cut off at byte {end}", cut)
-
-
-def _flipped(good: Path, bit: int, folder: Path):
-    """Either the file is refused, or it gives the same tensors and values."""
-    content = bytearray(good.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    (folder / "bad.pth").write_bytes(content)
-
-    def compare():
-        ours, theirs = (load_checkpoint(path) for path in (good, folder / "bad.pth"))
+    def compare(path):
+        """Either the file is refused, or it gives the same tensors and values."""
+        ours, theirs = load_checkpoint(good), load_checkpoint(path)
         states = ours.pop("state_dict"), theirs.pop("state_dict")
         equal = states[0].keys() == states[1].keys()
         assert equal and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
         assert ours == theirs
 
-    return library(compare)
+    def same(path):
+        return library(partial(compare, path))
+
+    while True:
+        bit, end = rng.randrange(8 * len(content)), rng.randrange(len(content))
+        yield of_file(kind, f"bit {bit} flipped", partial(flip, bit), same, may_pass=True)
+        cut = lambda path, end=end: path.write_bytes(content[:end])  # noqa: E731
+        yield of_file(kind, f"cut off at byte {end}", cut, _readers(rng))
 
 
 # Files of weights
@@ -210,35 +185,30 @@ def packed(rng: random.Random, stand: Path) -> Iterator[Input]:
         header = file.metadata()
     recipe = json.loads(header["recipe"])
 
-    def reading(write):
-        def make(folder):
-            write(folder / "bad.safetensors")
-            model = build("mobilevit_xxs", num_classes=10)
-            return library(lambda: packing.load(folder / "bad.safetensors", model))
+    def load(path):
+        return library(lambda: packing.load(path, build("mobilevit_xxs", num_classes=10)))
 
-        return make
+    reading = partial(of_file, kind, run=load, file="bad.safetensors")
 
-    def saved(name, tensors=tensors, header=header, **more):
-        def write(path):
-            save_file(tensors, path, metadata=header)
+    def saved(name, tensors=tensors, header=header):
+        return reading(name, partial(save_file, tensors, metadata=header))
 
-        return Input(kind, name, reading(write), **more)
-
-    def of_recipe(name, recipe, **more):
-        return saved(name, header=header | {"recipe": json.dumps(recipe)}, **more)
+    def of_recipe(name, recipe):
+        return saved(name, header=header | {"recipe": json.dumps(recipe)})
 
     layer = "layers", 0
     evil = ("(a+)+$", "(a|a)*b", "[", "(", "*", "(?P<n", "a{1,99}{1,99}{1,99}", "(.*)(.*)(.*)(.*)x",
             ".*" * 20 + "x", "(?=(a+))*b", None, 3, [])  # fmt: skip
     for pattern in evil:
         yield of_recipe(f"pattern {pattern}", changed(recipe, (*layer, "pattern"), pattern))
-    for field, wrong in itertools.product(("bits",), (0, -1, 1, 64, 10**9, "4", 4.0, None, True)):
-        changed_recipe = changed(recipe, (*layer, "weight", field), wrong)
-        yield of_recipe(f"{field} is {wrong}", changed_recipe)
-    for key, wrong in itertools.product(header, (MISSING, "", "null", "[", "3", "[" * 10_000)):
+    for wrong in (0, -1, 1, 64, 10**9, "4", 4.0, None, True):
+        yield of_recipe(f"bits is {wrong}", changed(recipe, (*layer, "weight", "bits"), wrong))
+    for key, wrong in itertools.product(
+        sorted(header), (MISSING, "", "null", "[", "3", "[" * 10_000)
+    ):
         yield saved(f"{key} is {wrong[:9]}", header=changed(header, (key,), wrong))
     for how in ("empty", "zeros", "a folder", "nothing at all", "half"):
-        yield Input(kind, f"is {how}", reading(lambda path, how=how: spoilt_file(good, how, path)))
+        yield reading(f"is {how}", partial(spoil, good, how))
     scales = [n for n in tensors if n.endswith(".scale")]
     codes = [n for n in tensors if n.endswith(".codes")]
     wrongs = {
@@ -252,10 +222,8 @@ def packed(rng: random.Random, stand: Path) -> Iterator[Input]:
         "one too few": lambda t: t[1:],
         "empty": lambda t: t[:0].clone(),
     }
-    drawn = [(n, w) for n, w in itertools.product(scales, wrongs)]
-    drawn += [
-        (n, w) for n, w in itertools.product(codes, ("float64", "int32", "a column", "empty"))
-    ]
+    drawn = [*itertools.product(scales, wrongs)]
+    drawn += itertools.product(codes, ("float64", "int32", "a column", "empty"))
     for name, what in rng.sample(drawn, len(drawn)):
         yield saved(f"{name} is {what}", tensors | {name: wrongs[what](tensors[name]).contiguous()})
 
@@ -264,15 +232,14 @@ def foreign(rng: random.Random, stand: Path) -> Iterator[Input]:
     kind = "weights of other projects"
     good = load_file(stand / "two-classes.safetensors")
 
-    def reading(name, content, *options, suffix=".pth", **more):
-        def make(folder):
-            path = folder / f"bad{suffix}"
-            save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)
-            model = () if "--model" in options else ("--model", "xxs")
-            where = ("--task", "imagefolder", "--data-dir", stand / "photos")
-            return ["quantize.py", "--weights", path, *model, *where, *options, *QUICK, *OUT]
+    photos = ("--task", "imagefolder", "--data-dir", stand / "photos")
 
-        return Input(kind, name, make, **more)
+    def reading(name, content, *options, save=torch.save, file="bad.pth"):
+        model = () if "--model" in options else ("--model", "xxs")
+        command = ("quantize.py", "--weights", HERE, *model, *photos, *options, *QUICK, *OUT)
+        return of_file(kind, name, partial(save, content), command, file)
+
+    safe = {"save": save_file, "file": "bad.safetensors"}
 
     weight, bias = "classifier.weight", "classifier.bias"
     for name, content in {
@@ -297,10 +264,10 @@ def foreign(rng: random.Random, stand: Path) -> Iterator[Input]:
         yield reading(name, content)
     for options in (("--model", "xs"), ("--heads", "7"), ("--heads", str(2**31 - 1))):
         yield reading(" ".join(options), good, *options)
-    yield reading("a scalar, safetensors", {weight: torch.tensor(1.0)}, suffix=".safetensors")
+    yield reading("a scalar, safetensors", {weight: torch.tensor(1.0)}, **safe)
     for name, tensor in rng.sample(sorted(good.items()), 12):
         if tensor.dim():
-            yield reading(f"{name} cut", good | {name: tensor[1:]}, suffix=".safetensors")
+            yield reading(f"{name} cut", good | {name: tensor[1:]}, **safe)
 
 
 def refused_by_methods(rng: random.Random, stand: Path) -> Iterator[Input]:

@@ -4,10 +4,10 @@ Every kind is a generator (random source, stand) -> Inputs; `stand` is the folde
 """
 
 import itertools
-import json
 import random
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from lab.bench.malformed import (
     Input,
     at,
     changed,
-    given,
+    in_words,
+    of_file,
     places,
-    shown,
-    spoilt_file,
+    spoil,
+    write_changed,
     wrong_values,
 )
 from lab.files import read_json
@@ -52,66 +53,47 @@ FILES = {  # kind: files of the tree that `plots.py` reads
 OPEN = {"noise", "weights", "inputs", "activations", "latency_ms", "ms", "images_per_s", "ratio",
         "loader_images_per_s", "steps", "products"}  # fmt: skip
 
-
-def dumped(value) -> str:
-    try:
-        return json.dumps(value)
-    except RecursionError:
-        return "[" * 10_000
+# Files that plots.py reads
 
 
-def _tree(stand: Path, folder: Path) -> Path:
-    """A copy of the tree that plots.py reads; weights and pages, which stay so, by link."""
-    tree = folder / "tree"
-    keep = shutil.ignore_patterns("*.pth", "pages")
-    shutil.copytree(stand / "tree", tree, ignore=keep)
-    for weights in (stand / "tree" / "checkpoints").rglob("*.pth"):
-        (tree / weights.relative_to(stand / "tree")).symlink_to(weights)
-    (tree / "pages").symlink_to(stand / "tree" / "pages")
-    return tree
+def _of_tree(kind, name, stand: Path, file: str, write, run=None, **more) -> Input:
+    """An input of the tree that plots.py reads, with one file that `write(path)` spoils.
+
+    `run(tree)` is what is then to be run: by default the command that says whether pages agree
+    with the tree, 1 if a table has changed. Weights and pages, which stay so, are links.
+    """
+
+    def make(folder):
+        tree, intact = folder / "tree", stand / "tree"
+        shutil.copytree(intact, tree, ignore=shutil.ignore_patterns("*.pth", "pages"))
+        for path in (*intact.glob("checkpoints/**/*.pth"), intact / "pages"):
+            (tree / path.relative_to(intact)).symlink_to(path)
+        write(tree / file)
+        if run:
+            return run(tree)
+        folders = [f"--{name}={tree / name}" for name in ("results", "checkpoints", "pages")]
+        return ["plots.py", "--check", *folders]
+
+    return Input(kind, name, make, **more)
 
 
-def _checked(tree: Path) -> list:
-    """The command that says whether the pages agree with a tree: 1 if a table has changed."""
-    of = [f"--{name}={tree / name}" for name in ("results", "checkpoints", "pages")]
-    return ["plots.py", "--check", *of]
-
-
-def _of_tree(kind: str):
-    def inputs(rng: random.Random, stand: Path) -> Iterator[Input]:
-        for file, how in itertools.product(FILES[kind], SPOILT):
-
-            def spoil(folder, file=file, how=how):
-                tree = _tree(stand, folder)
-                spoilt_file(stand / "tree" / file, how, tree / file)
-                return _checked(tree)
-
-            # What is not there need not be, but for the other files of a run with metrics.
-            if how != "nothing at all" or file.endswith(("config.json", "log.csv")):
-                yield Input(kind, f"{Path(file).name} is {how}", spoil)
-        yield from _fields(kind, rng, stand)
-
-    return inputs
-
-
-def _fields(kind, rng, stand) -> Iterator[Input]:
+def tree_files(kind: str, rng: random.Random, stand: Path) -> Iterator[Input]:
+    """Files of FILES that are spoilt as a whole, and JSON files with one wrong field."""
+    for file, how in itertools.product(FILES[kind], SPOILT):
+        # What is not there need not be, but for the other files of a run with metrics.
+        if how != "nothing at all" or file.endswith(("config.json", "log.csv")):
+            name = f"{Path(file).name} is {how}"
+            yield _of_tree(kind, name, stand, file, partial(spoil, stand / "tree" / file, how))
     drawn = []
     for file in FILES[kind]:
-        if file.endswith(".csv"):
-            return
-        good = read_json(stand / "tree" / file)
-        of_file = [(file, p, wrong) for p in places(good) for wrong in wrong_values(at(good, p))]
-        drawn += [(f, p, wrong) for f, p, wrong in of_file if not _another(p, wrong)]
-    for file, path, wrong in rng.sample(drawn, len(drawn)):
-
-        def spoil(folder, file=file, path=path, wrong=wrong):
-            tree = _tree(stand, folder)
+        if file.endswith(".json"):
             good = read_json(stand / "tree" / file)
-            (tree / file).write_text(dumped(changed(good, path, wrong)))
-            return _checked(tree)
-
-        name = f"{Path(file).name}: {'.'.join(map(str, path))} is {shown(wrong)}"
-        yield Input(kind, name, spoil, may_pass=True)
+            of_file = [(p, wrong) for p in places(good) for wrong in wrong_values(at(good, p))]
+            drawn += [(file, good, p, wrong) for p, wrong in of_file if not _another(p, wrong)]
+    for file, *change in rng.sample(drawn, len(drawn)):
+        name = f"{Path(file).name}: {in_words(*change[1:])}"
+        write = partial(write_changed, *change)
+        yield _of_tree(kind, name, stand, file, write, may_pass=True)
 
 
 def _another(path: tuple, wrong) -> bool:
@@ -126,27 +108,23 @@ def _another(path: tuple, wrong) -> bool:
 
 def logs(rng: random.Random, stand: Path) -> Iterator[Input]:
     kind = "training logs"
-    yield from _of_tree(kind)(rng, stand)
-    lines = (stand / "tree" / FILES[kind][0]).read_text().splitlines()
-    columns = lines[0].split(",")
-    cells = [
-        (k, wrong) for k in columns for wrong in ("", "text", "nan", "inf", MISSING, '"', "1;2")
-    ]
-    for column, wrong in rng.sample(cells, len(cells)):
+    (file,) = FILES[kind]
+    yield from tree_files(kind, rng, stand)
+    lines = [line.split(",") for line in (stand / "tree" / file).read_text().splitlines()]
 
-        def spoil(folder, column=column, wrong=wrong):
-            k, tree = columns.index(column), _tree(stand, folder)
-            values = [line.split(",") for line in lines]
-            if wrong == MISSING:
-                values = [line[:k] + line[k + 1 :] for line in values]
-            else:
-                values[-1][k] = wrong
-            (tree / FILES[kind][0]).write_text("\n".join(map(",".join, values)) + "\n")
-            return _checked(tree)
+    def write(k, wrong, path):
+        *others, last = lines
+        if wrong == MISSING:
+            spoilt = [line[:k] + line[k + 1 :] for line in lines]
+        else:
+            spoilt = [*others, [*last[:k], wrong, *last[k + 1 :]]]
+        path.write_text("\n".join(map(",".join, spoilt)) + "\n")
 
-        # These two are in no table.
-        unread = column in ("lr", "peak_memory_mb")
-        yield Input(kind, f"{column} is {wrong or 'empty'}", spoil, may_pass=unread)
+    wrongs = ("", "text", "nan", "inf", MISSING, '"', "1;2")
+    cells = [(k, column, wrong) for k, column in enumerate(lines[0]) for wrong in wrongs]
+    for k, column, wrong in rng.sample(cells, len(cells)):
+        name, unread = f"{column} is {wrong or 'empty'}", column in ("lr", "peak_memory_mb")
+        yield _of_tree(kind, name, stand, file, partial(write, k, wrong), may_pass=unread)
 
 
 def structure(text: str) -> list[str]:
@@ -161,36 +139,39 @@ def structure(text: str) -> list[str]:
 
 def text_for_pages(rng: random.Random, stand: Path) -> Iterator[Input]:
     """Text that would break or fill a page if it got there as it stands."""
-    pages = stand / "tree" / "pages"
+
+    def compare(tree):
+        found = load_results(tree / "results", tree / "checkpoints")
+        for page, (before, after) in filled_pages(found, stand / "tree" / "pages").items():
+            assert structure(before) == structure(after), f"{page.name} has another form"
+
     drawn = []
     for file in itertools.chain.from_iterable(FILES.values()):
         if file.endswith(".json"):
             good = read_json(stand / "tree" / file)
             found = [p for p in places(good) if isinstance(at(good, p), str)]
-            drawn += [(file, p) for p in found if p != ("task",)]  # of another task, it is left out
-    for file, path in rng.sample(drawn, len(drawn)):
+            # Of another task, a file is left out.
+            drawn += [(file, good, p) for p in found if p != ("task",)]
+    for file, good, place in rng.sample(drawn, len(drawn)):
+        name = f"{Path(file).name}: markers and fences in {'.'.join(map(str, place))}"
+        write = partial(write_changed, good, place, f"{at(good, place)} {BREAKING}")
+        run = lambda tree: library(partial(compare, tree))  # noqa: E731
+        yield _of_tree("text for pages", name, stand, file, write, run, may_pass=True)
 
-        def spoil(folder, file=file, path=path):
-            tree = _tree(stand, folder)
-            good = read_json(stand / "tree" / file)
-            new = f"{at(good, path)} {BREAKING}"
-            (tree / file).write_text(json.dumps(changed(good, path, new)))
 
-            def compare():
-                found = load_results(tree / "results", tree / "checkpoints")
-                for page, (before, after) in filled_pages(found, pages).items():
-                    assert structure(before) == structure(after), f"{page.name} has another form"
-
-            return library(compare)
-
-        name = f"{Path(file).name}: markers and fences in {'.'.join(map(str, path))}"
-        yield Input("text for pages", name, spoil, may_pass=True)
+# Files that commands go on from
 
 
 def runs_to_resume(rng: random.Random, stand: Path) -> Iterator[Input]:
-    kind = "runs to resume"
+    def resuming(name, file, write, **more):
+        def make(folder):
+            run = shutil.copytree(stand / "run", folder / "run")
+            write(run / file)
+            return ["train.py", *SMALL, "--resume", "--output", run]
+
+        return Input("runs to resume", f"{file}{name}", make, **more)
+
     state = read_tensors(stand / "run" / "last.pth")
-    command = ["train.py", *SMALL, "--resume", "--output"]
     top = {k: v for k, v in state.items() if k not in ("model", "optimizer")}
     options = {("config", name) for name in state["config"]}
     drawn = [(p, w) for p in places(top) if p not in options for w in wrong_values(at(top, p))]
@@ -203,69 +184,36 @@ def runs_to_resume(rng: random.Random, stand: Path) -> Iterator[Input]:
         (moment, MISSING), (("optimizer", "state"), []), (("optimizer",), None), (("model",), {}),
         (("step",), 10**9), (("step",), -1), (("history",), [1]), (("model",), MISSING),
     ]  # fmt: skip
-    for path, wrong in (*fixed, *rng.sample(drawn, len(drawn))):
-
-        def spoil(folder, path=path, wrong=wrong):
-            run = shutil.copytree(stand / "run", folder / "run")
-            torch.save(changed(state, path, wrong), run / "last.pth")
-            return [*command, run]
-
-        name = f"last.pth: {'.'.join(map(str, path))} is {shown(wrong)}"
-        yield Input(kind, name, spoil)
+    for change in (*fixed, *rng.sample(drawn, len(drawn))):
+        write = partial(torch.save, changed(state, *change))
+        yield resuming(f": {in_words(*change)}", "last.pth", write)
     best = read_tensors(stand / "run" / "best.pth")
     for key in ("epoch", "val_accuracy_pct", "test_accuracy_pct", "config", "state_dict"):
         for wrong in wrong_values(best[key]):
-
-            def spoil(folder, key=key, wrong=wrong):
-                run = shutil.copytree(stand / "run", folder / "run")
-                spoilt = changed(best, (key,), wrong)
-                if key != "test_accuracy_pct":
-                    spoilt = spoilt | {"test_accuracy_pct": None}  # so that it is evaluated
-                torch.save(spoilt, run / "best.pth")
-                return [*command, run]
-
+            spoilt = changed(best, (key,), wrong)
+            if key != "test_accuracy_pct":
+                spoilt = spoilt | {"test_accuracy_pct": None}  # so that it is evaluated
             fine = key == "test_accuracy_pct" and wrong is None
-            yield Input(kind, f"best.pth: {key} is {shown(wrong)}", spoil, may_pass=fine)
-    for name, how in itertools.product(("metrics.json", "last.pth", "best.pth"), SPOILT):
-
-        def spoil(folder, name=name, how=how):
-            run = shutil.copytree(stand / "run", folder / "run")
-            spoilt_file(run / name, how, run / name)
-            return [*command, run]
-
-        yield Input(kind, f"{name} is {how}", spoil)
+            name, write = f": {in_words((key,), wrong)}", partial(torch.save, spoilt)
+            yield resuming(name, "best.pth", write, may_pass=fine)
+    for file, how in itertools.product(("metrics.json", "last.pth", "best.pth"), SPOILT):
+        yield resuming(f" is {how}", file, partial(spoil, stand / "run" / file, how))
 
 
 def rows_to_repeat(rng: random.Random, stand: Path) -> Iterator[Input]:
     """Rows that quantize.py is to measure again."""
-    kind = "rows to measure again"
     path = next((stand / "rows").rglob("fp32*.json"))
     good = read_json(path)
-    again = ["quantize.py", "--from", HERE, "--test-images", "20", "--workers", "1", *OUT]
+    again = ("quantize.py", "--from", HERE, "--test-images", "20", "--workers", "1", *OUT)
+    of_row = partial(of_file, "rows to measure again", run=again, file="row.json")
     for how in SPOILT:
-
-        def spoil(folder, how=how):
-            spoilt_file(path, how, folder / "row.json")
-            return given(again, folder / "row.json")
-
-        yield Input(kind, f"is {how}", spoil)
+        yield of_row(f"is {how}", partial(spoil, path, how))
     fixed = [(("engine",), "no engine"), (("task",), "../x"), (("img_size",), 10**9),
              (("img_size",), 1), (("seed",), 2**70), (("calibration_images",), 10**30),
              (("latency_runs",), 10**30), (("checkpoint",), "\0"), (("checkpoint",), "a" * 300),
              (("predictions",), [0]), (("predictions",), []), (("checkpoint_sha256",), "0" * 64),
              (("recipe", "name"), "w4"), (("model",), "../x"), (("n_images",), 10**9)]  # fmt: skip
     drawn = [(p, w) for p in places(good) for w in wrong_values(at(good, p))]
-    for place, wrong in (*fixed, *rng.sample(drawn, len(drawn))):
-
-        def spoil(folder, place=place, wrong=wrong):
-            (folder / "row.json").write_text(dumped(changed(good, place, wrong)))
-            return given(again, folder / "row.json")
-
+    for change in (*fixed, *rng.sample(drawn, len(drawn))):
         # Of a row that is repeated, not every field is looked at.
-        name = f"{'.'.join(map(str, place))} is {shown(wrong)}"
-        yield Input(kind, name, spoil, may_pass=True)
-
-
-of_rows, of_reports, of_benchmarks, of_metrics = (
-    _of_tree(kind) for kind in FILES if kind != "training logs"
-)
+        yield of_row(in_words(*change), partial(write_changed, good, *change), may_pass=True)
