@@ -33,29 +33,20 @@ from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES
 
 
-def run_train(args) -> dict:
-    return training.train(**_of_training(args))
-
-
-def run_loader(args) -> dict:
-    return training.loader(**_of_training(args), data_dir=args.data_dir)
-
-
 def _of_training(args) -> dict:
     names = ("model", "img_size", "batch_size", "precision", "device", "seconds")
     return {name: getattr(args, name) for name in names}
 
 
 BENCHMARKS = {
-    "train": run_train,
-    "loader": run_loader,
+    "train": lambda args: training.train(**_of_training(args)),
+    "loader": lambda args: training.loader(**_of_training(args), data_dir=args.data_dir),
     "engines": lambda args: quantization.engines(args.checkpoint, args.recipes, args.latency_runs),
     "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
     "tensorrt": lambda args: quantization.tensorrt(args.checkpoint, args.latency_runs),
     "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
 }
 OF_NETWORKS = ("engines", "profile", "tensorrt")  # a file for each model
-ON_GPU = ("tensorrt",)
 
 
 def parse_args():
@@ -96,7 +87,7 @@ def main():
     machine.keep_freed_memory()
     files.require_writable(args.output)
     result = BENCHMARKS[args.what](args)
-    on_gpu = args.what in ON_GPU or (args.device == "cuda" and args.what in ("train", "loader"))
+    on_gpu = args.what == "tensorrt" or (args.device == "cuda" and args.what in ("train", "loader"))
     device = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     print(json.dumps(result, indent=1))
     name = args.what

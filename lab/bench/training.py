@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torchvision import transforms
 
 from lab import machine
-from lab.bench.published import training_batches
 from lab.cli import BadInput
 from lab.models import build
 from lab.tasks import TASKS, cifar10
@@ -53,8 +53,8 @@ def train(model: str, img_size: int, batch_size: int, precision: str, device: st
     steps = {
         "ours": contender(),
         "timm": contender(theirs),
-        "published": contender(batches=training_batches, **published),
-        "published batches": contender(batches=training_batches),
+        "published": contender(batches=published_batches, **published),
+        "published batches": contender(batches=published_batches),
         "contiguous": contender(memory_format=torch.contiguous_format),
         "unfused": contender(optimizer=unfused),
     }
@@ -203,3 +203,38 @@ def our_batches(img_size: int, batch_size: int, device: str):
     for images, labels in loader:
         x = cifar10.to_input(images.to(device, non_blocking=True), img_size)
         yield x, labels.to(device, non_blocking=True)
+
+
+def published_batches(img_size: int, batch_size: int, device: str):
+    """Batches as the published script makes them: image by image with PIL, at the input's size, by
+    two loader processes; without end."""
+    to_input = transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.Resize(img_size),
+            transforms.RandomCrop(img_size, padding=img_size // 8),
+            transforms.RandomHorizontalFlip(),
+            transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+            transforms.ToTensor(),
+            transforms.Normalize(cifar10.MEAN, cifar10.STD),
+        ]
+    )
+
+    images = TASKS["synthetic"].load(None, train=True)
+    loader = torch.utils.data.DataLoader(
+        list(zip(images.images, images.labels)),
+        batch_size=batch_size,
+        num_workers=2,
+        shuffle=True,
+        collate_fn=partial(_inputs_and_labels, to_input),
+        pin_memory=device == "cuda",
+        drop_last=True,
+    )
+    while True:
+        for x, labels in loader:
+            yield x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _inputs_and_labels(to_input, pairs):
+    images, labels = zip(*pairs)
+    return torch.stack([to_input(image) for image in images]), torch.stack(labels)

@@ -162,8 +162,8 @@ def histogram(tensor: dict, name: str) -> str:
 
 def codes(tensor: dict, name: str) -> str:
     counts = tensor["codes"]
-    bars = zip(range(len(counts)), counts, heights(counts))
-    path = "".join(f"M{i}.5 {HEIGHT}v-{height:g}" for i, count, height in bars if count)
+    bars = [(i, height) for i, height in enumerate(heights(counts)) if counts[i]]
+    path = "".join(f"M{i}.5 {HEIGHT}v-{height:g}" for i, height in bars)
     label = f"Codes of {name}: {tensor['codes_used']} of {tensor['n_codes']} are used"
     last = tensor["first_code"] + tensor["n_codes"] - 1
     drawing = f'<path class="codes" stroke-width="0.8" d="{path}"/>'

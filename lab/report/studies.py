@@ -4,9 +4,7 @@ import statistics
 from pathlib import Path
 
 from lab.report.tables import (
-    OPTIMIZERS,
     PUBLISHED,
-    RUNS_ON,
     accuracy,
     cell,
     changed_predictions,
@@ -17,6 +15,7 @@ from lab.report.tables import (
     markdown,
     model_order,
     models_of,
+    order,
     short_name,
     title_of,
 )
@@ -45,6 +44,17 @@ CONTENDERS = {  # of lab.bench train
     "unfused": "AdamW not fused",
     "fp32": "FP32",
     "fused attention": "fused attention",
+}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
+RUNS_ON = {  # the package behind an engine, where it is not called like it
+    "openvino-bf16": "openvino",
+    "published": "torch",
+    "torch-eager": "torch",
+    "torch-fx": "torch",
+    "torch-pt2e": "torch",
+    "nncf": "openvino",
+    "nncf-control": "openvino",
+    "ort-static": "onnxruntime",
 }
 NODES = {  # OpenVINO's types of nodes
     "convolutions": ("Convolution",),
@@ -173,11 +183,7 @@ def by_recipe(rows: list[dict]) -> dict[str, list[dict]]:
     found = {}
     for row in rows:
         found.setdefault(row["recipe"]["name"], []).append(row)
-
-    def order(name):
-        return (ABLATION.index(name) if name in ABLATION else len(ABLATION), name)
-
-    return {name: found[name] for name in sorted(found, key=order)}
+    return {name: found[name] for name in sorted(found, key=lambda name: order(name, ABLATION))}
 
 
 def ablation_table(rows: list[dict]) -> str:
@@ -220,14 +226,10 @@ def speed_table(benches: list[dict]) -> str:
 
     A line a method and engine, the fastest of the first model first. A table for each kind of CPU.
     """
-    kinds = sorted({cpu_kind(bench) for bench in benches})
-    tables = [(k, speeds_on([b for b in benches if cpu_kind(b) == k])) for k in kinds]
-    if len(tables) < 2:
-        return tables[0][1] if tables else markdown([])
-    return "\n\n".join(f"{cell(kind)}:\n\n{table}" for kind, table in tables)
-
-
-def speeds_on(benches: list[dict]) -> str:
+    kinds = {cpu_kind(bench) for bench in benches}
+    if len(kinds) > 1:
+        tables = {k: speed_table([b for b in benches if cpu_kind(b) == k]) for k in sorted(kinds)}
+        return "\n\n".join(f"{cell(kind)}:\n\n{table}" for kind, table in tables.items())
     by_model, versions = {}, {}
     for bench in sorted(benches, key=lambda b: model_order(b["model"])):
         ms = {name: times["median"] for name, times in bench["latency_ms"].items()}

@@ -1,6 +1,7 @@
 """Figures of runs, layers, operations and steps; None where there is nothing to draw."""
 
 import statistics
+from itertools import groupby
 
 from lab.report import style
 from lab.report.results import Results
@@ -51,26 +52,22 @@ def draw_chain(axis, chain, shades) -> None:
     """Epochs as marks at their ends, a line for each run, a band for each size of its images."""
     end, bands = 0.0, []
     for run in chain:
-        xs, ys = [], []
-        for row in run["log"]:
-            start, end = end, end + row["seconds"] / 60
-            if xs and bands[-1][2] == size_of(row):
-                bands[-1][1] = end
-            else:
-                bands.append([start, end, size_of(row)])
-            xs.append(end)
-            ys.append(row["val_accuracy_pct"])
-        axis.plot(xs, ys, "o-", color=style.DARK, ms=5, clip_on=False)
-    chosen = [int(row["epoch"]) for row in run["log"]].index(run["epoch"])
-    beside = {"textcoords": "offset points", "xytext": (0, 7), "ha": "right"}
-    axis.annotate(f"{ys[chosen]:.2f}", (xs[chosen], ys[chosen]), fontsize=10, **beside)
+        points = []
+        for size, epochs in groupby(run["log"], size_of):
+            start = end
+            for row in epochs:
+                end += row["seconds"] / 60
+                points.append((end, row["val_accuracy_pct"]))
+            bands.append((start, end, size))
+        axis.plot(*zip(*points), "o-", color=style.DARK, ms=5, clip_on=False)
+    chosen = points[[int(row["epoch"]) for row in run["log"]].index(run["epoch"])]
+    style.note(axis, f"{chosen[1]:.2f}", chosen, (0, 7), fontsize=10, ha="right")
     for start, stop, size in bands:
         axis.axvspan(start, stop, color=shades[size], linewidth=0)
         side, window = size
         label = f"{side}" if window == side else f"{window} of {side}"
-        at = (stop, 0.03)  # where curves are high
         how = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
-        axis.annotate(label, at, rotation=90, fontsize=style.SMALL, **how)
+        style.note(axis, label, (stop, 0.03), rotation=90, **how)  # where curves are high
     axis.set_xlim(0, end)
 
 
@@ -100,13 +97,14 @@ def layers(found: Results):
         shown = noises_of(report)[: report["largest"]]
         for y, (noise, kind, _) in enumerate(shown):
             axis.barh(y, noise, color=colours.get(kind, style.GREY))
-            axis.annotate(f" {noise:.6f}", (noise, y), va="center", fontsize=style.SMALL)
+            style.note(axis, f" {noise:.6f}", (noise, y), va="center")
         axis.set_yticks(range(len(shown)), [tensor for *_, tensor in shown])
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.12, y=0.02)
-        axis.set_title(f"{title_of(name)}: all {len(noises_of(report))} together "
-                       f"{report['noise_of_all']:.3f}", loc="left", fontweight="bold")  # fmt: skip
+        title = f"{title_of(name)}: all {len(noises_of(report))} together "
+        title += f"{report['noise_of_all']:.3f}"
+        axis.set_title(title, loc="left", fontweight="bold")
         for kind in dict.fromkeys(kind for _, kind, _ in shown):
             axis.barh(0, 0, color=colours.get(kind, style.GREY), label=f"{kind} of")
         axis.legend(loc="lower right")
@@ -149,9 +147,8 @@ def milliseconds(found: Results):
                     axis.barh(y, ms, 0.7, left=left, color=colour[kind], **how)
                     if ms >= SHOWN_MS:
                         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
-                        at = (left + ms / 2, y)
-                        axis.annotate(f"{ms:.1f}", at, ha="center", va="center",
-                                      fontsize=style.SMALL, bbox=box)  # fmt: skip
+                        middle = {"ha": "center", "va": "center", "bbox": box}
+                        style.note(axis, f"{ms:.1f}", (left + ms / 2, y), **middle)
                     left += ms
         axis.annotate(f" {left:.1f}", (left, y), va="center", fontweight="bold")
     names = [" on ".join(map(title_of, name.split("@"))) for name in bars]
@@ -211,7 +208,7 @@ def waterfall(found: Results):
             at, colour = stop, "white"
         axis.annotate(f" {low:.2f} %{gain} ", (at, y), va="center", ha=align, color=colour)
     if "fp32" in means:
-        axis.axvline(means["fp32"], color=style.DARK, linestyle=(0, (4, 3)), linewidth=1)
+        axis.axvline(means["fp32"], **style.DASHED | {"color": style.DARK})
         at = (means["fp32"], len(steps) - 0.3)
         axis.annotate(f"FP32 {means['fp32']:.2f} % ", at, ha="right", va="center")
     axis.set_yticks(range(len(steps)), [f"{titles[name]}\n{name}" for name in steps])

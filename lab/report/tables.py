@@ -32,17 +32,6 @@ TITLES = {  # the published protocol
     "int8-fx": "INT8, torch FX",
     "int4-percentile": "INT4 weights, 1-99 percentile",
 }
-RUNS_ON = {  # the package behind an engine
-    "openvino-bf16": "openvino",
-    "published": "torch",
-    "torch-eager": "torch",
-    "torch-fx": "torch",
-    "torch-pt2e": "torch",
-    "nncf": "openvino",
-    "nncf-control": "openvino",
-    "ort-static": "onnxruntime",
-}
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
 BASELINE = ("fp32", "torch-eager")
 HEADLINE = (BASELINE, ("fp32", "openvino"), ("w8a8", "openvino"), ("w4", "openvino"))
@@ -90,9 +79,14 @@ def markdown(lines: list[dict]) -> str:
 # Rows
 
 
-def model_order(model: str) -> tuple:
-    """Sorts models as in MODELS, then by name."""
-    return (MODELS.index(model) if model in MODELS else len(MODELS), model)
+def order(name: str, known) -> tuple[int, str]:
+    """Sorts names as in `known`; others follow by name."""
+    known = list(known)
+    return known.index(name) if name in known else len(known), name
+
+
+def model_order(model: str) -> tuple[int, str]:
+    return order(model, MODELS)
 
 
 def short_name(model: str) -> str:
@@ -106,16 +100,13 @@ def title_of(recipe: str) -> str:
 
 def in_order(rows: list[dict]) -> list[dict]:
     """By model from small to large, then measured before simulated, then as in TITLES."""
-    recipes = list(TITLES)
 
     def key(row):
-        recipe = row["recipe"]["name"]
         return (
             model_order(row["model"]),
             row["img_size"],
             KINDS.index(row["kind"]),
-            recipes.index(recipe) if recipe in recipes else len(recipes),
-            recipe,
+            order(row["recipe"]["name"], TITLES),
             not is_baseline(row),
         )
 
@@ -205,34 +196,30 @@ def arithmetic(row: dict) -> str:
     """In which numbers the row's network computed."""
     if row["kind"] != "measured":
         return "FP32, simulated" if row["kind"] == "simulated" else "integers alone"
-    elsewhere = "BF16" if row["engine"] == "openvino-bf16" else "FP32"
     products = row["products"]
     if products and any(products["int8"].values()):
-        counts = (
-            f"{kind} {products['int8'].get(kind, 0)}/{all_products(products, kind)}"
-            for kind in PRODUCTS
-        )
+        counts = (f"{kind} {n}/{of}" for kind, (n, of) in in_int8(products).items())
         return f"INT8 ({', '.join(counts)})"
-    return "INT8" if row["recipe"]["peer"] and products is None else elsewhere
+    if products is None and row["recipe"]["peer"]:
+        return "INT8"
+    return "BF16" if row["engine"] == "openvino-bf16" else "FP32"
 
 
-def all_products(products: dict, kind: str) -> int:
-    return products["int8"].get(kind, 0) + products["float"].get(kind, 0)
+def in_int8(products: dict) -> dict[str, tuple[int, int]]:
+    """{kind of PRODUCTS: how many an engine computed in INT8, of how many}."""
+    int8, floats = ([products[key].get(k, 0) for k in PRODUCTS] for key in ("int8", "float"))
+    return {kind: (n, n + m) for kind, n, m in zip(PRODUCTS, int8, floats)}
 
 
 def products_text(products: dict) -> str:
     """What an engine computed in integers, and why it did not compute the rest so."""
-    n = {kind: products["int8"].get(kind, 0) for kind in PRODUCTS}
-    of = {kind: all_products(products, kind) for kind in PRODUCTS}
-    text = ", ".join(f"{n[kind]} of {of[kind]} {name}" for kind, name in PRODUCTS.items())
+    counts = in_int8(products)
+    text = ", ".join(f"{n} of {of} {PRODUCTS[kind]}" for kind, (n, of) in counts.items())
     if "asked" not in products:
         return f"  {text} in INT8"
     # Of both kinds together: an engine may compute a pointwise convolution as a matrix product.
-    asked = sum(products["asked"].values())
-    why = {
-        "by the recipe": sum(of.values()) - asked,
-        "for want of a kernel": asked - sum(n.values()),
-    }
+    (n, of), asked = map(sum, zip(*counts.values())), sum(products["asked"].values())
+    why = {"by the recipe": of - asked, "for want of a kernel": asked - n}
     floats = ", ".join(f"{m} {reason}" for reason, m in why.items() if m > 0)
     return f"  {text} in INT8" + (f"; in float {floats}" if floats else "")
 

@@ -11,7 +11,6 @@ from lab.report.tables import accuracy, models_of, short_name
 MIXED = r"mixed-[^-]+(-.*)?"  # the name of a recipe, with what it has besides a budget
 UNIFORM = ("w4a8", "w5a8", "w6a8", "w8a8")  # the same inputs, one width for all weights
 PEERS = {"int8-nncf": "NNCF", "int8-nncf-control": "NNCF, accuracy-aware"}
-FP32 = {"color": style.GREY, "linestyle": (0, (4, 3)), "linewidth": 1}
 SAME_BYTES = 1.01  # files whose sizes differ by less are of the same size here
 
 
@@ -55,11 +54,11 @@ def tradeoffs(found: Results):
                     axis.plot(*zip(*points), line, color=colour[name], ms=5)
             for row in found.rows:
                 if row["model"] == model and tables.is_baseline(row):
-                    axis.axhline(accuracy(row), **FP32)
+                    axis.axhline(accuracy(row), **style.DASHED)
             axis.set_xlabel(label)
         panels[0].set_ylabel(f"{short_name(model)}, test accuracy, %")
     handles = [axes[0][0].plot([], [], "o", color=colour[name], label=name)[0] for name in series]
-    handles += axes[0][0].plot([], [], label="FP32", **FP32)
+    handles += axes[0][0].plot([], [], label="FP32", **style.DASHED)
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
 
