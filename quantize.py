@@ -48,7 +48,14 @@ from lab.profiles import profile_folder, write_profile
 from lab.recipes import checked_recipe, recipe_of
 from lab.report.compare import compare_rows
 from lab.report.rows import comparable, has_predictions, read_row, reusable_row, row_path, setting
-from lab.report.tables import in_protocol, markdown, printed, products_text, results_table
+from lab.report.tables import (
+    has_vnni,
+    in_protocol,
+    markdown,
+    printed,
+    products_text,
+    results_table,
+)
 from lab.subject import Subject, load_subject, named
 from ptq import packing
 from ptq.analysis.energy import energy_by_prices
@@ -218,7 +225,7 @@ def repeat_rows(args) -> int:
             raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
         recipe = recipe_of_row(subject, shipped, path)
         what = f"{shipped['model']} {recipe.name}@{engine.NAME}"
-        if "VNNI" in shipped["cpu"] and not machine.has_vnni() and recipe.quantizes_inputs:
+        if has_vnni(shipped) and not machine.has_vnni() and recipe.quantizes_inputs:
             print(f"{what}: not compared, it was measured on a CPU with VNNI")
             continue
         n = shipped["calibration_images"]

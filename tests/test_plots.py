@@ -21,7 +21,7 @@ from made_results import (
 from lab.files import write_json
 from lab.report import row_figures, study_figures, tables
 from lab.report.figures import FIGURES
-from lab.report.pages import PAGES, blocks_of
+from lab.report.pages import PAGES
 from lab.report.rows import is_published, load_rows, row_path
 from ptq import RECIPES
 
@@ -43,6 +43,11 @@ def closed_figures():
 @pytest.fixture
 def tree(made, tmp_path):
     return shutil.copytree(made, tmp_path / "tree")
+
+
+def blocks_of(found):
+    """{name of a block: its Markdown} of all pages."""
+    return {b: markdown(found) for blocks in PAGES.values() for b, markdown in blocks.items()}
 
 
 def test_pages_are_filled_and_then_agree(tree):

@@ -1,8 +1,8 @@
 """A campaign of malformed inputs and kills through the real commands and readers.
 
 Expected of every malformed input: exit code 2, one line on stderr, nothing written to the output.
-Some of them can be changes that nothing hangs on; those may also pass. Expected of every kill: what
-it leaves is whole, and going on gives what an undisturbed run gives.
+Some change what nothing may depend on; these may also pass. Expected of every kill: what it leaves
+is whole, and going on gives what an undisturbed run gives.
 """
 
 import itertools
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,14 +86,13 @@ def abuse(n_inputs: int, n_kills: int, seed: int) -> dict:
         for kind, at in kills.journeys(n_kills, seed):
             tasks.append(partial(_journeyed, kind, at, stand, seconds[kind]))
         with get_context("fork").Pool(os.cpu_count(), _receive, (tasks,)) as pool:
-            counts, found = Counter(), []
+            kinds, found = {}, []
             for kind, n, faults in pool.imap(_done, range(len(tasks))):
-                counts[kind, "inputs"] += n
-                counts[kind, "faults"] += bool(faults)
+                counts = kinds.setdefault(kind, {"inputs": 0, "faults": 0})
+                counts["inputs"] += n
+                counts["faults"] += bool(faults)
                 found += [f"{kind}: {fault}" for fault in faults]
                 print("".join(f"FAULT {kind}: {fault}\n" for fault in faults), end="", flush=True)
-    names = dict.fromkeys(kind for kind, _ in counts)
-    kinds = {k: {what: counts[k, what] for what in ("inputs", "faults")} for k in names}
     print(abuse_table([{"kinds": kinds}]), flush=True)
     return {
         "kinds": kinds,
@@ -219,8 +217,8 @@ def fault_of(given: Input, outcome: Outcome, folder: Path) -> str | None:
         return None
     if outcome.code != 2:
         return kills.described(outcome)
-    if len(outcome.err.splitlines()) != 1 or len(outcome.err) > MAX_LINE:
-        lines, n = len(outcome.err.splitlines()), len(outcome.err)
+    lines, n = len(outcome.err.splitlines()), len(outcome.err)
+    if lines != 1 or n > MAX_LINE:
         return f"{lines} lines of {n} characters: {outcome.err[:200]!r}"
     left = [path.name for path in folder.rglob(f"{PREFIX}*")]
     left += [path.name for path in (folder / "out").rglob("*") if path.is_file()]

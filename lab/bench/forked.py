@@ -18,7 +18,7 @@ except ImportError:  # Windows, which can't fork either
     resource = None
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S, CPU_S = 900, 120  # after which a process hangs; seconds of the CPU, if it is at work
+TIMEOUT_S, CPU_S = 900, 120  # a process that takes longer, or more of the CPU's time, hangs
 HANGS = "hangs"
 
 

@@ -21,7 +21,7 @@ class Input:
     """`make(folder)` writes the spoilt files there and gives what is to be run with them: a command
     (its words; OUT stands for the folder of its output) or a function.
 
-    `may_pass`: exit code 0 is no fault, as the change can be one that nothing hangs on.
+    `may_pass`: exit code 0 is no fault, as nothing may depend on what was changed.
     `own_process`: it is run by a Python of its own.
     """
 
@@ -84,6 +84,11 @@ def wrong_values(good) -> list:
     if isinstance(good, list | tuple):
         return [None, {}, "text", 3, nested(300), MISSING]
     return [[[]], {"a": [{}]}] if good is None else [None, 3, "text", [], {}, MISSING]
+
+
+def wrong_fields(value) -> list[tuple]:
+    """(place, a value that is wrong there) of everything in nested dicts and lists."""
+    return [(path, wrong) for path in places(value) for wrong in wrong_values(at(value, path))]
 
 
 def shown(value) -> str:

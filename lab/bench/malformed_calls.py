@@ -123,16 +123,16 @@ OPTIONS = {
 def options(rng: random.Random, stand: Path) -> Iterator[Input]:
     drawn = [(script, text) for script, texts in OPTIONS.items() for text in texts]
     for i, (script, text) in enumerate(rng.sample(drawn, len(drawn))):
-
-        def make(folder, script=script, text=text):
-            usual = (*SMALL, *OUT) if script == "train.py" and "--eval" not in text else ()
-            usual = (*QUICK[2:], *OUT) if "quantize" in script and "--recipes" in text else usual
-            usual = ("--check",) if script == "plots.py" and "--pages" in text else usual
-            return given(
-                [script, *usual, *text.split(" ")] if text else [script], stand / "run" / "best.pth"
-            )
-
+        usual = ()
+        if script == "train.py" and "--eval" not in text:
+            usual = (*SMALL, *OUT)
+        elif script == "quantize.py" and "--recipes" in text:
+            usual = (*QUICK[2:], *OUT)
+        elif script == "plots.py" and "--pages" in text:
+            usual = ("--check",)
+        command = given([script, *usual, *text.split()], stand / "run" / "best.pth")
         shown_text = text.replace(LONG, "(a name of 300 bytes)").replace(HERE, "A.pth")
+        make = lambda folder, command=command: command  # noqa: E731
         yield Input("options", f"{script} {shown_text}", make, own_process=i % 6 == 0)
 
 

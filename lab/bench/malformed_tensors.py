@@ -25,15 +25,13 @@ from lab.bench.malformed import (
     QUICK,
     SMALL,
     Input,
-    at,
     changed,
     in_words,
     nested,
     of_file,
-    places,
     shown,
     spoil,
-    wrong_values,
+    wrong_fields,
 )
 from lab.engines import published
 from lab.models import build
@@ -70,12 +68,11 @@ def checkpoint_fields(rng: random.Random, stand: Path) -> Iterator[Input]:
         (("img_size",), 10**9), (("img_size",), -32), (("task",), "../../etc"),
         (("config", "init"), nested(300)), (("val_accuracy_pct",), 1e30),
     ]  # fmt: skip
+    checked = ("model", "settings", "task", "classes", "img_size", "config")
     drawn = [
-        (path, wrong)
-        for path in places(top)
-        if path[0] in ("model", "settings", "task", "classes", "img_size", "config")
-        and path[:1] + path[1:2] not in [("config", k) for k in good["config"]]
-        for wrong in wrong_values(at(top, path))
+        (place, wrong)
+        for place, wrong in wrong_fields(top)
+        if place[0] in checked and not (place[0] == "config" and len(place) > 1)
     ]
     rng.shuffle(drawn)
     for change in (*fixed, *drawn):

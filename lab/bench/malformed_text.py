@@ -27,6 +27,7 @@ from lab.bench.malformed import (
     places,
     spoil,
     write_changed,
+    wrong_fields,
     wrong_values,
 )
 from lab.files import read_json
@@ -47,9 +48,7 @@ FILES = {  # kind: files of the tree that `plots.py` reads
         f"checkpoints/mobilevit_xxs/{name}" for name in ("metrics.json", "config.json")
     ),
 }
-
-
-# Fields of files with entries of any names.
+# Fields whose entries have names of any kind: with one entry less, a file is still a good one.
 OPEN = {"noise", "weights", "inputs", "activations", "latency_ms", "ms", "images_per_s", "ratio",
         "loader_images_per_s", "steps", "products"}  # fmt: skip
 
@@ -80,7 +79,7 @@ def _of_tree(kind, name, stand: Path, file: str, write, run=None, **more) -> Inp
 def tree_files(kind: str, rng: random.Random, stand: Path) -> Iterator[Input]:
     """Files of FILES that are spoilt as a whole, and JSON files with one wrong field."""
     for file, how in itertools.product(FILES[kind], SPOILT):
-        # What is not there need not be, but for the other files of a run with metrics.
+        # plots.py does without a missing file, but a run with metrics must have the others.
         if how != "nothing at all" or file.endswith(("config.json", "log.csv")):
             name = f"{Path(file).name} is {how}"
             yield _of_tree(kind, name, stand, file, partial(spoil, stand / "tree" / file, how))
@@ -88,8 +87,8 @@ def tree_files(kind: str, rng: random.Random, stand: Path) -> Iterator[Input]:
     for file in FILES[kind]:
         if file.endswith(".json"):
             good = read_json(stand / "tree" / file)
-            of_file = [(p, wrong) for p in places(good) for wrong in wrong_values(at(good, p))]
-            drawn += [(file, good, p, wrong) for p, wrong in of_file if not _another(p, wrong)]
+            changes = [change for change in wrong_fields(good) if not _another(*change)]
+            drawn += [(file, good, *change) for change in changes]
     for file, *change in rng.sample(drawn, len(drawn)):
         name = f"{Path(file).name}: {in_words(*change[1:])}"
         write = partial(write_changed, *change)
@@ -174,8 +173,11 @@ def runs_to_resume(rng: random.Random, stand: Path) -> Iterator[Input]:
     state = read_tensors(stand / "run" / "last.pth")
     top = {k: v for k, v in state.items() if k not in ("model", "optimizer")}
     options = {("config", name) for name in state["config"]}
-    drawn = [(p, w) for p in places(top) if p not in options for w in wrong_values(at(top, p))]
-    drawn = [(p, w) for p, w in drawn if w is not None or p[0] != "scaler"]
+    drawn = [
+        (place, wrong)
+        for place, wrong in wrong_fields(top)
+        if place not in options and not (place[0] == "scaler" and wrong is None)
+    ]
     moment = ("optimizer", "state", 5)
     exp_avg = state["optimizer"]["state"][5]["exp_avg"]
     fixed = [
@@ -213,7 +215,7 @@ def rows_to_repeat(rng: random.Random, stand: Path) -> Iterator[Input]:
              (("latency_runs",), 10**30), (("checkpoint",), "\0"), (("checkpoint",), "a" * 300),
              (("predictions",), [0]), (("predictions",), []), (("checkpoint_sha256",), "0" * 64),
              (("recipe", "name"), "w4"), (("model",), "../x"), (("n_images",), 10**9)]  # fmt: skip
-    drawn = [(p, w) for p in places(good) for w in wrong_values(at(good, p))]
+    drawn = wrong_fields(good)
     for change in (*fixed, *rng.sample(drawn, len(drawn))):
         # Of a row that is repeated, not every field is looked at.
         yield of_row(in_words(*change), partial(write_changed, good, *change), may_pass=True)

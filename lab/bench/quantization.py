@@ -118,14 +118,14 @@ def tensorrt(checkpoint, n_calls: int) -> dict:
         raise BadInput(str(missing)) from missing
     model, described, batches, example = on_noise(checkpoint)
     on_gpu = copy.deepcopy(model).cuda()
-    runs = {"fp32@torch-cuda": lambda: on_gpu(example.cuda()).cpu()}
-    recipes = {recipe.name: recipe for recipe in recipes_for(model, ("fp32", "w8a8-tensorrt"))}
-    for name, recipe in recipes.items():
+    runs, recipes = {"fp32@torch-cuda": lambda: on_gpu(example.cuda()).cpu()}, {}
+    for recipe in recipes_for(model, ("fp32", "w8a8-tensorrt")):
         network = ptq.quantize(model, to_nearest(recipe), batches)
         run = tensorrt_gpu.load(network, recipe, batches, example).run
-        runs[f"{name}@{tensorrt_gpu.NAME}"] = functools.partial(run, example)
+        runs[f"{recipe.name}@{tensorrt_gpu.NAME}"] = functools.partial(run, example)
+        recipes[recipe.name] = recipe.asdict()
     return described | {
-        "recipes": {name: recipe.asdict() for name, recipe in recipes.items()},
+        "recipes": recipes,
         "engine_version": engine_version,
         "latency_ms": latency(runs, n_calls),
     }

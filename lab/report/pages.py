@@ -9,42 +9,37 @@ from lab.files import write_text
 from lab.report import energy, neighbours, studies, tables
 from lab.report.results import Results
 
-PAGES = {  # page: the blocks that it holds
-    "README.md": ("headline",),
-    "docs/results.md": ("results", "engines", "simulated", "energy", "neighbours"),
-    "docs/training.md": ("training", "commands"),
-    "docs/quantization.md": ("per-layer", "per-layer-fx", "ablation"),
-    "docs/speed.md": ("speeds-vnni", "speeds", "profile", "sizes", "benchmarks"),
-    "docs/robustness.md": ("abuse",),
-    "checkpoints/README.md": ("classes",),
+PAGES = {  # page: {block that it holds: its Markdown, a function of Results}
+    "README.md": {"headline": lambda found: tables.headline_table(found.rows)},
+    "docs/results.md": {
+        "results": lambda found: tables.results_table(found.protocol, found.rows),
+        "engines": lambda found: tables.results_table(found.measured, found.rows),
+        "simulated": lambda found: tables.simulated_table(found.simulated, found.rows),
+        "energy": lambda found: energy.energy_table(found.rows),
+        "neighbours": lambda found: neighbours.neighbours_table(found.rows),
+    },
+    "docs/training.md": {
+        "training": lambda found: studies.training_table(found.runs),
+        "commands": lambda found: studies.commands_block(found.runs),
+    },
+    "docs/quantization.md": {
+        "per-layer": lambda found: studies.per_layer_table(found.reports["w8a8-early"]),
+        "per-layer-fx": lambda found: studies.per_layer_table(found.reports["int8-fx"]),
+        "ablation": lambda found: studies.ablation_table(found.ablation),
+    },
+    "docs/speed.md": {
+        "speeds-vnni": lambda found: studies.speed_table(found.speeds(vnni=True)),
+        "speeds": lambda found: studies.speed_table(found.speeds(vnni=False)),
+        "profile": lambda found: studies.profile_table(found.operators),
+        "sizes": lambda found: tables.sizes_table(found.input_sizes),
+        "benchmarks": lambda found: studies.benchmarks_table(found.benchmarks),
+    },
+    "docs/robustness.md": {
+        "abuse": lambda found: studies.abuse_table(found.benchmarks["abuse"]),
+    },
+    "checkpoints/README.md": {"classes": lambda found: studies.classes_table(found.rows)},
 }
 MARKER = re.compile(r"<!-- (begin|end):(.*?) -->")
-
-
-def blocks_of(found: Results) -> dict[str, str]:
-    """{name of a block: its Markdown}."""
-    speeds = found.benchmarks["engines"]
-    profiles = [bench for bench in found.benchmarks["profile"] if studies.has_vnni(bench)]
-    return {
-        "headline": tables.headline_table(found.rows),
-        "results": tables.results_table(found.protocol, found.rows),
-        "engines": tables.results_table(found.measured, found.rows),
-        "simulated": tables.simulated_table(found.simulated, found.rows),
-        "energy": energy.energy_table(found.rows),
-        "neighbours": neighbours.neighbours_table(found.rows),
-        "training": studies.training_table(found.runs),
-        "commands": studies.commands_block(found.runs),
-        "per-layer": studies.per_layer_table(found.reports["w8a8-early"]),
-        "per-layer-fx": studies.per_layer_table(found.reports["int8-fx"]),
-        "ablation": studies.ablation_table(found.ablation),
-        "speeds-vnni": studies.speed_table([b for b in speeds if studies.has_vnni(b)]),
-        "speeds": studies.speed_table([b for b in speeds if not studies.has_vnni(b)]),
-        "profile": studies.profile_table(profiles[0] if profiles else None),
-        "sizes": tables.sizes_table(found.input_sizes),
-        "benchmarks": studies.benchmarks_table(found.benchmarks),
-        "abuse": studies.abuse_table(found.benchmarks["abuse"]),
-        "classes": studies.classes_table(found.rows),
-    }
 
 
 def filled_page(text: str, blocks: dict[str, str], path) -> str:
@@ -68,14 +63,15 @@ def filled_page(text: str, blocks: dict[str, str], path) -> str:
 
 def filled_pages(found: Results, folder) -> dict[Path, tuple[str, str]]:
     """{page: its text, its text with every block filled} for the pages under `folder`."""
-    blocks, pages = blocks_of(found), {}
-    for name, of_page in PAGES.items():
+    pages = {}
+    for name, blocks in PAGES.items():
         path = Path(folder, name)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot read {path}: {error}") from error
-        pages[path] = text, filled_page(text, {block: blocks[block] for block in of_page}, path)
+        made = {block: markdown(found) for block, markdown in blocks.items()}
+        pages[path] = text, filled_page(text, made, path)
     return pages
 
 

@@ -23,7 +23,7 @@ SHEET_ROWS, SHEET_COLUMNS = 6, 4  # histograms on one sheet
 class Column:
     """A column of the table: how its value is found in a tensor and shown, and what it means.
 
-    Text for words; None stands where there is no such number.
+    `value(tensor)` is None where there is no such number; `text(value)` is what the table shows.
     """
 
     title: str

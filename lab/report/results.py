@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lab.report.benchmarks import load_benchmarks
 from lab.report.rows import PUBLISHED, is_published, load_rows
 from lab.report.runs import load_report, load_runs
-from lab.report.tables import SIZE_SWEEP, in_order, in_protocol, model_order, on_usual_cpu
+from lab.report.tables import SIZE_SWEEP, has_vnni, in_order, in_protocol, model_order, on_usual_cpu
 
 REPORTED = {"model": "mobilevit_xxs", "recipes": ("w8a8-early", "int8-fx")}  # layer by layer
 
@@ -54,6 +54,15 @@ class Results:
         swept = [row for row in swept if row["recipe"]["name"] in SIZE_SWEEP]
         several = {row["model"] for row in swept if not is_published(row)}
         return on_usual_cpu(in_order([row for row in swept if row["model"] in several]))
+
+    def speeds(self, vnni: bool) -> list[dict]:
+        """The benchmarks of engines on CPUs with VNNI, or on those without."""
+        return [bench for bench in self.benchmarks["engines"] if has_vnni(bench) == vnni]
+
+    @property
+    def operators(self) -> dict | None:
+        """The benchmark of OpenVINO's operations on a CPU with VNNI."""
+        return next((b for b in self.benchmarks["profile"] if has_vnni(b) and b["ms"]), None)
 
 
 def load_results(results, checkpoints) -> Results:

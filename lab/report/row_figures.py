@@ -18,8 +18,8 @@ HEADLINE = {  # (recipe, engine): label, colour, marker
     ("int8-pt2e", "torch-pt2e"): ("INT8, PT2E", style.PURPLE, "v"),
     ("int8-ort", "ort-static"): ("INT8, ONNX Runtime", style.VERMILION, "P"),
 }
-LOSS_SHOWN = 4  # points; what loses more is drawn below the break of the axis
-BELOW = 4.75  # where
+LOSS_SHOWN = 4  # points, down to where the axis breaks
+BELOW = 4.75  # the place of what loses more
 METHODS = {"fp32": "FP32", "fp16": "FP16", "int8-fx": "INT8, FX", "int4-percentile": "INT4"}
 # Of `methods`: label and digits. Milliseconds measured apart don't compare, shares of FP32's do.
 PANELS = (("test accuracy, %", ".1f"), ("size, MB", ".2f"), ("time, % of FP32's", ".0f"))

@@ -36,7 +36,7 @@ ACCURACY = "accuracy_pct"
 METRICS = {ACCURACY: "Accuracy", "map50_pct": "mAP@0.5", "miou_pct": "mIoU"}
 PARTS = ("compute", "weights", "activations")
 ENERGY = record({"unit": text, "total": number(1e-9)} | {part: number(0) for part in PARTS})
-IDENTITY = {  # what makes a row the same row: asked for again, it need not be measured again
+IDENTITY = {  # a row that is the same in all of these need not be measured again
     "model": text,
     "task": text,
     "split": one_of("test", "held-out"),
@@ -72,7 +72,7 @@ ROW = record(
         "command": text,
         "wall_s": number(0),
     },
-    optional={"energy": maybe(mapping(ENERGY))},  # of rows that were written since it is known
+    optional={"energy": maybe(mapping(ENERGY))},  # rows of earlier versions have none
 )
 ANSWERS = record(
     {

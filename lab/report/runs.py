@@ -9,7 +9,8 @@ from lab.schema import integer, mapping, maybe, number, record, text
 
 CONFIG = record(
     {"resolutions": text, "precision": text},
-    optional={"optimizer": text, "widen": maybe(text), "teacher": maybe(text)},  # of later runs
+    # Earlier runs lack these.
+    optional={"optimizer": text, "widen": maybe(text), "teacher": maybe(text)},
 )
 METRICS = record(
     {

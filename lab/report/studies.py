@@ -217,10 +217,6 @@ def mean_text(values: list[float], digits: int) -> str:
 # Speed
 
 
-def has_vnni(bench: dict) -> bool:
-    return "VNNI" in cpu_kind(bench)
-
-
 def speed_table(benches: list[dict]) -> str:
     """Latencies from lab.bench engines, in milliseconds and as shares of FP32's, for each model.
 
@@ -277,7 +273,7 @@ def profile_table(bench: dict | None) -> str:
 
     A line a type and its arithmetic, a column a method.
     """
-    if bench is None or not bench["ms"]:
+    if bench is None:
         return markdown([])
     columns = {cell(name): node_times(nodes) for name, nodes in bench["ms"].items()}
     parts = [(kind, arithmetic) for kind in NODES for arithmetic in ARITHMETIC] + [OTHERS]

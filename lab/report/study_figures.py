@@ -9,7 +9,6 @@ from lab.report.studies import (
     NODES,
     OTHERS,
     by_recipe,
-    has_vnni,
     node_times,
     noises_of,
     run_chain,
@@ -128,10 +127,9 @@ def layers_finding(reports) -> str:
 
 def milliseconds(found: Results):
     """Where OpenVINO spends one call, operation by operation, a bar a method."""
-    benches = [b for b in found.benchmarks["profile"] if has_vnni(b) and b["ms"]]
-    if not benches:
+    bench = found.operators
+    if bench is None:
         return None
-    bench = benches[0]
     bars = {name: node_times(nodes) for name, nodes in bench["ms"].items()}
     kinds = [*NODES, OTHERS[0]]
     colour = style.colours(kinds) | {OTHERS[0]: style.LIGHT}

@@ -38,9 +38,8 @@ plt.rcParams |= {
 
 def canvas(rows: int, columns: int, height_in: float, finding: str, **how):
     """A figure with `finding`, a sentence, above its axes; the axes are an array."""
-    size = (WIDTH_IN, height_in)
-    how = {"squeeze": False, "layout": "constrained"} | how
-    fig, axes = plt.subplots(rows, columns, figsize=size, **how)
+    how |= {"squeeze": False, "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH_IN, height_in), **how)
     n_lines = -(-len(finding) // TITLE_WIDTH)
     width = len(finding) / n_lines + 8 * (n_lines > 1)  # lines of about the same length
     fig.suptitle(

@@ -169,13 +169,20 @@ def agreement_pct(row: dict, other: dict) -> float:
 
 
 def speed_up(row: dict) -> float:
-    """Over FP32 in torch at the side that the network was trained for, timed in turn."""
+    """How many times as fast as FP32 in torch at the side that the network was trained for.
+
+    The two were timed in turn.
+    """
     return row["fp32_latency_ms"]["median"] / row["latency_ms"]["median"]
 
 
 def cpu_kind(row: dict) -> str:
-    """What the row's CPU has to compute with; only between such rows speed-ups compare."""
+    """The instructions of a row's CPU. Speed-ups compare only between rows of one kind."""
     return row["cpu"].rpartition(", ")[2]
+
+
+def has_vnni(row: dict) -> bool:
+    return "VNNI" in cpu_kind(row)
 
 
 def on_usual_cpu(rows: list[dict]) -> list[dict]:

@@ -11,7 +11,7 @@ from lab.report.tables import accuracy, models_of, short_name
 MIXED = r"mixed-[^-]+(-.*)?"  # the name of a recipe, with what it has besides a budget
 UNIFORM = ("w4a8", "w5a8", "w6a8", "w8a8")  # the same inputs, one width for all weights
 PEERS = {"int8-nncf": "NNCF", "int8-nncf-control": "NNCF, accuracy-aware"}
-SAME_BYTES = 1.01  # files whose sizes differ by less are of the same size here
+SAME_BYTES = 1.01  # sizes that differ by no more than this factor count as equal
 
 
 def series_of(row: dict) -> str | None:
@@ -68,8 +68,10 @@ def series_order(row: dict) -> tuple:
 
 
 def gains(rows: list[dict]) -> list[float]:
-    """For each row of one width, but the ends, points that the best of a width a layer has more at
-    no more bytes."""
+    """By how many points the best mixed recipe of no more bytes beats each row of one width.
+
+    The least and the largest width are left out: mixed recipes lie between them.
+    """
     found = []
     for row in rows:
         if row["recipe"]["name"] not in UNIFORM[1:-1]:
