@@ -21,13 +21,12 @@ SHEET_ROWS, SHEET_COLUMNS = 6, 4  # histograms on one sheet
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: how its value is found in a tensor and shown, and what it means.
+    """A column of the table. What it means is told in profile_page.html.
 
     `value(tensor)` is None where there is no such number; `text(value)` is what the table shows.
     """
 
     title: str
-    meaning: str
     value: Callable[[dict], object]
     text: Callable[[object], str] = str
 
@@ -51,129 +50,29 @@ def cumulative(tensor: dict, name: str):
 
 
 COLUMNS = {
-    "layer": Column("Layer", "The layer that the tensor belongs to.", lambda t: t["layer"]),
-    "role": Column(
-        "Tensor",
-        "Its part in the layer: the weight, the input, or in attention q, k, v, the scores and the "
-        "softmax (attention); output is what an integer layer puts out.",
-        lambda t: t["role"],
-    ),
-    "format": Column(
-        "Format",
-        "How a value is written: int has a sign, uint a zero-point, log2 only powers of two. A "
-        "scale may be shared by the tensor or by each of its channels.",
-        lambda t: t["format"],
-    ),
-    "noise": Column(
-        "Noise",
-        "How much the network's outputs change when this tensor alone is quantized: the mean "
-        "square of the change over the outputs' variance, estimated from gradients. The table "
-        "begins with the largest: look there first.",
-        lambda t: t["noise"],
-        short,
-    ),
-    "qsnr_db": Column(
-        "QSNR alone, dB",
-        "Signal over error when only this tensor is quantized: 10 log10 of the sum of squared "
-        "values over the sum of squared errors. 6 dB more is about one bit more; 40 is typical of "
-        "8 bits, 20 of 4. ∞: nothing was lost.",
-        lambda t: t["local"]["qsnr_db"],
-        number(1),
-    ),
-    "cumulative_db": Column(
-        "QSNR in network, dB",
-        "The same in the quantized network, where errors of everything before have arrived too. "
-        "Weights have none: nothing comes before them.",
-        lambda t: cumulative(t, "qsnr_db"),
-        number(1),
-    ),
+    "layer": Column("Layer", lambda t: t["layer"]),
+    "role": Column("Tensor", lambda t: t["role"]),
+    "format": Column("Format", lambda t: t["format"]),
+    "noise": Column("Noise", lambda t: t["noise"], short),
+    "qsnr_db": Column("QSNR alone, dB", lambda t: t["local"]["qsnr_db"], number(1)),
+    "cumulative_db": Column("QSNR in network, dB", lambda t: cumulative(t, "qsnr_db"), number(1)),
     "worst_channel_db": Column(
-        "Worst channel, dB",
-        "QSNR alone of the channel (in scores and softmax: the head) that fares worst. Far below "
-        "the tensor's: a scale for each channel would help.",
-        lambda t: t["local"]["worst_channel_db"],
-        number(1),
+        "Worst channel, dB", lambda t: t["local"]["worst_channel_db"], number(1)
     ),
-    "mse": Column(
-        "MSE alone",
-        "Mean squared error when only this tensor is quantized.",
-        lambda t: t["local"]["mse"],
-        short,
-    ),
-    "mse_over_rounding": Column(
-        "MSE / (s²/12)",
-        "The same over the error of plain rounding, the squared scale over 12. About 1: rounding "
-        "alone; well above: values are clipped; below: many values lie on a level, such as 0.",
-        lambda t: t["mse_over_rounding"],
-        number(2),
-    ),
-    "cumulative_mse": Column(
-        "MSE in network",
-        "Mean squared error in the quantized network.",
-        lambda t: cumulative(t, "mse"),
-        short,
-    ),
+    "mse": Column("MSE alone", lambda t: t["local"]["mse"], short),
+    "mse_over_rounding": Column("MSE / (s²/12)", lambda t: t["mse_over_rounding"], number(2)),
+    "cumulative_mse": Column("MSE in network", lambda t: cumulative(t, "mse"), short),
     "cosine": Column(
-        "Cosine in network",
-        "Of the angle between the float tensor and the one in the quantized network (for weights: "
-        "alone). 1: the same direction.",
-        lambda t: (t["cumulative"] or t["local"])["cosine"],
-        number(5),
+        "Cosine in network", lambda t: (t["cumulative"] or t["local"])["cosine"], number(5)
     ),
-    "codes_used": Column(
-        "Codes used, %",
-        "Share of the format's codes that occurred. A small share: bits are wasted, mostly by a "
-        "few values far out.",
-        lambda t: t["codes_used"] / t["n_codes"],
-        share,
-    ),
-    "clipped": Column(
-        "Clipped, %",
-        "Share of values beyond the range that the format covers; they become its ends "
-        "(saturation).",
-        lambda t: t["clipped_low"] + t["clipped_high"],
-        share,
-    ),
-    "outliers": Column(
-        "Outliers, %",
-        "Share of float values more than 3 standard deviations from the mean; 0.27 % of normal "
-        "values are.",
-        lambda t: t["outliers"],
-        share,
-    ),
-    "outliers_quantized": Column(
-        "Outliers left, %",
-        "The same share once quantized, by the float tensor's deviation. Less: outliers were "
-        "clipped.",
-        lambda t: t["outliers_quantized"],
-        share,
-    ),
-    "kurtosis": Column(
-        "Kurtosis",
-        "Weight of the tails: 3 for normal values, more for long tails, which need a wide range.",
-        lambda t: t["kurtosis"],
-        number(1),
-    ),
-    "distance": Column(
-        "Divergence, σ",
-        "How far values move on average to turn the float distribution into the quantized one "
-        "(earth mover's distance), in standard deviations.",
-        lambda t: t["distance_sigmas"],
-        short,
-    ),
-    "fisher": Column(
-        "Fisher score",
-        "Mean squared gradient of the loss with respect to one element, at labels drawn from what "
-        "the network predicts: how sharply the network feels this tensor, whatever its error is.",
-        lambda t: t["fisher"],
-        short,
-    ),
-    "row_sum": Column(
-        "Row sum",
-        "Mean sum of a row of the quantized softmax; 1 in float. Off 1: attention scales v.",
-        lambda t: t["row_sums"] and t["row_sums"]["mean"],
-        number(4),
-    ),
+    "codes_used": Column("Codes used, %", lambda t: t["codes_used"] / t["n_codes"], share),
+    "clipped": Column("Clipped, %", lambda t: t["clipped_low"] + t["clipped_high"], share),
+    "outliers": Column("Outliers, %", lambda t: t["outliers"], share),
+    "outliers_quantized": Column("Outliers left, %", lambda t: t["outliers_quantized"], share),
+    "kurtosis": Column("Kurtosis", lambda t: t["kurtosis"], number(1)),
+    "distance": Column("Divergence, σ", lambda t: t["distance_sigmas"], short),
+    "fisher": Column("Fisher score", lambda t: t["fisher"], short),
+    "row_sum": Column("Row sum", lambda t: t["row_sums"] and t["row_sums"]["mean"], number(4)),
 }
 WORDS = ("layer", "role", "format")  # columns that hold no numbers
 INFINITE = ("qsnr_db", "cumulative_db", "worst_channel_db")  # where nothing was lost

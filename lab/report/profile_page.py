@@ -28,10 +28,8 @@ def page(profile: dict) -> str:
         suggestion=suggestion_section(profile["suggestion"]),
         blocks=blocks_table(profile["blocks"]),
         accuracy=accuracy_section(profile),
-        meanings="\n".join(
-            f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS.values()
-        ),
         sections="\n".join(section(i, tensor) for i, tensor in enumerate(tensors)),
+        **{name: escape(column.title) for name, column in COLUMNS.items()},
     )
 
 
