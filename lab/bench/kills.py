@@ -44,15 +44,13 @@ def killed(run: Callable[[], None], place: str, n: int) -> Callable[[], None]:
         if calls == n:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(owner, name, before=None, after=None):
+    def around(owner, name, before=lambda *_: None, after=lambda *_: None):
         original = getattr(owner, name)
 
         def replacement(*args, **kwargs):
-            if before:
-                before(*args)
+            before(*args)
             result = original(*args, **kwargs)
-            if after:
-                after(*args)
+            after(*args)
             return result
 
         setattr(owner, name, replacement)

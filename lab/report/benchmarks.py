@@ -74,17 +74,7 @@ def up_to_date(kind: str, bench: dict, rows: list[dict]) -> dict:
     field = {"engines": "latency_ms", "profile": "ms"}.get(kind)
     if field is None:
         return bench
-    current = {
-        name: times
-        for name, times in bench[field].items()
-        if is_current(bench["recipes"].get(name.partition("@")[0]), rows)
-    }
-    return bench | {field: current}
-
-
-def is_current(recipe: dict | None, rows: list[dict]) -> bool:
-    """Whether a row was made with this recipe."""
-    return recipe is not None and any(
-        row["recipe"]["name"] == recipe["name"] and comparable(row["recipe"]) == comparable(recipe)
-        for row in rows
-    )
+    of_rows = [comparable(row["recipe"]) for row in rows]
+    current = {name for name, recipe in bench["recipes"].items() if comparable(recipe) in of_rows}
+    times = {k: v for k, v in bench[field].items() if k.partition("@")[0] in current}
+    return bench | {field: times}

@@ -16,7 +16,6 @@ RECIPES = {
     "uniform": {8: "uniform8", 6: "uniform6", 4: "uniform4"},
     "ranking-aware": {8: "w8a8-ranking", 6: "w6a6-ranking", 4: "w4a8-ranking"},
 }
-WITHOUT = "no results yet"
 
 
 def neighbours_table(rows: list[dict]) -> str:
@@ -39,7 +38,7 @@ def neighbours_table(rows: list[dict]) -> str:
                     "Published %": theirs,
                     "Our network": cell(ours),
                     "Recipe": cell(recipe),
-                    "Ours %": of_row(row, rows) if row else WITHOUT,
+                    "Ours %": of_row(row, rows) if row else "no results yet",
                 }
             )
     return markdown(lines)

@@ -137,17 +137,16 @@ def milliseconds(found: Results):
     axis = axes[0][0]
     for y, times in enumerate(bars.values()):
         left = 0.0
-        for kind in kinds:
-            for (of, arithmetic), ms in times.items():
-                if of == kind:
-                    hatch = "////" if arithmetic == "INT8" else None
-                    how = {"hatch": hatch, "edgecolor": "white", "linewidth": 0.8}
-                    axis.barh(y, ms, 0.7, left=left, color=colour[kind], **how)
-                    if ms >= SHOWN_MS:
-                        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
-                        middle = {"ha": "center", "va": "center", "bbox": box}
-                        style.note(axis, f"{ms:.1f}", (left + ms / 2, y), **middle)
-                    left += ms
+        for kind, arithmetic in sorted(times, key=lambda part: kinds.index(part[0])):
+            ms = times[kind, arithmetic]
+            hatch = "////" if arithmetic == "INT8" else None
+            how = {"hatch": hatch, "edgecolor": "white", "linewidth": 0.8}
+            axis.barh(y, ms, 0.7, left=left, color=colour[kind], **how)
+            if ms >= SHOWN_MS:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+                middle = {"ha": "center", "va": "center", "bbox": box}
+                style.note(axis, f"{ms:.1f}", (left + ms / 2, y), **middle)
+            left += ms
         axis.annotate(f" {left:.1f}", (left, y), va="center", fontweight="bold")
     names = [" on ".join(map(title_of, name.split("@"))) for name in bars]
     axis.set_yticks(range(len(bars)), names)
