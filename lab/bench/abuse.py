@@ -37,14 +37,13 @@ from lab.report.studies import abuse_table
 from lab.tasks import TASKS
 from ptq import packing
 
-TREE_KINDS = ("rows", "reports per layer", "benchmark files", "metrics and configs")
 KINDS = (
     malformed_tensors.checkpoint_fields,
     malformed_tensors.checkpoint_tensors,
     malformed_tensors.archives,
     malformed_text.runs_to_resume,
     malformed_text.rows_to_repeat,
-    *(partial(malformed_text.tree_files, kind) for kind in TREE_KINDS),
+    *(partial(malformed_text.tree_files, kind) for kind in malformed_text.JSON_KINDS),
     malformed_text.logs,
     malformed_text.text_for_pages,
     malformed_tensors.packed,

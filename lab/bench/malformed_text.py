@@ -48,6 +48,7 @@ FILES = {  # kind: files of the tree that `plots.py` reads
         f"checkpoints/mobilevit_xxs/{name}" for name in ("metrics.json", "config.json")
     ),
 }
+JSON_KINDS = [kind for kind in FILES if kind != "training logs"]
 # Fields whose entries have names of any kind: with one entry less, a file is still a good one.
 OPEN = {"noise", "weights", "inputs", "activations", "latency_ms", "ms", "images_per_s", "ratio",
         "loader_images_per_s", "steps", "products"}  # fmt: skip
