@@ -142,6 +142,16 @@ def test_tables_of_runs_and_studies(made):
     )
 
 
+def test_other_tasks_have_tables_of_their_own(made):
+    blocks = blocks_of(load(made))
+    line = "| of_detection | w8a8 | openvino | FP32 | 79.50 | -0.50 | 1.00 | 2.00x |"
+    assert line in blocks["detection"]
+    assert "| of_segmentation | FP32 | torch-eager | FP32 | 50.00 |" in blocks["segmentation"]
+    assert "python train.py --task detection" in blocks["detection-runs"]
+    others = [text for name, text in blocks.items() if not name.startswith(("det", "seg"))]
+    assert not any("of_detection" in text or "--task" in text for text in others)
+
+
 def test_times_of_recipes_that_changed_since_are_left_out(tree):
     path = tree / "results" / "benchmarks" / "engines-mobilevit_xxs.json"
     w7a8 = RECIPES["w7a8"].asdict()

@@ -34,6 +34,12 @@ PAGES = {  # page: {block that it holds: its Markdown, a function of Results}
         "sizes": lambda found: tables.sizes_table(found.input_sizes),
         "benchmarks": lambda found: studies.benchmarks_table(found.benchmarks),
     },
+    "docs/tasks.md": {
+        "detection": lambda found: tables.task_table(found.rows_of("detection")),
+        "detection-runs": lambda found: studies.commands_block(found.runs_of("detection")),
+        "segmentation": lambda found: tables.task_table(found.rows_of("segmentation")),
+        "segmentation-runs": lambda found: studies.commands_block(found.runs_of("segmentation")),
+    },
     "docs/robustness.md": {
         "abuse": lambda found: studies.abuse_table(found.benchmarks["abuse"]),
     },

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lab.report.benchmarks import load_benchmarks
-from lab.report.rows import PUBLISHED, is_published, load_rows
+from lab.report.rows import PUBLISHED, is_published, load_rows, load_task_rows
 from lab.report.runs import load_report, load_runs
 from lab.report.tables import SIZE_SWEEP, has_vnni, in_order, in_protocol, model_order, on_usual_cpu
 
@@ -16,12 +16,15 @@ class Results:
 
     `every_row`: the rows of shipped weights, at any image size, seed and split. `rows`: those of
     them that belong in the main tables. `reports`: {recipe: report per layer}. `benchmarks`: {kind:
-    its files}.
+    its files}. All of these are of CIFAR-10; `task_rows` and `task_runs` are of detection and
+    segmentation.
     """
 
     every_row: list[dict]
     rows: list[dict]
+    task_rows: list[dict]
     runs: list[dict]
+    task_runs: list[dict]
     reports: dict[str, dict | None]
     benchmarks: dict[str, list[dict]]
 
@@ -55,6 +58,14 @@ class Results:
         several = {row["model"] for row in swept if not is_published(row)}
         return on_usual_cpu(in_order([row for row in swept if row["model"] in several]))
 
+    def rows_of(self, task: str) -> list[dict]:
+        """The rows of detection or segmentation."""
+        return [row for row in self.task_rows if row["task"] == task]
+
+    def runs_of(self, task: str) -> list[dict]:
+        """The runs of detection or segmentation."""
+        return [run for run in self.task_runs if run["task"] == task]
+
     def speeds(self, vnni: bool) -> list[dict]:
         """The benchmarks of engines on CPUs with VNNI, or on those without."""
         return [bench for bench in self.benchmarks["engines"] if has_vnni(bench) == vnni]
@@ -67,12 +78,17 @@ class Results:
 
 def load_results(results, checkpoints) -> Results:
     """What the folders of result files and of training runs hold."""
-    every_row = load_rows(results, checkpoints)
+    every_row, runs = load_rows(results, checkpoints), load_runs(checkpoints)
     model = REPORTED["model"]
     return Results(
         every_row=every_row,
         rows=[row for row in every_row if is_published(row)],
-        runs=sorted(load_runs(checkpoints), key=lambda run: model_order(run["model"])),
+        task_rows=load_task_rows(results),
+        runs=sorted(
+            (run for run in runs if run["task"] == "cifar10"),
+            key=lambda run: model_order(run["model"]),
+        ),
+        task_runs=[run for run in runs if run["task"] != "cifar10"],
         reports={r: load_report(results, checkpoints, model, r) for r in REPORTED["recipes"]},
         benchmarks=load_benchmarks(results, every_row),
     )

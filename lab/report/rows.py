@@ -155,15 +155,21 @@ def load_rows(folder, checkpoints) -> list[dict]:
     return [row for row in rows if row["checkpoint_sha256"] in shipped and is_full(row)]
 
 
+def load_task_rows(folder) -> list[dict]:
+    """The rows of detectors and segmenters on test images."""
+    rows = [read_row(path) for path in sorted(Path(folder).glob("*/*@*.json"))]
+    return [row for row in rows if not has_predictions(row) and is_usual(row) and is_published(row)]
+
+
 def is_full(row: dict) -> bool:
-    """Whether a row was measured with the usual numbers of images and calls."""
-    full = {
-        "task": "cifar10",
-        "n_images": FULL[row["split"]],
-        "calibration_images": row["recipe"]["calibration_images"],
-        "latency_runs": 100,
-    }
-    return all(row[name] == value for name, value in full.items())
+    """Whether a row was measured on all images of CIFAR-10, in the usual way."""
+    return row["task"] == "cifar10" and row["n_images"] == FULL[row["split"]] and is_usual(row)
+
+
+def is_usual(row: dict) -> bool:
+    """Whether a row was measured with the usual numbers of calibration images and calls."""
+    usual = {"calibration_images": row["recipe"]["calibration_images"], "latency_runs": 100}
+    return all(row[name] == value for name, value in usual.items())
 
 
 def is_published(row: dict) -> bool:

@@ -12,24 +12,18 @@ CONFIG = record(
     # Earlier runs lack these.
     optional={"optimizer": text, "widen": maybe(text), "teacher": maybe(text)},
 )
-METRICS = record(
-    {
-        "model": text,
-        "task": text,
-        "parameters": integer(1),
-        "epoch": integer(1),
-        "val_accuracy_pct": number(0, 100),
-        "test_accuracy_pct": number(0, 100),
-        "train_s": number(0),
-        "hardware": text,
-        "printed": text,
-        "config": CONFIG,
-    }
-)
-LOG = (
-    *("epoch", "img_size", "window", "train_loss", "train_accuracy_pct"),
-    *("val_loss", "val_accuracy_pct", "images_per_s", "seconds"),
-)
+ACCURACIES = dict.fromkeys(("val_accuracy_pct", "test_accuracy_pct"), number(0, 100))
+RUN = {
+    "model": text,
+    "task": text,
+    "parameters": integer(1),
+    "epoch": integer(1),
+    "train_s": number(0),
+    "hardware": text,
+    "printed": text,
+    "config": CONFIG,
+}
+LOG = ("epoch", "img_size", "window", "train_loss", "val_loss", "images_per_s", "seconds")
 REPORT = record(
     {
         "checkpoint_sha256": text,
@@ -44,14 +38,8 @@ REPORT = record(
 
 
 def load_runs(folder) -> list[dict]:
-    """All finished CIFAR-10 runs under `folder`; others are judged by other metrics."""
-    runs = []
-    for path in sorted(Path(folder).glob("*/metrics.json")):
-        metrics = read_json(path)
-        record({"task": text})(metrics, str(path))
-        if metrics["task"] == "cifar10":
-            runs.append(load_run(path.parent))
-    return runs
+    """All finished runs under `folder`, of any task."""
+    return [load_run(path.parent) for path in sorted(Path(folder).glob("*/metrics.json"))]
 
 
 def load_run(folder: Path) -> dict:
@@ -61,7 +49,10 @@ def load_run(folder: Path) -> dict:
     on, and are the field "before", oldest first.
     """
     run = read_json(folder / "metrics.json")
-    METRICS(run, str(folder / "metrics.json"))
+    record(RUN)(run, str(folder / "metrics.json"))
+    classifies = run["task"] == "cifar10"
+    if classifies:
+        record(ACCURACIES)(run, str(folder / "metrics.json"))
     config = read_json(folder / "config.json")
     record({})(config, str(folder / "config.json"))
     # Of shipped runs "command" is what was run then, "command_now" the same in today's options.
@@ -69,20 +60,21 @@ def load_run(folder: Path) -> dict:
     text(command, f"{folder / 'config.json'}: command")
     before = sorted(folder.glob("history/run*"), key=lambda path: (len(path.name), path.name))
     return run | {
-        "log": read_log(folder / "log.csv"),
+        "log": read_log(folder / "log.csv", classifies),
         "command": command,
         "before": [load_run(path) for path in before],
     }
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path, classifies: bool) -> list[dict]:
     """The lines of a log.csv as numbers; BadInput for anything else."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
-    line = record({name: number() for name in LOG})
+    accuracies = ("train_accuracy_pct", "val_accuracy_pct") if classifies else ()
+    line = record({name: number() for name in (*LOG, *accuracies)})
     for i, row in enumerate(log):
         line(row, f"{path}, line {i + 2}")
     if not log:

@@ -40,6 +40,7 @@ SIMULATED_COLUMNS = (
     *("Model", "Method", "Accuracy %", "Δ points (changed)", "MB", "Smaller"),
     "File",
 )
+NOT_OF_TASKS = ("ms (FP32 beside it)", "Smaller")
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 WORDS = {  # columns that hold no numbers
     *("Model", "Method", "Engine", "Computed in", "CPU", "File", "Schedule (side:epochs)"),
@@ -311,6 +312,12 @@ def simulated_table(rows: list[dict], all_rows: list[dict]) -> str:
     """Simulated rows, without what only an engine's can say."""
     lines = [result_line(row, all_rows) for row in in_order(rows)]
     return markdown([{name: line[name] for name in SIMULATED_COLUMNS} for line in lines])
+
+
+def task_table(rows: list[dict]) -> str:
+    """Metric, size and speed of detectors or segmenters: a line a row."""
+    lines = [result_line(row, rows) for row in in_order(rows)]
+    return markdown([{k: v for k, v in line.items() if k not in NOT_OF_TASKS} for line in lines])
 
 
 def sizes_table(rows: list[dict]) -> str:
