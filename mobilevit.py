@@ -135,9 +135,9 @@ class MV2(nn.Module):
     1x1 expansion, 3x3 depthwise, linear 1x1 projection; a residual where the shapes allow it.
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int, dilation: int = 1):
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: float, dilation: int = 1):
         super().__init__()
-        hidden = c_in * expansion
+        hidden = round(c_in * expansion)
         self.expand = ConvNorm(c_in, hidden)
         self.depthwise = ConvNorm(hidden, hidden, 3, stride, dilation, groups=hidden)
         self.project = ConvNorm(hidden, c_out, act=nn.Identity)
@@ -262,7 +262,7 @@ class MobileViT(nn.Module):
         if num_classes is not None:
             self.head = ConvNorm(v.stages[-1], v.head)
             self.classifier = nn.Linear(v.head, num_classes)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The maps [B, C, H / s, W / s] at the ends of stages 1 to 5, at strides s = 2, 4, 8, 16,
@@ -283,7 +283,8 @@ def _three(name: str, value) -> tuple[int, int, int]:
     return values
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """Give a convolution or linear layer fresh weights; for `nn.Module.apply`."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):

@@ -133,6 +133,11 @@ def test_tables_of_runs_and_studies(made):
     assert "| convolutions, INT8 | 0.00 | 1.00 |" in blocks["profile"]
     assert "| all others | 1.00 | 1.00 |\n| together | 5.00 | 3.00 |" in blocks["profile"]
     assert "| logs | 7 | 0 |\n| together | 37 | 2 |" in blocks["abuse"]
+    size = "1,000,000 | 87.1"
+    assert f"| base | {size} | 81.00 | 80.00 to 82.00 | - |" in blocks["ablations"]
+    assert f"| near | {size} | 82.25 | 81.00 to 83.50 | none |" in blocks["ablations"]
+    assert f"| far | {size} | 71.00 | 70.00 to 72.00 | -10.00 |" in blocks["ablations"]
+    assert "\n\n2 seeds; 1,000 steps of 64 images of 128x128 pixels, BF16" in blocks["ablations"]
     benchmarks = blocks["benchmarks"]
     assert "BF16, a CPU | 40.0 images/s | timm 1.2: 32.0 images/s | 1.25 |" in benchmarks
     assert "| The same | 40.0 images/s | fused attention: 20.0 images/s | 2.00 |" in benchmarks

@@ -6,10 +6,11 @@
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
     python -m lab.bench tensorrt  # latency of 8 bits and of FP32 on TensorRT, for an NVIDIA GPU
     python -m lab.bench abuse     # malformed inputs and kills through the commands, 5 minutes
+    python -m lab.bench ablations  # what parts of MobileViT are worth: 27 short training runs
 
 Each prints what it writes: results/benchmarks/NAME.json, or, for engines, profile and tensorrt,
-NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Only ratios carry over to other
-machines. Exit code 1: something failed. Of engines it is one of them, and the others are timed all
+NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Of speeds, only ratios carry over to
+other machines. Exit code 1: something failed. Of engines it is one of them, and the others are timed all
 the same; of abuse, something ended otherwise than docs/robustness.md says.
 """
 
@@ -25,10 +26,11 @@ from pathlib import Path
 import torch
 
 from lab import files, machine
-from lab.bench import abuse, quantization, training
+from lab.bench import ablations, abuse, quantization, training
 from lab.cli import above, at_least
 from lab.models import registered
 from lab.models.checkpoint import MAX_IMG_SIZE
+from lab.training.schedule import MAX_EPOCHS
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES
 
@@ -38,6 +40,12 @@ def _of_training(args) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
+def _of_ablations(args) -> dict:
+    names = ("variants", "seeds", "epochs", "task", "data_dir", "img_size", "batch_size")
+    how = ("precision", "device", "runs", "jobs")
+    return {name: getattr(args, name) for name in (*names, *how)}
+
+
 BENCHMARKS = {
     "train": lambda args: training.train(**_of_training(args)),
     "loader": lambda args: training.loader(**_of_training(args), data_dir=args.data_dir),
@@ -45,7 +53,10 @@ BENCHMARKS = {
     "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
     "tensorrt": lambda args: quantization.tensorrt(args.checkpoint, args.latency_runs),
     "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
+    "ablations": lambda args: ablations.ablations(**_of_ablations(args)),
 }
+SIZES = {"ablations": (128, 128)}  # side and batch where they are not 256 and 32
+IN_TRAINING = ("train", "loader", "ablations")  # on a GPU if there is one
 OF_NETWORKS = ("engines", "profile", "tensorrt")  # a file for each model
 
 
@@ -54,15 +65,29 @@ def parse_args():
     p.add_argument("what", choices=BENCHMARKS)
     p.add_argument("--output", default="results/benchmarks", help="folder of the result files")
 
-    add = p.add_argument_group("train and loader").add_argument
-    add("--model", default="mobilevit_xxs", type=registered, help="the network to train")
+    add = p.add_argument_group("train, loader and ablations").add_argument
     size = at_least(MIN_IMG_SIZE, MAX_IMG_SIZE)
-    add("--img-size", type=size, default=256, help="input side in pixels")
-    add("--batch-size", type=at_least(2), default=32, help="images a training step")
-    add("--seconds", type=above(0), default=8, help="of each round")
+    add("--img-size", type=size, help="input side in pixels (default: 256; ablations: 128)")
+    help = "images a training step (default: 32; ablations: 128)"
+    add("--batch-size", type=at_least(2), help=help)
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--precision", choices=cli.PRECISIONS, help="default: as train.py's")
-    add("--data-dir", default="data", help="folder of cifar-10-batches-py, for loader")
+    help = "folder of cifar-10-batches-py, for loader and ablations"
+    add("--data-dir", default="data", help=help)
+
+    add = p.add_argument_group("train and loader").add_argument
+    add("--model", default="mobilevit_xxs", type=registered, help="the network to train")
+    add("--seconds", type=above(0), default=8, help="of each round")
+
+    add = p.add_argument_group("ablations").add_argument
+    kinds, help = list(ablations.VARIANTS), "what to train beside the base"
+    add("--variants", nargs="+", choices=kinds, default=kinds, metavar="NAME", help=help)
+    add("--seeds", type=at_least(2, 100), default=3, help="how many runs of each")
+    add("--epochs", type=above(0, MAX_EPOCHS), default=10, help="of each run")
+    add("--task", choices=("cifar10", "synthetic"), default="cifar10", help="what to train on")
+    help = "folder of the runs: a finished one is kept, and one that was stopped goes on"
+    add("--runs", default="runs/ablations", help=help)
+    add("--jobs", type=at_least(1, 100), default=1, help="runs side by side")
 
     add = p.add_argument_group("engines, profile and tensorrt").add_argument
     add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="the network to run")
@@ -76,6 +101,8 @@ def parse_args():
     add("--seed", type=cli.seed, default=0, help="of the choice of inputs and of the kills' times")
 
     args = p.parse_args()
+    side, batch_size = SIZES.get(args.what, (256, 32))
+    args.img_size, args.batch_size = args.img_size or side, args.batch_size or batch_size
     args.device = cli.device(p, args.device)
     args.precision = cli.precision(p, args.precision, args.device)
     return args
@@ -87,7 +114,7 @@ def main():
     machine.keep_freed_memory()
     files.require_writable(args.output)
     result = BENCHMARKS[args.what](args)
-    on_gpu = args.what == "tensorrt" or (args.device == "cuda" and args.what in ("train", "loader"))
+    on_gpu = args.what == "tensorrt" or (args.device == "cuda" and args.what in IN_TRAINING)
     device = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     print(json.dumps(result, indent=1))
     name = args.what

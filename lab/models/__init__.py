@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from lab.cli import BadInput
+from lab.models.ablations import ABLATED
 from lab.models.deeplab import DeepLab
 from lab.models.efficientnet import EfficientNetLite0
 from lab.models.resnet import resnet18
@@ -23,6 +24,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"mobilevit_{variant}": partial(MobileViT, variant) for variant in VARIANTS},
     **{f"ssdlite_mobilevit_{variant}": partial(SSDLite, variant) for variant in VARIANTS},
     **{f"deeplab_mobilevit_{variant}": partial(DeepLab, variant) for variant in VARIANTS},
+    **{f"mobilevit_xxs_{name}": partial(network, "xxs") for name, network in ABLATED.items()},
     **{variant: partial(ViT, variant) for variant in VIT},
     "resnet18": resnet18,
     "efficientnet_lite0": EfficientNetLite0,

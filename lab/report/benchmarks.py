@@ -4,10 +4,19 @@ from pathlib import Path
 
 from lab.cli import BadInput
 from lab.files import read_json
+from lab.report.ablations import BASE
 from lab.report.rows import RECIPE, comparable
-from lab.schema import integer, mapping, number, record, text
+from lab.schema import integer, mapping, number, record, sequence, text
 
 ABOVE_ZERO = number(1e-9)  # of what something is divided by
+VARIANT = record(
+    {
+        "title": text,
+        "parameters": integer(1),
+        "macs": integer(1),
+        "val_accuracy_pct": sequence(number(0, 100)),
+    }
+)
 OF_RECIPES = {"model": text, "cpu": text, "recipes": mapping(RECIPE)}
 SCHEMAS = {
     "engines": record(
@@ -38,6 +47,17 @@ SCHEMAS = {
         }
     ),
     "abuse": record({"kinds": mapping(record({"inputs": integer(1), "faults": integer(0)}))}),
+    "ablations": record(
+        {
+            "steps": integer(1),
+            "batch_size": integer(1),
+            "img_size": integer(1),
+            "precision": text,
+            "trained_on": sequence(text),
+            "n_val": integer(1),
+            "variants": mapping(VARIANT),
+        }
+    ),
 }
 
 
@@ -67,6 +87,12 @@ def check_names(kind: str, bench: dict, path) -> None:
         missing = {"ours", *bench["ratio"]} - bench["images_per_s"].keys()
         if missing:
             raise BadInput(f"{path}: images_per_s lacks {', '.join(sorted(missing))}")
+    if kind == "ablations":
+        if BASE not in bench["variants"]:
+            raise BadInput(f"{path}: variants lacks {BASE}")
+        for name, variant in bench["variants"].items():
+            if not variant["val_accuracy_pct"]:
+                raise BadInput(f"{path}: {name} has no accuracy")
 
 
 def up_to_date(kind: str, bench: dict, rows: list[dict]) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lab.cli import BadInput
 from lab.files import write_text
-from lab.report import energy, neighbours, studies, tables
+from lab.report import ablations, energy, neighbours, studies, tables
 from lab.report.results import Results
 
 PAGES = {  # page: {block that it holds: its Markdown, a function of Results}
@@ -42,6 +42,9 @@ PAGES = {  # page: {block that it holds: its Markdown, a function of Results}
     },
     "docs/robustness.md": {
         "abuse": lambda found: studies.abuse_table(found.benchmarks["abuse"]),
+    },
+    "docs/ablations.md": {
+        "ablations": lambda found: ablations.ablations_table(found.benchmarks["ablations"]),
     },
     "checkpoints/README.md": {"classes": lambda found: studies.classes_table(found.rows)},
 }

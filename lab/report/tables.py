@@ -45,7 +45,7 @@ SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenV
 WORDS = {  # columns that hold no numbers
     *("Model", "Method", "Engine", "Computed in", "CPU", "File", "Schedule (side:epochs)"),
     *("Training", "Hardware", "Class", "Quantized", "Step", "Recipe", "Operations", "Benchmark"),
-    *("Tried", "Published network", "Our network", "Layer", "Tensor"),
+    *("Tried", "Variant", "Published network", "Our network", "Layer", "Tensor"),
 }
 
 

@@ -1,0 +1,180 @@
+"""What the parts of MobileViT are worth: networks without one, trained alike, with several seeds.
+
+Every run is train.py's own. It takes the same number of steps, all of as many pixels, and is judged
+once, at its end, on a fifth of the training images, which no run learns from.
+"""
+
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lab.bench.forked import ROOT
+from lab.cli import BadInput
+from lab.files import read_json
+from lab.models.checkpoint import model_from_checkpoint
+from lab.report.ablations import BASE, ablations_table
+from lab.report.runs import METRICS
+from lab.tasks import TASKS
+from lab.tasks.sampler import Sampler
+from ptq.analysis.energy import count
+
+VARIANTS = {  # name -> what it is, and the options of train.py that make it so
+    BASE: ("MobileViT XXS: patches of 2x2 pixels, one head", "--model mobilevit_xxs"),
+    "mv2": (
+        "MV2 blocks of equal MACs in place of MobileViT blocks",
+        "--model mobilevit_xxs_mv2 --settings side={img_size}",
+    ),
+    "transformer": ("transformers without convolutions", "--model mobilevit_xxs_transformer"),
+    "unfused": ("the input of a block not fused with its output", "--model mobilevit_xxs_unfused"),
+    "patch-1": ("patches of one pixel", "--settings patches=1"),
+    "patch-4": ("patches of 4x4 pixels", "--settings patches=4"),
+    "heads-2": ("two heads", "--settings heads=2"),
+    "heads-4": ("four heads", "--settings heads=4"),
+    "multi-scale": ("images of several sides", "--multi-scale"),
+}
+HELD_OUT = 0.2  # of the training images
+WARM_UP = 0.1  # of the steps
+
+
+def ablations(
+    variants: list[str],
+    seeds: int,
+    epochs: float,
+    task: str,
+    data_dir: str,
+    img_size: int,
+    batch_size: int,
+    precision: str,
+    device: str,
+    runs: str,
+    jobs: int,
+) -> dict:
+    """Accuracy on held-out images of the base and of `variants`, keys of VARIANTS, for each seed.
+
+    `epochs` are those of a run on images of one side. `runs` is the folder of the runs' folders: a
+    finished run stays as it is, and one that was stopped goes on. `jobs`: runs side by side.
+    """
+    names = [name for name in VARIANTS if name in (BASE, *variants)]
+    multiple = 32 * (4 if "patch-4" in names else 2)
+    if img_size % multiple:
+        raise BadInput(f"--img-size {img_size} does not fit the patches: {multiple} must divide it")
+    n_images = len(TASKS[task].load(data_dir, train=True))
+    val_size = int(HELD_OUT * n_images)
+    alike = {
+        "task": task,
+        "data-dir": data_dir,
+        "val-size": val_size,
+        "augment": "crop-flip",
+        "batch-size": batch_size,
+        "precision": precision,
+        "device": device,
+    }
+    sampled = n_images - val_size, batch_size
+    steps = max(1, round(epochs * steps_per_epoch(*sampled, multi_scale=False)))
+    options = {name: VARIANTS[name][1].format(img_size=img_size) for name in names}
+    folders = {name: [Path(runs, f"{name}-seed{i}") for i in range(seeds)] for name in names}
+    commands = []
+    for seed in range(seeds):  # all variants once, then all again
+        for name in names:
+            per_epoch = steps_per_epoch(*sampled, multi_scale="--multi-scale" in options[name])
+            given = alike | schedule(steps / per_epoch, img_size) | {"seed": seed}
+            commands.append(command(options[name], given, folders[name][seed]))
+    run_all(commands, jobs)
+
+    metrics = {name: [read_metrics(folder) for folder in folders[name]] for name in names}
+    of_all = [of_run for of_variant in metrics.values() for of_run in of_variant]
+    result = {
+        "task": task,
+        "img_size": img_size,
+        "batch_size": batch_size,
+        "steps": steps,
+        "precision": precision,
+        "n_val": val_size,
+        "seeds": list(range(seeds)),
+        "trained_on": sorted({of_run["hardware"] for of_run in of_all}),
+        "commits": sorted({str(of_run.get("commit")) for of_run in of_all}),
+        "variants": {
+            name: {
+                "title": VARIANTS[name][0],
+                "options": options[name],
+                "parameters": of_variant[0]["parameters"],
+                "macs": macs(folders[name][0] / "best.pth", img_size),
+                "val_accuracy_pct": [of_run["val_accuracy_pct"] for of_run in of_variant],
+                "train_s": [of_run["train_s"] for of_run in of_variant],
+            }
+            for name, of_variant in metrics.items()
+        },
+    }
+    print(ablations_table([result]))
+    return result
+
+
+def steps_per_epoch(n_images: int, batch_size: int, multi_scale: bool) -> int:
+    """Training steps in which each of `n_images` comes once, at most."""
+    sampler = Sampler(n_images, batch_size, seed=0, multi_scale=multi_scale)
+    if not sampler.rounds:
+        raise BadInput(f"--batch-size {batch_size} is too large for {n_images} images")
+    return sampler.steps_per_epoch
+
+
+def schedule(epochs: float, img_size: int) -> dict:
+    """Options of train.py for a run of so many epochs, with one validation at its end."""
+    return {
+        "resolutions": f"{img_size}:{epochs:.9g}",
+        "warmup-epochs": f"{WARM_UP * epochs:.9g}",
+        "validate-every": math.ceil(epochs),
+    }
+
+
+def command(options: str, given: dict, folder: Path) -> list[str]:
+    """The command that trains in `folder`, or goes on there."""
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    resume = ["--resume"] if (folder / "last.pth").exists() else []
+    run = [sys.executable, str(ROOT / "train.py"), *options.split(), *flags]
+    return [*run, "--output", str(folder), *resume]
+
+
+def run_all(commands: list[list[str]], jobs: int) -> None:
+    """Run commands, `jobs` side by side; the first that fails ends all, with its exit code."""
+    running = []
+
+    def wait():
+        code = running[0].wait()
+        running.pop(0)
+        if code < 0:
+            raise BadInput(f"a run was killed by {signal.Signals(-code).name}")
+        if code:  # it has said why
+            sys.exit(code)
+
+    try:
+        for i, argv in enumerate(commands, start=1):
+            if len(running) == jobs:
+                wait()
+            print(f"run {i} of {len(commands)}: {shlex.join(argv[1:])}", flush=True)
+            running.append(subprocess.Popen(argv))
+        while running:
+            wait()
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def read_metrics(folder: Path) -> dict:
+    """The metrics.json of a finished run."""
+    metrics = read_json(folder / "metrics.json")
+    METRICS(metrics, str(folder / "metrics.json"))
+    return metrics
+
+
+def macs(checkpoint: Path, img_size: int) -> int:
+    """Multiply-accumulates of a trained network for an image."""
+    model, _ = model_from_checkpoint(checkpoint)
+    layers, _ = count(model, torch.zeros(1, 3, img_size, img_size))
+    return sum(layer.macs for layer in layers.values())
