@@ -125,12 +125,12 @@ def compared(monkeypatch, runs, *options):
 
 def test_all_take_the_same_steps_and_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations.subprocess, "Popen", Forked)
-    monkeypatch.setattr(Forked, "stopped", ("base-seed1",))
+    monkeypatch.setattr(Forked, "stopped", ("multi-scale-seed0",))
     options = (tmp_path / "runs", "--variants", "multi-scale", "--epochs")
     with pytest.raises(SystemExit) as stopped:
         compared(monkeypatch, *options, "0.04")
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.pth")}
-    assert stopped.value.code == 3 and len(kept) == 4
+    assert stopped.value.code == 3 and {path.parent.name for path in kept} == {"base-seed0"}
     monkeypatch.setattr(Forked, "stopped", ())
     found = compared(monkeypatch, *options, "0.04")
     assert all(path.read_bytes() == content for path, content in kept.items())
