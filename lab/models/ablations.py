@@ -39,7 +39,7 @@ class MV2Only(MobileViT):
         super().__init__(variant, num_classes)
         if not MIN_IMG_SIZE <= side <= MAX_SIDE:
             raise ValueError(f"side must be {MIN_IMG_SIZE} to {MAX_SIDE} pixels, got {side}")
-        self.side = side
+        self.settings = {"variant": variant, "num_classes": num_classes, "side": side}
         for stage, stride in zip(self.stages[2:], STRIDES):
             block = stage[1]
             n, c = len(block.layers) + 2, block.fuse.conv.out_channels
@@ -47,11 +47,6 @@ class MV2Only(MobileViT):
             expansion = macs / (n * c * (c + 3 * 3 + c))
             stage[1] = nn.Sequential(*(MV2(c, c, 1, expansion) for _ in range(n)))
         self.apply(init_weights)
-
-    @property
-    def settings(self) -> dict:
-        """The arguments that build the same network, as plain values."""
-        return {"variant": self.variant, "num_classes": self.num_classes, "side": self.side}
 
 
 def macs_per_pixel(block: MobileViTBlock, n_patches: int) -> int:
@@ -75,7 +70,8 @@ class TransformerOnly(nn.Module):
     def __init__(self, variant: str, num_classes: int = 10):
         super().__init__()
         whole = MobileViT(variant, num_classes)
-        self.variant, self.num_classes = variant, num_classes
+        self.num_classes = num_classes
+        self.settings = {"variant": variant, "num_classes": num_classes}
         stages, c_in = [], 3
         for stage, c, patch in zip(whole.stages[2:], VARIANTS[variant].stages[2:], (8, 2, 2)):
             block = stage[1]
@@ -86,11 +82,6 @@ class TransformerOnly(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.head, self.classifier = whole.head, whole.classifier
         self.apply(init_weights)
-
-    @property
-    def settings(self) -> dict:
-        """The arguments that build the same network, as plain values."""
-        return {"variant": self.variant, "num_classes": self.num_classes}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.head(self.stages(check_images(x)))
