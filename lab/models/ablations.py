@@ -70,7 +70,6 @@ class TransformerOnly(nn.Module):
     def __init__(self, variant: str, num_classes: int = 10):
         super().__init__()
         whole = MobileViT(variant, num_classes)
-        self.num_classes = num_classes
         self.settings = {"variant": variant, "num_classes": num_classes}
         stages, c_in = [], 3
         for stage, c, patch in zip(whole.stages[2:], VARIANTS[variant].stages[2:], (8, 2, 2)):
