@@ -15,10 +15,9 @@ import torch
 
 from lab.bench.forked import ROOT
 from lab.cli import BadInput
-from lab.files import read_json
 from lab.models.checkpoint import model_from_checkpoint
 from lab.report.ablations import BASE, ablations_table
-from lab.report.runs import METRICS
+from lab.report.runs import read_metrics
 from lab.tasks import TASKS
 from lab.tasks.sampler import Sampler
 from ptq.analysis.energy import count
@@ -164,13 +163,6 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
             process.terminate()
         for process in running:
             process.wait()
-
-
-def read_metrics(folder: Path) -> dict:
-    """The metrics.json of a finished run."""
-    metrics = read_json(folder / "metrics.json")
-    METRICS(metrics, str(folder / "metrics.json"))
-    return metrics
 
 
 def macs(checkpoint: Path, img_size: int) -> int:

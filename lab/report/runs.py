@@ -12,8 +12,7 @@ CONFIG = record(
     # Earlier runs lack these.
     optional={"optimizer": text, "widen": maybe(text), "teacher": maybe(text)},
 )
-ACCURACIES = dict.fromkeys(("val_accuracy_pct", "test_accuracy_pct"), number(0, 100))
-RUN = {
+METRICS = {
     "model": text,
     "task": text,
     "parameters": integer(1),
@@ -23,6 +22,7 @@ RUN = {
     "printed": text,
     "config": CONFIG,
 }
+ACCURACIES = dict.fromkeys(("val_accuracy_pct", "test_accuracy_pct"), number(0, 100))
 LOG = ("epoch", "img_size", "window", "train_loss", "val_loss", "images_per_s", "seconds")
 REPORT = record(
     {
@@ -48,11 +48,7 @@ def load_run(folder: Path) -> dict:
     Those are the runs that its weights came from. They lie in `folder`/history/run1, run2 and so
     on, and are the field "before", oldest first.
     """
-    run = read_json(folder / "metrics.json")
-    record(RUN)(run, str(folder / "metrics.json"))
-    classifies = run["task"] == "cifar10"
-    if classifies:
-        record(ACCURACIES)(run, str(folder / "metrics.json"))
+    run = read_metrics(folder)
     config = read_json(folder / "config.json")
     record({})(config, str(folder / "config.json"))
     # Of shipped runs "command" is what was run then, "command_now" the same in today's options.
@@ -60,21 +56,35 @@ def load_run(folder: Path) -> dict:
     text(command, f"{folder / 'config.json'}: command")
     before = sorted(folder.glob("history/run*"), key=lambda path: (len(path.name), path.name))
     return run | {
-        "log": read_log(folder / "log.csv", classifies),
+        "log": read_log(folder / "log.csv", classifies(run)),
         "command": command,
         "before": [load_run(path) for path in before],
     }
 
 
-def read_log(path: Path, classifies: bool) -> list[dict]:
+def read_metrics(folder: Path) -> dict:
+    """The metrics.json of a finished run; BadInput says which field is not as it should be."""
+    metrics = read_json(folder / "metrics.json")
+    record(METRICS)(metrics, str(folder / "metrics.json"))
+    if classifies(metrics):
+        record(ACCURACIES)(metrics, str(folder / "metrics.json"))
+    return metrics
+
+
+def classifies(metrics: dict) -> bool:
+    """Whether a run is judged by accuracy."""
+    return metrics["task"] not in ("detection", "segmentation")
+
+
+def read_log(path: Path, accuracies: bool) -> list[dict]:
     """The lines of a log.csv as numbers; BadInput for anything else."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
-    accuracies = ("train_accuracy_pct", "val_accuracy_pct") if classifies else ()
-    line = record({name: number() for name in (*LOG, *accuracies)})
+    more = ("train_accuracy_pct", "val_accuracy_pct") if accuracies else ()
+    line = record({name: number() for name in (*LOG, *more)})
     for i, row in enumerate(log):
         line(row, f"{path}, line {i + 2}")
     if not log:
