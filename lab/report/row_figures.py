@@ -23,7 +23,8 @@ BELOW = 4.75  # the place of what loses more
 METHODS = {"fp32": "FP32", "fp16": "FP16", "int8-fx": "INT8, FX", "int4-percentile": "INT4"}
 # Of `methods`: label and digits. Milliseconds measured apart don't compare, shares of FP32's do.
 PANELS = (("test accuracy, %", ".1f"), ("size, MB", ".2f"), ("time, % of FP32's", ".0f"))
-LABELLED = {"fp32": "center", "w8a8": "center", "w4": "left"}  # in `pareto`: where the text stands
+# In `pareto`: how the text is aligned, and where it stands, in points from its mark.
+LABELLED = {"fp32": ("center", (0, 8)), "w8a8": ("left", (7, -3)), "w4": ("center", (0, 8))}
 
 
 def lost(row, rows) -> float:
@@ -197,10 +198,10 @@ def pareto(found: Results):
                 size = 7 if name in LABELLED else 4
                 axis.plot(*at, "o", color=colour[model], ms=size, alpha=0.85)
                 best[name] = max(best.get(name, at), at, key=lambda point: point[1])
-        for name, align in LABELLED.items():
+        for name, (align, offset) in LABELLED.items():
             if name in best:
                 text = f"{short_name(model)} {tables.title_of(name)}"
-                style.note(axis, text, best[name], (0, 8), ha=align, color=colour[model])
+                style.note(axis, text, best[name], offset, ha=align, color=colour[model])
     axis.plot([], [], "o", color=style.DARK, ms=4, label="small: our other recipes")
     axis.plot([], [], "s", color=style.GREY, label="published methods on the same weights")
     axis.axhline(cut, **style.DASHED)
