@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT
 
 import ptq
-from lab import files
 from lab.engines.measure import predict
 from lab.engines.registry import ENGINES, row_kind
+from lab.files import read_json, sha256
 from lab.models import build
 from lab.models.checkpoint import load_checkpoint, model_from_checkpoint
 from lab.report.figures import FIGURES
@@ -20,6 +20,7 @@ from lab.report.tables import accuracy, agreement_pct, simulated_row
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
 from lab.training import evaluation
+from lab.training.start import network_settings
 from ptq.recipe import Recipe
 from ptq.recipes import RECIPES
 from ptq.recipes.baselines import PROTOCOL
@@ -51,8 +52,10 @@ def todays(recipe, row):
     """The recipe of that name for the row's network; a mixed one has no other than its own."""
     if recipe.name not in RECIPES:
         return recipe
+    run = read_json(ROOT / "checkpoints" / row["model"] / "config.json")
+    settings = network_settings(run.get("settings")) | {"num_classes": len(row["classes"])}
     with torch.device("meta"):
-        return ptq.recipe(recipe.name, build(row["model"], num_classes=len(row["classes"])))
+        return ptq.recipe(recipe.name, build(run["model"], **settings))
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -76,7 +79,7 @@ def test_every_row_is_of_the_shipped_weights(path):
     rows = [read_row(p) for p in ROWS if path.parent.name in p.parts]
     needed = {r.name for r in PROTOCOL} if path in CLASSIFIERS else {"fp32", "w8a8"}
     assert {row["recipe"]["name"] for row in rows} >= needed
-    assert {row["checkpoint_sha256"] for row in rows} == {files.sha256(path)}
+    assert {row["checkpoint_sha256"] for row in rows} == {sha256(path)}
 
 
 # What computes in BF16 around the integers rounds more than the simulation does, see the docs.
