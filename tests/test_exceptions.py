@@ -76,7 +76,7 @@ def test_a_profile_with_a_suggestion_that_quantize_takes(checkpoint, tmp_path):
     assert "| yes |" in run(*again)[0]
     row["recipe"]["layers"][0]["pattern"] = "stages("
     files.write_json(path, row)
-    fails_with_one_line(*again, says="'stages(' is no pattern")
+    fails_with_one_line(*again, says="'stages(' is not a pattern")
 
 
 def test_what_can_have_no_profile_or_has_one_already(tmp_path):

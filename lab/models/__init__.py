@@ -5,6 +5,7 @@
 
 import argparse
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 
 from torch import nn
@@ -51,7 +52,8 @@ def full_name(name: str) -> str:
 def registered(name: str) -> str:
     """`full_name` as the type of a command's option, which refuses other names."""
     if full_name(name) not in MODELS:
-        raise argparse.ArgumentTypeError(f"no network is called {name}: there are {NAMES}")
+        alike = ", ".join(get_close_matches(name, (*MODELS, *SHORT), cutoff=0))
+        raise argparse.ArgumentTypeError(f"no network is called {name}; names like it: {alike}")
     return full_name(name)
 
 
