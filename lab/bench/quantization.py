@@ -88,7 +88,9 @@ def profile(checkpoint, n_calls: int) -> dict:
                 engine.version()
                 network = ptq.quantize(model, to_nearest(recipe), batches)
                 if recipe.peer:
-                    network = openvino_nncf.quantized(network, batches, example)
+                    network = openvino_nncf.quantized(
+                        openvino_nncf.recommended, network, batches, example
+                    )
                 else:
                     network, _ = openvino_cpu.exported(network, example)
             except EngineMissing as missing:

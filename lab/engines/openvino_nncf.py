@@ -22,20 +22,22 @@ def version() -> str:
 
 def load(model, recipe, calibration, example) -> Loaded:
     """Return `model` quantized by NNCF with all that it recommends, on OpenVINO."""
-
-    def quantize(nncf, network, images, **recommended):
-        return nncf.quantize(network, images, **recommended)
-
-    return quantized_by(quantize, model, calibration, example)
+    return loaded(quantized(recommended, model, calibration, example))
 
 
-def quantized_by(quantize: Callable, model, calibration, example) -> Loaded:
-    """Return what `quantize(nncf, network, images, **recommended)` makes of `model`, on OpenVINO.
+def recommended(nncf, network, images, **how):
+    """Quantize as NNCF does it by default."""
+    return nncf.quantize(network, images, **how)
+
+
+def quantized(quantize: Callable, model, calibration, example):
+    """Return what `quantize(nncf, network, images, **how)` makes of `model`, an OpenVINO network.
 
     `images`: a data set of NNCF that holds (image, label) pairs, every one of `calibration`, a
-    sequence of (input, labels). Recommended for transformers and accuracy is full bias correction.
+    sequence of (input, labels). `how`: what NNCF recommends for transformers, and for accuracy full
+    bias correction.
     """
-    nncf, openvino = require("nncf", "openvino")
+    nncf, _ = require("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)
     network, _ = openvino_cpu.exported(model, example)
     pairs = [
@@ -44,7 +46,7 @@ def quantized_by(quantize: Callable, model, calibration, example) -> Loaded:
         for image, label in zip(x, labels)
     ]
     with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
-        network = quantize(
+        return quantize(
             nncf,
             network,
             nncf.Dataset(pairs, lambda pair: pair[0]),
@@ -53,6 +55,11 @@ def quantized_by(quantize: Callable, model, calibration, example) -> Loaded:
             fast_bias_correction=False,
             subset_size=len(pairs),
         )
+
+
+def loaded(network) -> Loaded:
+    """Return a network that NNCF quantized, with the size of OpenVINO's files of it."""
+    openvino = require("openvino")[0]
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, Path(folder, "model.xml"), compress_to_fp16=False)
         size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())

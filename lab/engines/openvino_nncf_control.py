@@ -18,9 +18,9 @@ def load(model, recipe, calibration, example) -> Loaded:
         right = [float(compiled(image)[0].argmax() == label) for image, label in shown]
         return sum(right) / len(right), right
 
-    def quantize(nncf, network, images, **recommended):
+    def quantize(nncf, network, images, **how):
         return nncf.quantize_with_accuracy_control(
-            network, images, images, judge, max_drop=MAX_DROP, **recommended
+            network, images, images, judge, max_drop=MAX_DROP, **how
         )
 
-    return openvino_nncf.quantized_by(quantize, model, calibration, example)
+    return openvino_nncf.loaded(openvino_nncf.quantized(quantize, model, calibration, example))
