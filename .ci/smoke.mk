@@ -8,8 +8,8 @@ BENCH = $(PY) -m lab.bench --output $(OUT)/benchmarks
 QUANTIZE = $(PY) quantize.py --checkpoint $(BEST) --calibration-images 64 --latency-runs 5
 
 ON_CIFAR10 = $(if $(DATA_DIR),reproduce loader)
-.PHONY: all reproduce loader minutes engines profile rows per-layer export training ablations
-all: $(ON_CIFAR10) rows engines per-layer export minutes profile training ablations
+.PHONY: all reproduce loader minutes engines profile rows per-layer export training
+all: $(ON_CIFAR10) rows engines per-layer export minutes profile training
 
 reproduce:  # on two threads, as the rows were made: one adds up in another order
 	OMP_NUM_THREADS=2 $(MAKE) -f Makefile reproduce TEST_IMAGES=200
@@ -19,10 +19,6 @@ loader:
 
 training:
 	$(BENCH) train --img-size 64 --seconds 0.2
-
-ablations:
-	$(BENCH) ablations --task synthetic --variants mv2 --seeds 2 --epochs 0.04 --batch-size 32 \
-	    --runs $(OUT)/ablations
 
 $(BEST):
 	$(PY) train.py --task synthetic --img-size 64 --epochs 3 --batch-size 32 --warmup-epochs 0.5 \

@@ -16,7 +16,8 @@ from lab.tasks.photo import read_photo
 
 COLUMNS = 3  # panels in a row, at most
 SHOWN_SCORE = 0.5  # of a box that is drawn
-COLOURS = np.array(style.plt.get_cmap("tab20").colors)  # RGB, of classes in turn
+PAIRS = np.array(style.plt.get_cmap("tab20").colors)  # RGB: a dark, a light of each hue in turn
+COLOURS = np.concatenate((PAIRS[::2], PAIRS[1::2]))  # of classes in turn: all the dark ones first
 
 
 def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
