@@ -27,6 +27,7 @@ from ptq.recipes.baselines import PROTOCOL
 
 SHIPPED = sorted(Path(ROOT, "checkpoints").glob("*/best.pth"))
 CLASSIFIERS = [path for path in SHIPPED if load_checkpoint(path)["task"] == "cifar10"]
+OTHERS = [path for path in SHIPPED if path not in CLASSIFIERS]
 DATA = {"detection": ROOT / "data" / "bccd"}  # images that ship as well
 RESULTS = ROOT / "results"
 ROWS = sorted(RESULTS.rglob("*@*.json"))
@@ -138,9 +139,7 @@ def test_shipped_weights_predict_what_their_row_says(path):
     assert sum(a == b for a, b in zip(row["predictions"], truth)) == row["n_correct"]
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in SHIPPED if path not in CLASSIFIERS], ids=lambda path: path.parent.name
-)
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.parent.name)
 def test_shipped_weights_score_what_their_row_says(path):
     row = fp32_row(path)
     score, _ = evaluation.test_score(path, DATA[row["task"]], "cpu")

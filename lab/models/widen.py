@@ -33,10 +33,10 @@ CARRIED = 0.5
 
 @torch.no_grad()
 def widen(narrow: MobileViT, wide: MobileViT) -> None:
-    """Write the weights of `narrow` into the freshly initialised `wide`, which then gives the same
-    logits, but for what is said above.
+    """Write the weights of `narrow` into the freshly initialised `wide`.
 
-    ValueError if a layer of `wide` is narrower, its heads are no multiple, or the classes differ.
+    `wide` then gives almost the same logits: the module's docstring names what differs. ValueError
+    if a layer of `wide` is narrower, its heads are no multiple, or the classes differ.
     """
     if narrow.num_classes != wide.num_classes:
         raise ValueError(f"{narrow.num_classes} classes, not {wide.num_classes}")

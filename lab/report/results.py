@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lab.report.benchmarks import load_benchmarks
-from lab.report.rows import PUBLISHED, is_published, load_rows, load_task_rows
+from lab.report.rows import PUBLISHED, has_predictions, is_published, load_rows
 from lab.report.runs import load_report, load_runs
 from lab.report.tables import SIZE_SWEEP, has_vnni, in_order, in_protocol, model_order, on_usual_cpu
 
@@ -78,12 +78,13 @@ class Results:
 
 def load_results(results, checkpoints) -> Results:
     """What the folders of result files and of training runs hold."""
-    every_row, runs = load_rows(results, checkpoints), load_runs(checkpoints)
+    rows, runs = load_rows(results, checkpoints), load_runs(checkpoints)
+    every_row = [row for row in rows if has_predictions(row)]
     model = REPORTED["model"]
     return Results(
         every_row=every_row,
         rows=[row for row in every_row if is_published(row)],
-        task_rows=load_task_rows(results),
+        task_rows=[row for row in rows if not has_predictions(row)],
         runs=sorted(
             (run for run in runs if run["task"] == "cifar10"),
             key=lambda run: model_order(run["model"]),

@@ -148,22 +148,23 @@ def comparable(value):
 
 
 def load_rows(folder, checkpoints) -> list[dict]:
-    """The rows of shipped CIFAR-10 weights on all images, at any image size and seed."""
+    """The rows measured in the usual way: those of shipped CIFAR-10 weights on all images, at any
+    image size and seed, and those of detectors and segmenters on test images."""
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
     paths = (*Path(folder).glob("*/*@*.json"), *Path(folder).glob("*/ablation/*@*.json"))
+
+    def belongs(row):
+        if not has_predictions(row):
+            return is_published(row)
+        return row["checkpoint_sha256"] in shipped and is_full(row)
+
     rows = [read_row(path) for path in sorted(paths)]
-    return [row for row in rows if row["checkpoint_sha256"] in shipped and is_full(row)]
-
-
-def load_task_rows(folder) -> list[dict]:
-    """The rows of detectors and segmenters on test images."""
-    rows = [read_row(path) for path in sorted(Path(folder).glob("*/*@*.json"))]
-    return [row for row in rows if not has_predictions(row) and is_usual(row) and is_published(row)]
+    return [row for row in rows if is_usual(row) and belongs(row)]
 
 
 def is_full(row: dict) -> bool:
-    """Whether a row was measured on all images of CIFAR-10, in the usual way."""
-    return row["task"] == "cifar10" and row["n_images"] == FULL[row["split"]] and is_usual(row)
+    """Whether a row was measured on all images of CIFAR-10."""
+    return row["task"] == "cifar10" and row["n_images"] == FULL[row["split"]]
 
 
 def is_usual(row: dict) -> bool:
