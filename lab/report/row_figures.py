@@ -48,7 +48,7 @@ def headline(found: Results):
         axis.set_xlabel("times as fast as FP32 in torch")
         axis.set_xlim(0.8, 0.25 + max(map(tables.speed_up, rows)))
         axis.grid(visible=False, axis="x")
-    set_losses(axes[0], max(lost(row, found.rows) for row in rows))
+    set_losses(axes[0], [lost(row, found.rows) for row in rows])
     axes[0][0].set_ylabel("accuracy lost, points")
     shown = [key for key in HEADLINE if any(tables.method(row) == key for row in rows)]
     handles = [Line2D([], [], **mark(key)) for key in shown]
@@ -58,14 +58,18 @@ def headline(found: Results):
     return fig
 
 
-def set_losses(axes, most: float) -> None:
-    """The axis of losses: as long as the largest one, or broken behind LOSS_SHOWN points."""
+def set_losses(axes, losses: list[float]) -> None:
+    """The axis of losses: as long as the largest one, or broken behind LOSS_SHOWN points.
+
+    What is gained, a loss below zero, lies above its zero.
+    """
+    most, gain = max(losses), max(0, -min(losses))
     if most <= LOSS_SHOWN:
-        axes[0].set_ylim(max(0.5, 1.15 * most), -0.09)
+        axes[0].set_ylim(max(0.5, 1.15 * most), -0.09 - gain)
         return
     for axis in axes:
         axis.axhline(LOSS_SHOWN + 0.3, **style.DASHED)
-    axes[0].set_ylim(BELOW + 0.4, -0.4)
+    axes[0].set_ylim(BELOW + 0.4, -0.4 - gain)
     ticks = range(LOSS_SHOWN + 1)
     axes[0].set_yticks([*ticks, BELOW], [*map(str, ticks), "more"])
 
