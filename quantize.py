@@ -43,7 +43,6 @@ from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import CLASSIFIERS_ONLY, flags, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
-from lab.pictures import picture_path, write_picture
 from lab.profiles import profile_folder, write_profile
 from lab.recipes import checked_recipe, recipe_of
 from lab.report.compare import compare_rows
@@ -181,6 +180,8 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
 def show_predictions(pairs, args) -> None:
     """Print what each (subject, recipe) on each engine takes the picture of --image for or, where
     that is no single class, draw it."""
+    from lab.pictures import picture_path, write_picture  # matplotlib takes a second to import
+
     drawn = {}
     others = [subject for subject, _ in pairs if not subject.classifies]
     paths = {s: picture_path(s, args.image, args.output, args.force) for s in others}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lab import files, machine
 from lab.cli import BadInput
 from lab.engines.measure import CPU_BATCH, predict
-from lab.report.profile import csv_text, printed_profile, write_histograms
+from lab.report.profile import csv_text, printed_profile
 from lab.report.profile_page import page
 from lab.report.rows import setting
 from lab.subject import Subject, load_subject, named
@@ -84,6 +84,8 @@ def write_profile(
     files.write_json(folder / "profile.json", report)
     files.write_text(folder / "tensors.csv", csv_text(report))
     files.write_text(folder / "report.html", page(report))
+    from lab.report.histograms import write_histograms  # matplotlib takes a second to import
+
     write_histograms(report, folder)
     if suggestion:
         files.write_json(folder / "suggested.json", suggested.asdict())

@@ -12,7 +12,8 @@ import torch
 from small import draw, small_network
 
 import ptq
-from lab.report.profile import COLUMNS, csv_text, write_histograms
+from lab.report.histograms import write_histograms
+from lab.report.profile import COLUMNS, csv_text
 from lab.report.profile_page import page
 from lab.tasks.classification import class_scores
 from ptq.analysis.profile import profile

@@ -1,4 +1,4 @@
-"""A profile's columns, its table as CSV, and its histograms as sheets of PNG.
+"""A profile's columns, and its table as CSV.
 
 A profile says what quantization does to each tensor (`quantize.py --profile`); where time goes is
 what `lab.bench profile` measures.
@@ -8,15 +8,10 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from lab.report import style
 from lab.report.tables import cell, markdown
 
 PRINTED = 10  # tensors
-SHEET_ROWS, SHEET_COLUMNS = 6, 4  # histograms on one sheet
 
 
 @dataclass(frozen=True)
@@ -99,35 +94,6 @@ def csv_text(profile: dict) -> str:
         ends = [end for pair in pairs for end in tensor[pair] or (None, None)]
         writer.writerow([*values, *(tensor[name] for name in more), *ends])
     return out.getvalue()
-
-
-def write_histograms(profile: dict, folder: Path) -> list[Path]:
-    """Sheets of histograms as PNG, worst tensors first: filled in float, a line once quantized, by
-    the logarithm of the counts."""
-    tensors, per_sheet = profile["tensors"], SHEET_ROWS * SHEET_COLUMNS
-    paths = []
-    for first in range(0, len(tensors), per_sheet):
-        shown = tensors[first : first + per_sheet]
-        path = folder / f"histograms-{first // per_sheet + 1:02}.png"
-        style.save(histogram_sheet(shown), path, dpi=100)
-        paths.append(path)
-    return paths
-
-
-def histogram_sheet(tensors: list[dict]):
-    size = (4 * SHEET_COLUMNS, 2 * SHEET_ROWS)
-    fig, axes = style.plt.subplots(SHEET_ROWS, SHEET_COLUMNS, figsize=size)
-    fig.subplots_adjust(0.02, 0.03, 0.98, 0.96, wspace=0.08, hspace=0.55)
-    for axis in axes.flat[len(tensors) :]:
-        axis.axis("off")
-    for axis, tensor in zip(axes.flat, tensors):
-        picture = tensor["histogram"]
-        edges = np.linspace(picture["low"], picture["high"], len(picture["float"]) + 1)
-        axis.stairs(np.log1p(picture["float"]), edges, fill=True, color=style.SKY)
-        axis.stairs(np.log1p(picture["quantized"]), edges, color=style.VERMILION, linewidth=0.8)
-        axis.set_yticks([])
-        axis.set_title(f"{tensor['layer']}, {tensor['role']}", fontsize=style.SMALL, loc="left")
-    return fig
 
 
 def printed_profile(profile: dict) -> str:

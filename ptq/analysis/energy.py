@@ -13,20 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 from ptq.graph import running
 from ptq.pipeline import layer_specs
 from ptq.recipe import Recipe
-
-
-def _attention_flops(q_shape, k_shape, v_shape, *_, out_shape=None, **__) -> int:
-    return sdpa_flop_count(q_shape, k_shape, v_shape)
-
-
-# torch counts fused attention on GPUs alone (pytorch issue 195460).
-ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLOPS = {ON_CPU: shape_wrapper(_attention_flops)} | flop_registry
 
 
 @dataclass
@@ -60,9 +50,23 @@ def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], lis
     return dict(counter.layers), sorted(counter.uncounted)
 
 
+def _formulas() -> dict:
+    """Return {operator: function from its arguments to its FLOPs}."""
+    # Not above: where torch has triton, this imports it.
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+
+    def attention(q_shape, k_shape, v_shape, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+    # torch counts fused attention on GPUs alone (pytorch issue 195460).
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return {on_cpu: shape_wrapper(attention)} | flop_registry
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
+        self.formulas = _formulas()
         self.running, self.uncounted = names, set()
         self.layers = defaultdict(LayerCount)
         parameters = model.named_parameters()
@@ -71,7 +75,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = FLOPS.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is None:
             self.uncounted.add(str(func._overloadpacket))
             return out
