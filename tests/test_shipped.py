@@ -96,18 +96,13 @@ def test_engines_predict_as_simulated(found, engine):
         assert round(apart, 2) <= POINTS_APART, what
 
 
-WITHOUT_ROWS = {"tradeoffs"}  # figures whose rows have not been measured yet
-
-
 def test_every_figure_can_be_drawn_and_is_on_a_page(found):
     pages = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *ROOT.glob("docs/*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     shipped = {path.name for path in (RESULTS / "figures").iterdir()}
-    names = FIGURES.keys() - WITHOUT_ROWS
-    assert shipped == {f"{name}{suffix}" for name in names for suffix in (".png", ".svg")}
+    assert shipped == {f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")}
     for name, draw in FIGURES.items():
-        drawn = draw(found) is not None
-        assert drawn == (name in names) and drawn == (f"figures/{name}.png" in text), name
+        assert draw(found) is not None and f"figures/{name}.png" in text, name
 
 
 def test_benchmarks_are_of_todays_recipes(found):
