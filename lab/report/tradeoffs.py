@@ -95,10 +95,10 @@ def gains(rows: list[dict]) -> list[int]:
 
 def finding(rows: list[dict]) -> str:
     """What a width for each layer gives at the bytes of one for all."""
-    points = gains(rows)
-    if not points:
+    fewer = gains(rows)
+    if not fewer:
         return "Changed predictions by size and energy, by how widths are chosen"
     return (
         "At the bytes of one width for all layers, a width for each changes "
-        f"{min(points)} to {max(points)} predictions fewer"
+        f"{min(fewer)} to {max(fewer)} predictions fewer"
     )
