@@ -8,8 +8,9 @@
     python -m lab.bench abuse     # malformed inputs and kills through the commands, 5 minutes
     python -m lab.bench ablations  # what parts of MobileViT are worth: 27 short training runs
 
-Each prints what it writes: results/benchmarks/NAME.json, or, for engines, profile and tensorrt,
-NAME-MODEL.json, and NAME-MODEL-vnni.json on CPUs with VNNI. Of speeds, only ratios carry over to
+Each prints what it writes: results/benchmarks/NAME.json, for train and loader on a GPU
+NAME-cuda.json, or, for engines, profile and tensorrt, NAME-MODEL.json, and NAME-MODEL-vnni.json on
+CPUs with VNNI. Of speeds, only ratios carry over to
 other machines. Exit code 1: something failed. Of engines it is one of them, and the others are
 timed all the same; of abuse, something ended otherwise than docs/robustness.md says.
 """
@@ -121,6 +122,8 @@ def main():
     if name in OF_NETWORKS:  # and whether integers are faster hangs on VNNI
         vnni = machine.has_vnni() and not on_gpu
         name += f"-{result['model']}" + "-vnni" * vnni
+    elif on_gpu and name != "ablations":  # of speeds, those of a CPU are kept beside it
+        name += "-cuda"
     path = Path(args.output, f"{name}.json")
     files.write_json(path, result | {"hardware": device} | machine.provenance())
     print(path)

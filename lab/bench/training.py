@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from lab.tasks.batches import TrainBatches, loader_workers
 from lab.tasks.classification import batch
 from lab.training.optimizer import arithmetic, build_optimizer, weight_groups
 
-ROUNDS = 5  # of each contender, taking turns
+ROUNDS = {"cpu": 5, "cuda": 3}  # of each contender, taking turns
 
 
 def train(model: str, img_size: int, batch_size: int, precision: str, device: str, seconds: float):
@@ -39,10 +39,12 @@ def train(model: str, img_size: int, batch_size: int, precision: str, device: st
     theirs = timm.create_model(model, num_classes=n_classes)
 
     ours = partial(arithmetic, device, precision)
+    # Contenders share loaders: eight processes each, for every one of them, take a while to start.
+    endless = cache(lambda batches, size: batches(img_size, size, device))
 
     def contender(network=None, batches=our_batches, context=ours, size=batch_size, **changes):
         network = network or build(model, num_classes=n_classes, heads=4)
-        return trainer(network, batches(img_size, size, device), device, context, **changes), size
+        return trainer(network, endless(batches, size), device, context, **changes), size
 
     autocast = partial(torch.autocast, device, torch.bfloat16)
     published = {
@@ -68,10 +70,12 @@ def train(model: str, img_size: int, batch_size: int, precision: str, device: st
         steps["muon of timm"] = contender(optimizer=muon_of_timm)
         steps["half the batch"] = contender(size=batch_size // 2)
         steps["twice the batch"] = contender(size=2 * batch_size)
-    rounds = [
-        {name: images_per_s(*step, device, seconds) for name, step in steps.items()}
-        for _ in range(ROUNDS)
-    ]
+    rounds = []
+    for _ in range(ROUNDS[device]):
+        rounds.append({})
+        for name, step in steps.items():
+            rounds[-1][name] = images_per_s(*step, device, seconds)
+            print(f"{name}: {rounds[-1][name]:.1f} images/s", file=sys.stderr)
     return {
         "images_per_s": {name: statistics.median(r[name] for r in rounds) for name in steps},
         "ratio": {
