@@ -146,9 +146,7 @@ def test_a_mixed_recipe_is_an_ordinary_one(base, costs, tmp_path):
     loaded, again = packing.load(tmp_path / "a", model)
     x = BATCHES[0][0]
     assert again == recipe and torch.equal(loaded(x), made(x))
-    low, high = (
-        file_bytes(model, r, BATCHES) for r in list(uniform_recipes(model, base).values())[::2]
-    )
+    low, high = file_sizes(model, base)
     assert low < (tmp_path / "a").stat().st_size <= low + (high - low) * 1.5 / 4 + 64
 
 
@@ -192,7 +190,7 @@ def test_a_budget_of_energy_is_kept_and_spent_best(costs):
 
 def test_a_budget_of_measured_latency_takes_what_is_fast(costs):
     model = network()
-    ms = {name: {4: 1.0, 6: 3.0, 8: 1.5} for name in NAMES}
+    ms = {name: {4: 1.0, 5: 2.0, 6: 3.0, 7: 3.0, 8: 1.5} for name in NAMES}
     recipe = mixed_recipe("mixed-7ms", model, BATCHES, costs, (ms, 1.0))
     assert {spec.weight.bits for spec in recipe.layers} == {8}  # slower than 4, better than 6
     with pytest.raises(ValueError, match="what 0 takes with each of"):
