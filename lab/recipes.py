@@ -90,8 +90,9 @@ def layer_latencies(subject: Subject, base: str) -> tuple[dict, float]:
 
 
 def cost_batches(subject: Subject, base: str) -> EvalBatches:
-    """The images that costs are taken from."""
-    return subject.calibration_batches(ptq.RECIPES[base], costs.IMAGES)[0]
+    """The images that costs are taken from: those that the recipe calibrates on, if it does."""
+    recipe = ptq.RECIPES[base]
+    return subject.calibration_batches(recipe, max(recipe.calibration_images, costs.IMAGES))[0]
 
 
 def to_nearest(recipe: Recipe) -> Recipe:

@@ -221,10 +221,10 @@ def test_fewer_bits_cost_more(kind):
         assert found[name][4] > found[name][6] > found[name][8] > 0
 
 
-def rounded(model, name, bits):
+def rounded(model, name, bits, step="nearest"):
     """The network with the weight of one layer rounded, and what rounding added to it."""
-    fmt = ptq.Uniform(bits, granularity="channel")
-    made = ptq.quantize(model, ptq.Recipe("r", layers=(ptq.LayerSpec(name, fmt),)))
+    spec = ptq.LayerSpec(name, ptq.Uniform(bits, granularity="channel"))
+    made = ptq.quantize(model, ptq.Recipe("r", layers=(spec,), steps=(step,)), BATCHES)
     return made, made.get_submodule(name).layer.weight.detach() - model.get_submodule(name).weight
 
 
@@ -235,7 +235,7 @@ def test_noise_is_the_change_of_the_logits_over_their_variance(base):
     with torch.no_grad():
         exact = model(x)
         for name, bits in (("0", 4), ("6", 6)):
-            made, _ = rounded(model, name, bits)
+            made, _ = rounded(model, name, bits, "gptq" if base == "w4a8" else "nearest")
             if base == "w4a8" and name == "0":  # which shifts norms; of these, one is behind it
                 norm, (before, after) = made[1], (m[0](x) for m in (model, made))
                 norm.running_mean += after.mean((0, 2, 3)) - before.mean((0, 2, 3))
@@ -252,7 +252,7 @@ def test_fisher_is_the_expected_rise_of_the_divergence(monkeypatch):
     x = draw(400, 3)
     monkeypatch.setattr(costs_module, "IMAGES", 400)
     monkeypatch.setattr(costs_module.first_images, "__defaults__", (400,))
-    found = layer_costs(model, [(x, None)], "fisher")["0"]
+    found = layer_costs(model, [(x, None)], "fisher", "w4a8-nearest")["0"]
     p = model(x).detach().softmax(1)  # of two classes: E[g g^T] = p (1 - p) x x^T for each output
     diagonal = (p.prod(1)[:, None] * x.square()).mean(0)
     _, off = rounded(model, "0", 4)
@@ -261,7 +261,7 @@ def test_fisher_is_the_expected_rise_of_the_divergence(monkeypatch):
 
 def test_nuclear_is_the_norm_times_the_error_of_the_output():
     model = network()
-    found = layer_costs(model, BATCHES, "nuclear")
+    found = layer_costs(model, BATCHES, "nuclear", "w4a8-nearest")
     with torch.no_grad():
         x = torch.cat([x for x, _ in BATCHES])
         first, off = F.conv2d(x, model[0].weight, padding=1), rounded(model, "0", 4)[1]

@@ -1,13 +1,15 @@
 """Three measures of what it costs to round the weight of one layer to so many bits.
 
 Each is a function (model, recipes, batches) -> {name of a layer: {bits: cost}}. `recipes`: {bits:
-a recipe that gives every weight so many}. Weights are rounded to nearest, inputs stay in float.
-Costs of one measure compare and add up across layers, to first order. Costs of different measures
-do not.
+a recipe that gives every weight so many}. Weights are rounded to nearest where the recipe does so,
+and else by GPTQ, all on inputs in float; learned rounding would take too long. Inputs stay in
+float. Costs of one measure compare and add up across layers, to first order. Costs of different
+measures do not.
 """
 
 import contextlib
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,12 +21,13 @@ from torch.func import functional_call
 
 from ptq.analysis.sensitivity import noises, set_tensor
 from ptq.graph import NEVER_RAN, hooked, norms_after
-from ptq.methods.nearest import layers_to_round
+from ptq.methods.gptq import hessians, round_weights
+from ptq.methods.nearest import layers_to_round, nearest_codes
 from ptq.methods.norms import make_norms_positive, shifted, statistics
-from ptq.pipeline import check_batches, quantize
+from ptq.pipeline import check_batches, float_twin
 from ptq.recipe import Recipe
 
-IMAGES = 32  # that costs are taken from: the first
+IMAGES = 32  # that costs are taken from: the first; GPTQ takes all
 NOISE_IMAGES = 16  # for each layer and width one call of the network on all of them
 
 
@@ -174,16 +177,25 @@ def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
     check_batches(model, next(iter(recipes.values())), batches)
     network = copy.deepcopy(model).eval()
     make_norms_positive(network, batches)
-    quantized = {bits: quantize(network, _weights_only(r), batches) for bits, r in recipes.items()}
+    twins = [float_twin(network, _weights_only(recipe), batches) for recipe in recipes.values()]
+    by_width = [layers_to_round(twin) for twin in twins]
+    if "nearest" in next(iter(recipes.values())).steps:
+        for layer in itertools.chain(*(layers.values() for layers in by_width)):
+            layer.set_weight(*nearest_codes(layer))
+    else:
+        moments = hessians(twins[0], twins[0], batches)  # in float, so of all widths
+        moments = {name: moments[layer] for name, layer in by_width[0].items()}
+        for layers in by_width:
+            round_weights({layer: moments[name] for name, layer in layers.items()})
     return network, {
-        bits: {name: layer.layer.weight.detach() for name, layer in layers_to_round(made).items()}
-        for bits, made in quantized.items()
+        bits: {name: layer.layer.weight for name, layer in layers.items()}
+        for bits, layers in zip(recipes, by_width)
     }
 
 
 def _weights_only(recipe: Recipe) -> Recipe:
     layers = tuple(replace(s, input=None) for s in recipe.layers if s.kind == "product")
-    return replace(recipe, layers=layers, steps=("nearest",), units=None)
+    return replace(recipe, layers=layers, steps=(), units=None)
 
 
 def first_images(batches, left: int = IMAGES) -> list:

@@ -21,8 +21,8 @@ from ptq.recipe import Recipe, by_names
 from ptq.recipes import RECIPES
 from ptq.recipes import recipe as recipe_of
 
-# That a layer's weights may take. With 4, 6 and 8 alone, a layer that 5 bits suit would have to mix:
-# on a ViT the network then had more noise than with 5 bits throughout.
+# That a layer's weights may take. With 4, 6 and 8 alone, no layer gets the 5 bits that suit it: a
+# ViT then had more noise than with 5 bits throughout.
 BITS = (4, 5, 6, 7, 8)
 COST, BASE = "noise", "w4a8"  # where a name has none: of COSTS, and of RECIPES
 PREFIX = "mixed-"

@@ -1,5 +1,7 @@
 """GPTQ: rounding whose errors the weights still to be rounded make up for."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +24,14 @@ def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> Non
     inputs from before any of them is rounded.
     """
     for name in units(model, recipe.units):
-        for layer, hessian in hessians(model, model.get_submodule(name), batches).items():
-            scale = weight_scale(layer)
-            layer.set_weight(gptq_codes(layer, scale, hessian), scale)
+        round_weights(hessians(model, model.get_submodule(name), batches))
+
+
+def round_weights(hessians: Mapping[QuantizedLayer, Tensor]) -> None:
+    """Give each layer the codes that go with the moments of its inputs, [groups, n, n]."""
+    for layer, hessian in hessians.items():
+        scale = weight_scale(layer)
+        layer.set_weight(gptq_codes(layer, scale, hessian), scale)
 
 
 def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer, Tensor]:
