@@ -177,12 +177,14 @@ def methods_finding(rows, models) -> str:
 
 
 def pareto(found: Results):
-    """Accuracy against size: FP32 and our recipes on engines; grey: the published methods."""
-    measured = [r for r in found.rows if r["kind"] == "measured" and r["recipe"]["layers"]]
+    """Accuracy against size of each MobileViT: FP32 and our recipes on engines; grey: the published
+    methods."""
+    rows = [row for row in found.rows if row["model"] in tables.MODELS]
+    measured = [row for row in rows if row["kind"] == "measured" and row["recipe"]["layers"]]
     models = models_of(measured)
     if not models:
         return None
-    ours = measured + [r for r in found.rows if r["model"] in models and tables.is_baseline(r)]
+    ours = measured + [r for r in rows if r["model"] in models and tables.is_baseline(r)]
     theirs = [r for r in found.protocol if r["model"] in models and not tables.is_baseline(r)]
     floor = min(map(accuracy, ours)) - 1.2
     cut = floor + 0.6  # what is less accurate lies on the floor, with its accuracy beside

@@ -33,8 +33,9 @@ def training_curves(found: Results):
     shades = {size: BANDS[i % len(BANDS)] for i, size in enumerate(sizes)}
     for chain, axis in zip(chains, axes[0]):
         draw_chain(axis, chain, shades)
-        widened = ", widened" * bool(chain[0]["config"].get("widen"))
-        axis.set_title(short_name(chain[-1]["model"]) + widened, loc="left", fontweight="bold")
+        widened = "\nwidened" * bool(chain[0]["config"].get("widen"))
+        name = short_name(chain[-1]["model"]) + widened
+        axis.set_title(name, loc="left", fontweight="bold", pad=14)  # above a chosen epoch's number
         axis.grid(visible=False, axis="x")
     axes[0][0].set_ylabel("held-out accuracy, %")
     about = "minutes of training; bands: side in pixels of the image, or of a window in the image"

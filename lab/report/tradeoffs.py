@@ -98,7 +98,11 @@ def finding(rows: list[dict]) -> str:
     fewer = gains(rows)
     if not fewer:
         return "Changed predictions by size and energy, by how widths are chosen"
-    return (
-        "At the bytes of one width for all layers, a width for each changes "
-        f"{min(fewer)} to {max(fewer)} predictions fewer"
-    )
+    least, most = min(fewer), max(fewer)
+    if least < 0 < most:
+        span = f"from {-least} predictions more to {most} fewer"
+    else:
+        ends = sorted(map(abs, (least, most)))
+        span = " to ".join(dict.fromkeys(map(str, ends)))
+        span += " predictions " + ("more" if least < 0 else "fewer")
+    return f"At the bytes of one width for all layers, a width for each changes {span}"
