@@ -75,7 +75,8 @@ def layer_latencies(subject: Subject, base: str) -> tuple[dict, float]:
         raise BadInput(f"a budget in ms is measured on OpenVINO: {missing}") from missing
     from ptq.export import to_onnx
 
-    batches, example = cost_batches(subject, base), subject.sample(subject.img_size)
+    batches, _ = subject.calibration_batches(ptq.RECIPES[base], costs.IMAGES)  # any will do
+    example = subject.sample(subject.img_size)
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for bits, recipe in mixed.uniform_recipes(subject.network, base).items():

@@ -10,9 +10,9 @@
 
 Each prints what it writes: results/benchmarks/NAME.json, for train and loader on a GPU
 NAME-cuda.json, or, for engines, profile and tensorrt, NAME-MODEL.json, and NAME-MODEL-vnni.json on
-CPUs with VNNI. Of speeds, only ratios carry over to
-other machines. Exit code 1: something failed. Of engines it is one of them, and the others are
-timed all the same; of abuse, something ended otherwise than docs/robustness.md says.
+CPUs with VNNI. Of speeds, only ratios carry over to other machines. Exit code 1: something failed.
+Of engines it is one of them, and the others are timed all the same; of abuse, something ended
+otherwise than docs/robustness.md says.
 """
 
 from lab import cli
