@@ -21,11 +21,14 @@ from lab.tasks.batches import EvalBatches
 from lab.tasks.classification import confusion
 from lab.training.evaluation import judged
 from ptq import Recipe, packing
+from ptq.analysis.compare import noise
 from ptq.analysis.sensitivity import sensitivities
 
+NOISE_IMAGES = 1_000  # of the first images that are judged; logits on them are set beside FP32's
 REPORT_IMAGES, REPORT_BATCH = 64, 16  # calibration images that a report per layer looks at
 PARITY_IMAGES, PARITY_SHARE = 100, 0.9  # training images that an exported file is checked on
 PARITY_SCENES = 16  # instead, where outputs are many
+CPU = torch.device("cpu")
 SHOWN_CLASSES = 3  # of a prediction
 
 
@@ -89,9 +92,9 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
 
 def answered(subject: Subject, run) -> dict:
     """What a row says of the answers that `run` gives to the subject's images: their score and,
-    where an answer is one class, the answers themselves."""
+    where an answer is one class, the answers themselves and how far their logits are off."""
     task, classes = TASKS[subject.task], subject.images.classes
-    columns = judged(run, subject.images, subject.img_size, task, torch.device("cpu"))
+    columns = judged(run, subject.images, subject.img_size, task, CPU)
     if not all(column.isfinite().all() for column in columns):
         raise BadInput("the outputs are not finite")
     score = task.objective.score(*columns, classes)
@@ -102,7 +105,16 @@ def answered(subject: Subject, run) -> dict:
         answers["n_correct"] = score["n_correct"]
         answers["predictions"] = predictions.tolist()
         answers["confusion"] = confusion(labels, predictions, len(classes))
+        expected = float_logits(subject)
+        answers["logit_noise"] = noise(logits[: len(expected)], expected)
     return answers
+
+
+@functools.lru_cache(maxsize=1)  # made once for all rows of a subject
+def float_logits(subject: Subject) -> Tensor:
+    """The logits [n, K] of the float network on the first images of a subject."""
+    some, task = subject.images[:NOISE_IMAGES], TASKS[subject.task]
+    return judged(subject.network, some, subject.img_size, task, CPU)[0]
 
 
 def prediction_text(logits: Tensor, classes) -> str:

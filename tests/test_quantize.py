@@ -53,6 +53,19 @@ def test_every_recipe_gets_its_row(swept, checkpoint):
     assert out.count("| mobilevit_xxs-synthetic |") == 4
 
 
+def test_a_row_tells_how_far_its_logits_are_off(swept, checkpoint):
+    noise = {name: row["logit_noise"] for name, row in swept[2].items()}
+    model, _ = model_from_checkpoint(checkpoint)
+    half, _ = model_from_checkpoint(checkpoint)
+    half.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+    shown = EvalBatches(TASKS["synthetic"].load(None, train=False), 32, 25)
+    logits, _ = predict(model, shown)
+    expected = ptq.compare_models(model, half, shown)["mse"] / logits.double().var().item()
+    assert noise["fp32-32@torch-eager"] == 0
+    assert noise["fp16-32@published"] == pytest.approx(expected, rel=1e-3)
+    assert noise["int8-fx-32@torch-fx"] > 100 * expected
+
+
 def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     folder, _, results = swept
     command = ("quantize.py", "--checkpoint", checkpoint, "--recipes", "fp32", "--output", folder)

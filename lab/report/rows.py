@@ -72,7 +72,8 @@ ROW = record(
         "command": text,
         "wall_s": number(0),
     },
-    optional={"energy": maybe(mapping(ENERGY))},  # rows of earlier versions have none
+    # rows of earlier versions have none
+    optional={"energy": maybe(mapping(ENERGY)), "logit_noise": number(0)},
 )
 ANSWERS = record(
     {

@@ -34,6 +34,15 @@ def compare_models(model: nn.Module, other: nn.Module, batches) -> dict[str, flo
     }
 
 
+def noise(outputs: Tensor, expected: Tensor) -> float:
+    """Return the mean square of what `outputs` are off, over the variance of what was `expected`.
+
+    Tensors of one shape. The signal-to-quantization-noise ratio in dB is -10 log10 of it.
+    """
+    expected = expected.double()
+    return ((outputs.double() - expected).square().mean() / expected.var()).item()
+
+
 def logits_of(output) -> Tensor:
     """Return the logits [b, K] in what a network puts out."""
     return output if isinstance(output, Tensor) else output.logits

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ptq.analysis.compare import noise
 from ptq.layers import Quantizer
 from ptq.methods.calibrate import calibrate
 from ptq.methods.nearest import layers_to_round, nearest_codes
@@ -45,22 +46,21 @@ def noises(network: nn.Module, outputs, alone: dict) -> dict:
     "largest": their number}. `alone`: {kind: {name: function}}. Each function gives the context in
     which that one tensor takes the values of its format.
     """
-    expected = outputs(network).double()
+    expected = outputs(network)
 
-    def noise(contexts) -> float:
+    def noise_of(contexts) -> float:
         with contextlib.ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context())
-            changed = outputs(network).double()
-        return ((changed - expected).square().mean() / expected.var()).item()
+            return noise(outputs(network), expected)
 
     flat = {(kind, name): c for kind, of_kind in alone.items() for name, c in of_kind.items()}
-    each = {key: noise([context]) for key, context in flat.items()}
+    each = {key: noise_of([context]) for key, context in flat.items()}
     by_noise = sorted(flat, key=each.get, reverse=True)
     return {
         "noise": {k: {name: each[k, name] for name in of_kind} for k, of_kind in alone.items()},
-        "noise_of_rest": noise([flat[key] for key in by_noise[LARGEST:]]),
-        "noise_of_all": noise(flat.values()),
+        "noise_of_rest": noise_of([flat[key] for key in by_noise[LARGEST:]]),
+        "noise_of_all": noise_of(flat.values()),
         "largest": LARGEST,
     }
 
