@@ -16,6 +16,7 @@ from torch import Tensor
 from ptq.formats import Uniform
 
 BINS = 4096  # of a histogram over [-limit, limit]: 16 and more a level at 8 bits
+AT_ONCE = 2**18  # values that candidates are tried on together; they fit a core's cache
 SHRINKS = 80  # candidates for each end of a range, down to a fifth of it
 
 
@@ -165,24 +166,28 @@ class MSE(Histogram):
             values, weights = self.centres()[:, filled], self.counts[:, filled]
         shrinks = torch.linspace(1, 0.2, SHRINKS + 1, device=low.device)
         if self.format.symmetric:
-            pairs = [(s, s) for s in shrinks]
+            pairs = shrinks[:, None].expand(-1, 2)
         else:
-            pairs = [(s, t) for s in shrinks[::16] for t in shrinks]
-        best = torch.full_like(low, torch.inf)
-        best_low, best_high = low.clone(), high.clone()
-        for s, t in pairs:
-            error = squared_error(self.format, values, low * s, high * t, weights)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_low = torch.where(better, low * s, best_low)
-            best_high = torch.where(better, high * t, best_high)
-        return best_low, best_high
+            pairs = torch.cartesian_prod(shrinks[::16], shrinks)
+        lows, highs = (ends[:, None] * end for ends, end in zip(pairs.T, (low, high)))  # [P, G]
+        at_once = max(1, AT_ONCE // values.numel())
+        parts = zip(lows.split(at_once), highs.split(at_once))
+        best = torch.cat([self._errors(values, *ends, weights) for ends in parts]).argmin(0)
+        return lows.gather(0, best[None])[0], highs.gather(0, best[None])[0]
 
+    def _errors(self, values, lows, highs, weights) -> Tensor:
+        """Return the squared distances of values [G, n] to the nearest levels of ranges [P, G].
 
-def squared_error(format: Uniform, values, low, high, weights=None) -> Tensor:
-    """Sum the squared distances of a row's values to the nearest levels of [low, high]; [G]."""
-    error = (values - of_rows(format).nearest(values, *format.grid(low, high))).square()
-    return (error if weights is None else error * weights).sum(1)
+        Summed over a row of values, as often as `weights` say; [P, G].
+        """
+        grid = self.format.grid(lows.flatten(), highs.flatten())
+        rows = values.repeat(len(lows), 1)
+        errors = (
+            (rows - of_rows(self.format).nearest(rows, *grid))
+            .square_()
+            .view(len(lows), *values.shape)
+        )
+        return (errors if weights is None else errors * weights).sum(2)
 
 
 def of_rows(format: Uniform) -> Uniform:

@@ -1,6 +1,6 @@
-"""What fewer changed predictions cost in bytes and in energy, by the way that widths are chosen.
+"""What less noise in the logits costs in bytes and in energy, by the way that widths are chosen.
 
-Near FP32, accuracies differ by a few images, by chance; how many predictions change is less noisy.
+Near FP32, accuracies and changed predictions differ by a few images, by chance.
 """
 
 import re
@@ -9,7 +9,7 @@ from lab.files import MB
 from lab.report import style
 from lab.report.energy import SIMULATED, energy_mj
 from lab.report.results import Results
-from lab.report.tables import baseline_of, changed_predictions, models_of, short_name
+from lab.report.tables import models_of, short_name
 
 MIXED = r"mixed-[^-]+(-.*)?"  # the name of a recipe, with what it has besides a budget
 UNIFORM = ("w4a8", "w5a8", "w6a8", "w8a8")  # the same inputs, one width for all weights
@@ -20,6 +20,8 @@ SAME_BYTES = 1.01  # sizes that differ by no more than this factor count as equa
 def series_of(row: dict) -> str | None:
     """The line or kind of points that a row belongs to in the figure."""
     name, engine = row["recipe"]["name"], row["engine"]
+    if "logit_noise" not in row:
+        return None
     if name in PEERS:
         return PEERS[name]
     if engine != SIMULATED:
@@ -30,8 +32,8 @@ def series_of(row: dict) -> str | None:
 
 
 def tradeoffs(found: Results):
-    """Changed predictions by size and by energy, a line a way to choose widths, a row a model."""
-    rows = [row for row in found.rows if series_of(row) and baseline_of(row, found.rows)]
+    """Noise in the logits by size and energy, a line a way to choose widths, a row a model."""
+    rows = [row for row in found.rows if series_of(row)]
     models = models_of([r for r in rows if re.fullmatch(MIXED, r["recipe"]["name"])])
     if not models:
         return None
@@ -48,7 +50,7 @@ def tradeoffs(found: Results):
         for axis, (label, cost) in zip(panels, costs.items()):
             for name in series:
                 points = sorted(
-                    (cost(row), changes(row, found.rows))
+                    (cost(row), row["logit_noise"])
                     for row in rows
                     if (row["model"], series_of(row)) == (model, name) and cost(row) is not None
                 )
@@ -56,8 +58,8 @@ def tradeoffs(found: Results):
                 if points:
                     axis.plot(*zip(*points), line, color=colour[name], ms=5)
             axis.set_xlabel(label)
-        panels[0].set_ylabel(f"{short_name(model)}, changed predictions")
-        panels[0].set_ylim(bottom=0)
+        panels[0].set_ylabel(f"{short_name(model)}, noise in the logits")
+        panels[0].set_yscale("log")
     handles = [axes[0][0].plot([], [], "o", color=colour[name], label=name)[0] for name in series]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return fig
@@ -67,42 +69,32 @@ def series_order(row: dict) -> tuple:
     return (row["recipe"]["name"] in PEERS, row["recipe"]["name"] in UNIFORM, series_of(row))
 
 
-def changes(row: dict, rows: list[dict]) -> int:
-    """How many predictions of a row are not those of FP32."""
-    return changed_predictions(row, baseline_of(row, rows))
-
-
-def gains(rows: list[dict]) -> list[int]:
-    """How many predictions fewer the best mixed recipe of no more bytes changes than each width.
+def gains(rows: list[dict]) -> list[float]:
+    """How many times less noise the best mixed recipe of no more bytes has than each width.
 
     The least and the largest width are left out: mixed recipes lie between them.
     """
     found = []
+    rows = [row for row in rows if series_of(row)]
     for row in rows:
         if row["recipe"]["name"] not in UNIFORM[1:-1]:
             continue
         mixed = [
-            changes(other, rows)
+            other["logit_noise"]
             for other in rows
             if other["model"] == row["model"]
             and re.fullmatch(MIXED, other["recipe"]["name"])
             and other["size_bytes"] <= SAME_BYTES * row["size_bytes"]
         ]
         if mixed:
-            found.append(changes(row, rows) - min(mixed))
+            found.append(row["logit_noise"] / min(mixed))
     return found
 
 
 def finding(rows: list[dict]) -> str:
     """What a width for each layer gives at the bytes of one for all."""
-    fewer = gains(rows)
-    if not fewer:
-        return "Changed predictions by size and energy, by how widths are chosen"
-    least, most = min(fewer), max(fewer)
-    if least < 0 < most:
-        span = f"from {-least} predictions more to {most} fewer"
-    else:
-        ends = sorted(map(abs, (least, most)))
-        span = " to ".join(dict.fromkeys(map(str, ends)))
-        span += " predictions " + ("more" if least < 0 else "fewer")
-    return f"At the bytes of one width for all layers, a width for each changes {span}"
+    times = gains(rows)
+    if not times:
+        return "Noise in the logits by size and energy, by how widths are chosen"
+    span = " to ".join(dict.fromkeys(f"{t:.2f}" for t in (min(times), max(times))))
+    return f"At the bytes of one width for all layers, a width for each has {span} times less noise"
