@@ -91,8 +91,8 @@ class Uniform:
         A symmetric format does without a zero-point, here and in `decode`.
         """
         zero = 0 if zero_point is None else self.spread(zero_point, x)
-        levels = (x.contiguous() / self.spread(scale, x)).round()
-        return (levels + zero).clamp(self.qmin, self.qmax).int()
+        levels = (x.contiguous() / self.spread(scale, x)).round_()
+        return (levels + zero).clamp_(self.qmin, self.qmax).int()
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         zero = 0 if zero_point is None else self.spread(zero_point, codes)
@@ -101,10 +101,11 @@ class Uniform:
     def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the values of the nearest levels, as `decode` of `encode` does, in fewer passes.
 
-        Torch's own function, fake_quantize, is not vectorised on CPUs.
+        On CPUs, torch's fake_quantize is not vectorised, nor is clamp_ between two tensors.
         """
         scale, zero = self.spread(scale, x), self.spread(zero_point, x).to(x.dtype)
-        return (x / scale).round_().clamp_(self.qmin - zero, self.qmax - zero).mul_(scale)
+        levels = (x / scale).round_()
+        return levels.clamp_min_(self.qmin - zero).clamp_max_(self.qmax - zero).mul_(scale)
 
     def integers(self, codes: Tensor, zero_point: Tensor) -> Tensor:
         """Return the values of codes in units of their scale: int64 of `width` bits."""

@@ -44,11 +44,10 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def network(request):
+def network_of(name):
     """With the statistics of its images, without which all logits of a fresh network are alike."""
     torch.manual_seed(0)
-    build_network, side = NETWORKS[request.param]
+    build_network, side = NETWORKS[name]
     model = build_network().eval()
     replace_norms(model, None, batches(side), None)
     return model, side
@@ -58,9 +57,11 @@ def batches(side):
     return [(draw(8, 3, side, side, seed=i), None) for i in range(2)]
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4-shift"])
-def test_any_network_is_quantized_exported_and_run(name, network, tmp_path):
-    network, side = network
+@pytest.mark.parametrize(
+    "of, name", [*((of, "w8a8") for of in NETWORKS), ("own Sequential", "w4-shift")]
+)
+def test_any_network_is_quantized_exported_and_run(of, name, tmp_path):
+    network, side = network_of(of)
     recipe = ptq.recipe(name, network)
     assert recipe.name == name and recipe.steps == ptq.RECIPES[name].steps
     quantized = ptq.quantize(network, recipe, batches(side))

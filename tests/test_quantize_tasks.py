@@ -75,27 +75,26 @@ def test_rows_hold_the_metric_of_the_task(made, tmp_path):
     task, folder, path = made
     metric = METRICS[task]
     column = {"detection": "mAP@0.5 %", "segmentation": "mIoU %"}[task]
-    engines = ("--engines", "torch-eager", "openvino")
-    command = (*of(made), "--recipes", "fp32", "w8a8", *engines, "--output", tmp_path)
+    command = (*of(made), "--output", tmp_path)
+    run(*command, "--recipes", "fp32")
+    command += ("--recipes", "w8a8", "--engines", "torch-eager", "openvino")
     out, _ = run(*command)
     rows = {p.stem: files.read_json(p) for p in tmp_path.rglob("*.json")}
-    names = ("fp32", "w8a8")
-    assert rows.keys() == {f"{r}-{SIDE}@{e}" for r in names for e in engines[1:]}
-    scores = {name: row["score"][metric] for name, row in rows.items()}
-    fp32, simulated = (rows[f"{name}-{SIDE}@torch-eager"] for name in names)
+    names = ("fp32-64@torch-eager", "w8a8-64@torch-eager", "w8a8-64@openvino")
+    fp32, simulated, measured = (rows.pop(name) for name in names)
+    assert not rows
     line, _ = run("train.py", "--eval", "--checkpoint", path, "--data-dir", folder)
     assert f"test {fp32['score'][metric]:.2f} %" in line and fp32["score"][metric] > 0
-    assert abs(scores["fp32-64@openvino"] - scores["fp32-64@torch-eager"]) < 0.1
     # A detector that never learnt ranks its boxes by chance: the next test compares outputs.
     bound = {"detection": 20, "segmentation": 3}[task]
-    assert abs(scores["w8a8-64@openvino"] - scores["w8a8-64@torch-eager"]) < bound
+    assert abs(measured["score"][metric] - simulated["score"][metric]) < bound
     assert simulated["calibration"]["n"] == 12 and simulated["n_images"] == 6
     assert simulated["size_bytes"] < 0.4 * fp32["size_bytes"]
     assert not {"predictions", "confusion", "n_correct"} & simulated.keys()
     header, *_, last = (line for line in out.splitlines() if line.startswith("|"))
     assert f"| {column} | Δ points | MB |" in header and "w8a8" in last and "changed" not in out
     again, _ = run(*command)
-    assert again.count(", kept") == 4
+    assert again.count(", kept") == 2
     shipped = next(tmp_path.rglob("w8a8-64@torch-eager.json"))
     repeat = ("quantize.py", "--from", shipped, "--data-dir", folder, "--latency-runs", "3")
     repeat += ("--output", tmp_path / "again")
@@ -113,6 +112,7 @@ def test_held_out_are_the_images_that_choose_the_weights(made, tmp_path):
     assert (row["split"], row["n_images"], path.parent.name) == ("held-out", 3, "ablation")
 
 
+@pytest.mark.parametrize("made", ["detection"], indirect=True)  # masks are compared as boxes are
 def test_an_exported_file_gives_what_was_simulated(made, tmp_path):
     pytest.importorskip("openvino")
     out, _ = run(*of(made), "--recipes", "w8a8", "--export", tmp_path)

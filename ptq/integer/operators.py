@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
 from ptq.integer.norm import LayerNormTable, layer_norm, layer_norm_table
-from ptq.integer.rescale import Dyadic, OutOfRange, dyadic, requantize, rescale, round_divide
+from ptq.integer.rescale import (
+    Dyadic,
+    OutOfRange,
+    dyadic,
+    look_up,
+    requantize,
+    rescale,
+    round_divide,
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ class Table(nn.Module):
         self.codes = Codes(abs(scale), int(values.abs().max()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.values[self.input(x) - self.input.low]
+        return look_up(self.values, self.input(x) - self.input.low)
 
 
 class Norm(nn.Module):

@@ -16,7 +16,7 @@ from mobilevit import AttentionCore
 from ptq.formats import Uniform
 from ptq.integer import OutOfRange, published
 from ptq.integer.activations import gelu, silu
-from ptq.integer.rescale import fits
+from ptq.integer.rescale import fits, look_up
 from ptq.layers import LAYERS, IntegerLayer, Quantizer
 from ptq.methods.fq_vit import LogSoftmaxCore, check_spec, integer_norm, parameters
 from ptq.recipe import LayerSpec
@@ -112,7 +112,8 @@ class IntegerActivation(IntegerLayer):
         # Of every code once: a feature map holds each many times.
         every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - quantizer.zero_point
         y, scale = self.integers(every, float(quantizer.scale))
-        return (y.double() * scale).to(x.dtype)[fmt.encode(x, *quantizer.grid) - fmt.qmin]
+        values = (y.double() * scale).to(x.dtype)
+        return look_up(values, fmt.encode(x, *quantizer.grid) - fmt.qmin)
 
     def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
         """Return what the layer makes of integers in units of `scale`: integers and their scale."""
