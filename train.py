@@ -177,7 +177,10 @@ def train(args, world: World) -> int:
         else:
             if world.rank == 0:
                 require_no_run(run.output)  # now that no other process can begin one
-                about = machine.provenance() | {"hardware": hardware(world)}
+                # What a path says may be replaced later.
+                used = {k: getattr(args, k) for k in ("init", "widen", "teacher")}
+                sha256 = {k: files.sha256(path) for k, path in used.items() if path}
+                about = machine.provenance() | {"hardware": hardware(world), "sha256": sha256}
                 files.write_json(run.output / "config.json", run.config | about)
             run.save()
         if args.tensorboard and world.rank == 0:

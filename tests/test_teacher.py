@@ -45,6 +45,8 @@ def test_a_student_learns_from_it(checkpoint, tmp_path):
     run("train.py", *SYNTHETIC, *flags, "--output", tmp_path)
     config = files.read_json(tmp_path / "config.json")
     assert (config["teacher_weight"], config["temperature"]) == (1, 4)
+    assert config["sha256"] == {"teacher": files.sha256(checkpoint)}
+    assert files.read_json(tmp_path / "metrics.json")["sha256"] == config["sha256"]
     best, alone = load_checkpoint(tmp_path / "best.pth"), load_checkpoint(checkpoint)
     name = "classifier.weight"
     assert not torch.equal(best["state_dict"][name], alone["state_dict"][name])
