@@ -5,7 +5,7 @@
     python -m lab.bench engines   # latency of methods and engines, all in turn, 5 to 7 minutes
     python -m lab.bench profile   # where OpenVINO spends these milliseconds, under a minute
     python -m lab.bench tensorrt  # latency of 8 bits and of FP32 on TensorRT, for an NVIDIA GPU
-    python -m lab.bench abuse     # malformed inputs and kills through the commands, 5 minutes
+    python -m lab.bench abuse     # malformed inputs and kills through the commands, 4 minutes
     python -m lab.bench ablations  # what parts of MobileViT are worth: 27 short training runs
 
 Each prints what it writes: results/benchmarks/NAME.json, for train and loader on a GPU
