@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from small import draw
+from small import draw, small_network
 from torch import nn
 
 import ptq
@@ -27,8 +27,10 @@ from ptq.analysis.mixed import (
     mixed_recipe,
     parse_name,
     uniform_recipes,
+    with_bits,
 )
 from ptq.layers import QuantizedLayer
+from ptq.pipeline import layer_specs
 
 BATCHES = [(draw(6, 3, 8, 8, seed=i), None) for i in range(2)]
 
@@ -243,6 +245,18 @@ def test_noise_is_the_change_of_the_logits_over_their_variance(base):
                 norm.running_var *= next(variances) / next(variances)
             expected = (made(x) - exact).square().mean() / exact.var()
             assert costs[name][bits] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_noise_of_a_weight_that_is_hardly_rounded_is_hardly_any():
+    """Also behind several batch norms, which are shifted."""
+    model = small_network()
+    start = ptq.recipe("w4a8", model)
+    names = [name for name, spec in layer_specs(model, start).items() if spec.weight]
+    recipes = {bits: with_bits(model, start, dict.fromkeys(names, bits), "r") for bits in (4, 16)}
+    costs = costs_module.noise(model, recipes, [(draw(8, 3, 32, 32), None)])
+    assert len(costs) == len(names) > 10
+    for cost in costs.values():
+        assert cost[16] < 1e-4 * cost[4]
 
 
 def test_fisher_is_the_expected_rise_of_the_divergence(monkeypatch):

@@ -23,7 +23,7 @@ from ptq.analysis.sensitivity import noises, set_tensor
 from ptq.graph import NEVER_RAN, hooked, norms_after
 from ptq.methods.gptq import hessians, round_weights
 from ptq.methods.nearest import layers_to_round, nearest_codes
-from ptq.methods.norms import make_norms_positive, shifted, statistics
+from ptq.methods.norms import make_norms_positive, shifted
 from ptq.pipeline import check_batches, float_twin
 from ptq.recipe import Recipe
 
@@ -40,10 +40,15 @@ def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     """
     network, rounded = _rounded(model, recipes, batches)
     x = torch.cat([x for x, *_ in first_images(batches, NOISE_IMAGES)])
-    before = statistics(network, [(x, None)])
-    norms = {}
+    norms, before = {}, {}
     if any("shift_norms" in recipe.steps for recipe in recipes.values()):
         norms = {conv: norm for norm, conv in norms_after(network, [(x, None)]).items()}
+
+    def see(norm, inputs, kwargs, output):
+        before[norm] = moments(*inputs)
+
+    with hooked(network, {norm: norm for norm in norms.values()}, see):
+        network(x)
 
     @contextlib.contextmanager
     def alone(name: str, value: Tensor):
@@ -72,14 +77,19 @@ def following(norm: nn.BatchNorm2d, before: tuple[Tensor, Tensor]):
     trained = copy.deepcopy(norm)
 
     def follow(norm, inputs):
-        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
-        norm.running_mean, norm.running_var = shifted(trained, (mean, variance), before)
+        norm.running_mean, norm.running_var = shifted(trained, moments(*inputs), before)
 
     with norm.register_forward_pre_hook(follow):
         try:
             yield
         finally:
             norm.running_mean, norm.running_var = trained.running_mean, trained.running_var
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance [C] of a batch norm's input [B, C, H, W]."""
+    variance, mean = torch.var_mean(x, (0, 2, 3))
+    return mean, variance
 
 
 def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
