@@ -23,7 +23,7 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     no pairs. A batch norm that does more, such as one with an activation in it, is in no pair.
     """
     modules = dict(model.named_modules())
-    norms = {n for n, m in modules.items() if type(m) is nn.BatchNorm2d}
+    norms = {n for n, m in modules.items() if type(m) is nn.BatchNorm2d and has_statistics(m)}
     fed = consumers(model, batches) if norms else {}
     pairs = {}
     for producer, (consumer, *others) in fed.items():
@@ -31,6 +31,11 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
         if consumer in norms and not others and convolution:
             pairs[consumer] = producer
     return pairs
+
+
+def has_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Say whether a batch norm keeps statistics and factors, as those of torch do by default."""
+    return norm.affine and norm.track_running_stats
 
 
 def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
@@ -50,18 +55,21 @@ def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
 def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
     """Return {name of a layer: names of the layers that take in its output}.
 
-    Anything else that takes it in is None. torch.fx traces the network or, where it can't, one call
-    on the first of `batches` is watched.
+    Anything else that takes it in is None, and so is a layer that runs more than once; such layers
+    have no entry of their own. torch.fx traces the network or, where it can't, one call on the
+    first of `batches` is watched.
     """
     try:
         graph = Tracer().trace(model)
     except Exception:  # control flow that looks at values; torch.fx has no common base for it
         return watched(model, batches) if batches is not None else {}
-    runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    runs = Counter(node.target for node in calls)
+    once = [node for node in calls if runs[node.target] == 1]
     return {
-        node.target: [user.target if user.op == "call_module" else None for user in node.users]
-        for node in graph.nodes
-        if node.op == "call_module" and runs[node.target] == 1 and node.users
+        node.target: [user.target if user in once else None for user in node.users]
+        for node in once
+        if node.users
     }
 
 
@@ -104,7 +112,11 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
 
     with running(model, users) as names, hooked(model, {n: n for n in users}, keep), Watch():
         model(next(iter(batches))[0])
-    return {name: fed for name, fed in users.items() if fed and runs[name] == 1}
+    return {
+        name: [user if runs[user] == 1 else None for user in fed]
+        for name, fed in users.items()
+        if fed and runs[name] == 1
+    }
 
 
 @contextlib.contextmanager
@@ -151,7 +163,7 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
     """Yield what goes into `layer` or comes out of it for each batch.
 
     `what`: "input", a tuple of positional inputs, or "output". No more of `model` runs than it
-    takes. ValueError if `layer` does not run.
+    takes: of a layer that runs several times, the first time counts. ValueError if it never runs.
     """
     seen = []
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mobilevit import AttentionCore
 from ptq.formats import PowerOfTwo, Uniform
@@ -97,7 +98,7 @@ class QuantizedLayer(nn.Module):
 class IntegerLayer(nn.Module):
     """A layer that computes in integers (ptq.integer) once its quantizers are calibrated.
 
-    `compute` does so; it takes in and puts out float values, but of codes alone. As long as a
+    `compute` does so: it rounds its float inputs to codes and returns values of codes. As long as a
     quantizer has no scale, `simulate` computes in float between those that have one.
     """
 
@@ -131,6 +132,8 @@ def _layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> nn.Module:
         layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     ):
         raise ValueError("convolutions are quantized only with a number of zeros around them")
+    if is_parametrized(layer, "weight"):  # what is written to it would be lost
+        raise ValueError("a weight is parametrized: take remove_parametrizations first")
     return QuantizedLayer(layer, _quantizer(spec), spec.weight, spec.weight_observer)
 
 

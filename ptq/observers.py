@@ -151,7 +151,7 @@ class MSE(Histogram):
 
     def accumulate(self, rows: Tensor) -> None:
         if self.format.symmetric and self.counts is None and self.only is None:
-            self.only = rows
+            self.only = rows.clone()  # what is observed may be written over
             return
         if self.only is not None:
             super().accumulate(self.only)

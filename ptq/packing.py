@@ -63,17 +63,18 @@ def unpack(data: Tensor, bits: int, shape) -> Tensor:
 def save(model: nn.Module, recipe: Recipe, path) -> None:
     """Write a network that `ptq.quantize` gave to a safetensors file.
 
-    Packed codes and scales take the place of weights, everything else stays in float32. The header
+    Packed codes and scales take the place of weights, everything else stays as it is. The header
     holds the recipe and the network's `settings`, if it has any. OSError if it can't be written.
     """
     tensors = dict(model.state_dict())
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and module.format is not None:
             del tensors[f"{name}.layer.weight"]
             tensors[f"{name}.codes"] = pack(module.codes, module.format.bits)
         elif isinstance(module, nn.BatchNorm2d):
-            del tensors[f"{name}.num_batches_tracked"]  # of use in training only
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
+            tensors.pop(f"{name}.num_batches_tracked", None)  # of use in training only
+    # A copy of each, because a file holds no tensor at two places.
+    tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     header = {"recipe": recipe.asdict(), "settings": getattr(model, "settings", None)}
     metadata = {key: json.dumps(value) for key, value in header.items()}
     try:
@@ -86,7 +87,8 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     """Return the quantized network and the recipe in a file that `save` wrote.
 
     The network is rebuilt on a copy of `model`, a float network of the same architecture with any
-    weights. Raises ValueError if the file is damaged or holds another network.
+    weights, and is on the same device. Raises ValueError if the file is damaged or holds another
+    network.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -99,13 +101,14 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
     check_patterns(recipe)
-    model = copy.deepcopy(model).eval()
+    device = next((t.device for t in model.state_dict().values()), None)
+    model = copy.deepcopy(model).cpu().eval()
     attach(model, layer_specs(model, recipe))
     try:
         _fill(model, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} holds another network: {error}") from error
-    return model, recipe
+    return model.to(device), recipe
 
 
 def check_patterns(recipe: Recipe) -> None:
@@ -121,7 +124,7 @@ def check_patterns(recipe: Recipe) -> None:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     rebuilt = set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Quantizer):
             scale, zero_point = (tensors[f"{name}.{k}"] for k in GRID)
             module.scale, module.zero_point = scale, zero_point
@@ -154,7 +157,7 @@ def _scales_of_input(model: nn.Module, name: str) -> int | None:
     format = model.get_submodule(name).format
     if isinstance(format, PowerOfTwo) or format.granularity == "tensor":
         return 1
-    layer = model.get_submodule(name.rpartition(".")[0]).layer
+    layer = getattr(model.get_submodule(name.rpartition(".")[0]), "layer", None)
     weight = getattr(layer, "weight", None)
     if weight is None or weight.dim() == 1:
         return None

@@ -15,7 +15,7 @@ from ptq.recipe import LayerSpec, Recipe
 def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     """Return a copy of `model` that computes with the values of the recipe's formats.
 
-    The copy is in evaluation mode.
+    The copy is in evaluation mode. A recipe without layers, also one of a peer, leaves it in float.
     `batches`: (input [b, ...], anything) pairs that can be gone through more than once, such as a
     list or a DataLoader that does not shuffle; for recipes that calibrate. Raises ValueError if a
     pattern applies to no layer, if network and batches are on different devices, if batches are
@@ -25,7 +25,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     steps = [chosen(STEPS, name, "step") for name in recipe.steps]  # now, not after an hour
     if recipe.calibrates:
         check_batches(model, recipe, batches)
-    check_finite(model)
+    check_values(model)
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         if recipe.layers:
@@ -33,7 +33,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             for step in steps:
                 step(model, reference, batches, recipe)
             check_complete(model, recipe)
-    check_finite(model)
+    check_values(model)
     return model
 
 
@@ -52,7 +52,7 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
     No weight is rounded and no quantizer calibrated. ValueError as `quantize` raises it.
     """
     check_batches(model, recipe, batches)
-    check_finite(model)
+    check_values(model)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     reference = with_quantized_layers(twin, recipe, batches)
     if "equalize" in recipe.steps:
@@ -60,8 +60,11 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
     return twin
 
 
-def check_finite(model: nn.Module) -> None:
+def check_values(model: nn.Module) -> None:
+    """Raise ValueError if a tensor of the network is not finite, or has fewer than 32 bits."""
     for name, tensor in model.state_dict().items():
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} of the network is {tensor.dtype}: call float() first")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} of the network is not finite")
 
@@ -133,6 +136,13 @@ def layer_specs(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
 
 
 def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
-    """Put quantized layers in the place of the layers of these names."""
+    """Put quantized layers in the place of the layers of these names, wherever they stand."""
     for name, spec in specs.items():
-        model.set_submodule(name, quantized(model.get_submodule(name), spec))
+        layer = model.get_submodule(name)
+        places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
+        layer = quantized(layer, spec)
+        for place in places:
+            model.set_submodule(place, layer)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's fast path would go around the quantizers

@@ -23,7 +23,7 @@ class LayerSpec:
     "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
     of q, k and v, and `attention` that of the softmax: by default that of q without a sign.
     "pointwise" are layer norms and SiLU: they compute in float on inputs of that format and keep
-    their weights. The kinds of ptq.methods.fq_vit and ptq.methods.ibert compute in integers; of
+    their weights. The kinds of ptq.methods.fq_vit, ibert and ivit compute in integers; of
     these, `output` is the format of what a layer norm puts out, and `published` asks for the
     arithmetic of the paper instead of ours.
     """
@@ -41,6 +41,8 @@ class LayerSpec:
     def __post_init__(self):
         if self.kind != "product" and self.weight is not None:
             raise ValueError(f"{self.kind} layers keep their weights in float")
+        if self.attention and not self.input:
+            raise ValueError("a softmax is quantized with q, k and v: the entry has no input")
         if self.kind in ("product", "pointwise"):
             if isinstance(self.input, PowerOfTwo):
                 raise ValueError(f"{self.kind} layers take inputs of a uniform format")

@@ -10,9 +10,12 @@ from torch import nn
 import ptq
 from lab.models import build
 from mobilevit import AttentionCore, MobileViT
+from ptq import packing
 from ptq.export import to_onnx
+from ptq.graph import norms_after
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods.norms import replace_norms
+from ptq.methods.ibert import IntegerActivation
+from ptq.methods.norms import make_norms_positive, replace_norms
 from ptq.observers import OBSERVERS
 from ptq.recipes.generic import GENERIC
 from ptq.recipes.uniform import UNIFORM
@@ -178,3 +181,92 @@ def test_the_scale_of_a_uniform_baseline_is_that_of_the_larger_end():
     observer = OBSERVERS["minmax"](format)  # which uses the lowest code, -8, as well
     observer.update(torch.tensor([-3.5, 1.0]))
     assert format.grid(*observer.range())[0].item() == 3.5 / 8
+
+
+# Networks that are built in ways of their own.
+
+
+class Twice(nn.Module):
+    """One batch norm behind two convolutions, and one convolution and activation at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.norm, self.act = nn.BatchNorm2d(8), nn.SiLU()
+        self.norm.weight.data[:4] *= -1
+        conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.body = nn.Sequential(conv, self.act, conv, self.act)
+        self.classifier = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.a(x)) + self.act(self.norm(self.b(x)))
+        return self.classifier(self.body(x).mean((2, 3)))
+
+
+def encoder():
+    """With torch's own encoder layer, which has a fast path around its linear layers."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), Swap(), layer, nn.Linear(8, 5))
+
+
+class Swap(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+def without_factors():
+    """Batch norms without factors, and without statistics."""
+    norms = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False)
+    convs = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)
+    pairs = (module for pair in zip(convs, norms) for module in pair)
+    return nn.Sequential(*pairs, nn.Flatten(), nn.Linear(72, 5))
+
+
+@pytest.mark.parametrize("built", [Twice, encoder, without_factors])
+@pytest.mark.parametrize("name", ["w8a8", "w4-gptq", "i-bert"])
+def test_unusual_networks_are_quantized_wherever_their_layers_stand(built, name, tmp_path):
+    torch.manual_seed(0)
+    network, shown = built().eval(), batches(16)
+    recipe = ptq.recipe(name, network)
+    quantized = ptq.quantize(network, recipe, shown)
+    floats = (nn.Conv2d, nn.Linear, *([nn.SiLU] if name == "i-bert" else []))
+    within = [m for m in quantized.modules() if isinstance(m, QuantizedLayer | IntegerActivation)]
+    left = {m for m in quantized.modules() if type(m) in floats} - {m.layer for m in within}
+    assert not left and within
+    packing.save(quantized, recipe, tmp_path / "a")
+    again, _ = packing.load(tmp_path / "a", network)
+    x = shown[0][0]
+    with torch.inference_mode():
+        exact, simulated = network(x), quantized(x)
+        assert torch.equal(again(x), simulated)
+    assert 0 < (simulated - exact).square().mean() < 0.1 * exact.var()
+
+
+def test_a_norm_behind_two_convolutions_is_folded_into_neither():
+    network = Twice().eval()
+    assert norms_after(network) == norms_after(NotTraced(network), batches(16)) == {}
+    before = network(batches(16)[0][0])
+    make_norms_positive(network, batches(16))
+    assert torch.equal(network(batches(16)[0][0]), before)
+
+
+class NotTraced(nn.Module):
+    """A network whose control flow torch.fx can't follow."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x) if x.isfinite().all() else x
+
+
+def test_what_would_be_lost_in_a_weight_is_refused():
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+    with pytest.raises(ValueError, match="take remove_parametrizations first"):
+        ptq.quantize(normed, ptq.recipe("w4-nearest", normed))
+    half = nn.Sequential(nn.Linear(3, 4)).half()
+    with pytest.raises(ValueError, match="0.weight of the network is torch.float16: call float"):
+        ptq.quantize(half, ptq.recipe("w4-nearest", half))
+    with pytest.raises(ValueError, match="the entry has no input"):
+        ptq.LayerSpec(".*", attention=ptq.Uniform(8, False))

@@ -3,6 +3,7 @@ that are ordinary ones."""
 
 import builtins
 import copy
+import dataclasses
 import itertools
 import random
 
@@ -131,6 +132,14 @@ def file_sizes(model, base):
     """Of the smallest and of the largest allocation."""
     uniform = uniform_recipes(model, base)
     return [file_bytes(model, uniform[bits], BATCHES) for bits in (4, 8)]
+
+
+def test_bytes_are_those_of_the_file_where_biases_grow_after_norms():
+    steps = ("nearest", "calibrate", "shift_norms", "correct_biases")
+    recipe = dataclasses.replace(ptq.recipe("w4a8", network()), steps=steps)
+    made = ptq.quantize(network(), recipe, BATCHES)
+    assert made[0].layer.bias is None  # of a convolution that had none, before a norm
+    assert file_bytes(network(), recipe, BATCHES) == packing.size_bytes(made, recipe)
 
 
 @pytest.mark.parametrize("base", ["w4a8", "w4-gptq"])

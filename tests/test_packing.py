@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 import ptq
 from mobilevit import MobileViT
@@ -100,3 +101,14 @@ def test_scales_of_inputs_are_as_many_as_the_format_says(name, saved, tmp_path):
         save_file(tensors | {name: wrong}, bad, metadata=header)
         with pytest.raises(ValueError, match="codes or scales of .*input are not"):
             packing.load(bad, model)
+
+
+def test_inputs_of_pointwise_layers_may_have_scales_per_channel(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 5)).eval()
+    norm = LayerSpec("1", input=Uniform(8, False, "channel", -1), kind="pointwise")
+    recipe = Recipe("r", layers=(norm, LayerSpec("2", Uniform(8, granularity="channel"))))
+    x = torch.randn(8, 16)
+    quantized = ptq.quantize(model, recipe, [(x, None)])
+    packing.save(quantized, recipe, tmp_path / "a")
+    assert torch.equal(packing.load(tmp_path / "a", model)[0](x), quantized(x))

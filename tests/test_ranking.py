@@ -287,6 +287,12 @@ def test_a_network_without_attention_is_refused_where_it_is_ranked(recipe):
     assert "\n" not in str(e.value)
 
 
+def test_attention_behind_layers_in_float_is_refused():
+    cores = Recipe("r", layers=(LayerSpec(r".*\.core", input=Uniform(8)),), steps=("ranking",))
+    with pytest.raises(ValueError, match="behind a layer that is quantized"):
+        ptq.quantize(small_network(), cores, [(draw(4, 3, 32, 32), None)])
+
+
 @pytest.mark.parametrize("name", ["w4a8-ranking", "w6a6-ranking-published"])
 def test_a_recipe_is_saved_and_comes_back(name, tmp_path):
     network = small_network()

@@ -10,6 +10,7 @@ from small import Idle, draw
 from torch import nn
 
 import ptq
+from ptq import layers
 from ptq.formats import Uniform
 from ptq.layers import QuantizedLayer
 from ptq.methods import adaround
@@ -196,3 +197,15 @@ def test_learning_a_unit_as_one_beats_layer_by_layer(monkeypatch):
         model = ptq.quantize(net, recipe, [(x, None)])
         errors.append((model(x) - net(x)).square().mean().item())
     assert errors[0] < errors[1]
+
+
+def test_places_of_a_linear_layer_may_lie_in_rows_and_columns(monkeypatch):
+    monkeypatch.setattr(adaround, "STEPS", 300)
+    spec = LayerSpec(".*", FORMAT)
+    x, found = correlated(16, 2, 8, 6), []  # more channels than rows
+    for inputs in (x, x.flatten(1, 2)):
+        torch.manual_seed(0)
+        unit = layers.quantized(nn.Linear(6, 64), spec)
+        adaround.reconstruct(unit, inputs, unit.layer(inputs).detach(), 8)
+        found.append(unit.codes)
+    assert torch.equal(*found)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lab.engines import EngineMissing, Loaded
 from ptq.analysis.sensitivity import noises, set_attribute, set_tensor
 from ptq.packing import written_bytes
-from ptq.pipeline import check_finite
+from ptq.pipeline import check_values
 
 NAME = "torch-fx"
 QCONFIG = "x86"  # torch's own default settings and kernels for this kind of processor
@@ -50,7 +50,7 @@ def sensitivities(model, recipe, calibration, outputs) -> dict:
     As `ptq.analysis.sensitivity.noises` gives it; an activation has the name of the layer or
     operation that gives it. ValueError for weights that are not finite.
     """
-    check_finite(model)
+    check_values(model)
     network = calibrated(model, calibration, calibration[0][0][:1])
     from torch.ao.quantization import ObserverBase
 

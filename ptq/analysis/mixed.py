@@ -26,6 +26,7 @@ from ptq.recipes import recipe as recipe_of
 BITS = (4, 5, 6, 7, 8)
 COST, BASE = "noise", "w4a8"  # where a name has none: of COSTS, and of RECIPES
 PREFIX = "mixed-"
+BIASES_FOLLOW = ("shift_norms", "replace_norms", "correct_biases")  # steps that decide which grow
 PJ_PER_MJ = 1e9
 _NAME = re.compile(
     rf"{PREFIX}([\d.]+(?:e[+-]?\d+)?)(bits|bytes|mJ|ms)(?:-({'|'.join(COSTS)}))?(?:-(.+))?"
@@ -166,10 +167,10 @@ def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
             replace(spec, weight_observer="minmax", input_observer="minmax")
             for spec in recipe.layers
         ),
-        steps=("nearest", "calibrate", *(s for s in recipe.steps if s == "correct_biases")),
+        steps=("nearest", "calibrate", *(s for s in recipe.steps if s in BIASES_FOLLOW)),
         units=None,
     )
-    return size_bytes(quantize(model, fast, [(next(iter(batches))[0][:1], None)]), recipe)
+    return size_bytes(quantize(model, fast, [(next(iter(batches))[0][:2], None)]), recipe)
 
 
 def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> tuple[dict, float]:

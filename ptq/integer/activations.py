@@ -117,6 +117,7 @@ def shift_softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 2
     """Return `softmax` with an exp that takes shifts and sums alone.
 
     Li and Gu, "I-ViT", ICCV 2023, section 3.4 (Shiftmax). Deviation: the division is exact.
+    As theirs, ShiftExp falls no lower than 2**-n of the largest: long rows keep a floor.
     """
     rows = scores - scores.amax(-1, keepdim=True)
     n, _ = _shift_units(scale, scores.shape[-1])

@@ -48,7 +48,7 @@ class Dyadic:
 def dyadic(ratio: float | Sequence[float]) -> Dyadic:
     """Return the dyadic number nearest to a ratio of scales, or to each of several.
 
-    It is within 2**-31 of the ratio. OutOfRange for a ratio of 0, or beyond 2**-32 to 2**30 in
+    Its relative error is at most 2**-31. OutOfRange for a ratio of 0, or beyond 2**-32 to 2**30 in
     size. Kim et al., "I-BERT: Integer-only BERT Quantization", ICML 2021, after Jacob et al., CVPR
     2018. Theirs does without the last line of `_dyadic`: just below a power of 2, its multiplier
     leaves 31 bits.

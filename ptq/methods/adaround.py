@@ -73,7 +73,8 @@ def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> Non
 
     Each step looks at `n` of them.
     """
-    channels = 1 if outputs.dim() == 4 else -1
+    linear = isinstance(unit, QuantizedLayer) and isinstance(unit.layer, nn.Linear)
+    channels = 1 if outputs.dim() == 4 and not linear else -1
     rounded = layers_to_round(unit)
     scales = {name: weight_scale(layer) for name, layer in rounded.items()}
     soft = {name: SoftRounding(layer, scales[name]) for name, layer in rounded.items()}

@@ -38,4 +38,4 @@ def mean_output(model: nn.Module, layer: nn.Module, batches) -> Tensor:
             output = output.movedim(1, -1)
         output = output.flatten(0, -2)
         total, n = total + output.double().sum(0), n + len(output)
-    return (total / n).float()
+    return (total / n).to(output.dtype)

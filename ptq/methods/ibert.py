@@ -84,7 +84,7 @@ def published_norm(codes: Tensor, weight: Tensor, bias: Tensor, normalised: Call
 
     `normalised` gives integers in units of sqrt(C) / 2**30. Eps is left out. The bias over the
     weight is held in 63 bits: where it is beyond 2 sqrt(C), 32 do not hold it.
-    OutOfRange for a token without variance and a weight of 0.
+    OutOfRange for a token without variance, and for a weight of 0.
     """
     n = codes.shape[-1]
     if (weight == 0).any():

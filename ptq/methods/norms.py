@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ptq.graph import norms_after
+from ptq.graph import has_statistics, norms_after
 from ptq.layers import QuantizedLayer
 from ptq.recipe import Recipe
 
@@ -31,7 +31,8 @@ def fold_norms(model: nn.Module, batches=None) -> None:
     """Fold each batch norm into the convolution before it.
 
     Of a quantized layer this changes scales and bias, not codes. ValueError for a norm with a
-    negative factor there, which `ptq.quantize` never leaves. `batches` as for `norms_after`.
+    negative factor there. `ptq.quantize` leaves none, unless it had no batches and torch.fx can't
+    trace the network. `batches` as for `norms_after`.
     Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
     """
@@ -113,10 +114,12 @@ def replace_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recip
 def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
     """Return {name of a batch norm: mean and variance [C] of its inputs}, averaged over images.
 
-    A batch has the statistics that training would take from it. The network stays as it is.
+    Of norms that keep statistics. A batch has the statistics that training would take from it. The
+    network stays as it is.
     """
     model = copy.deepcopy(model).eval()
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    norms = {name: norm for name, norm in every.items() if has_statistics(norm)}
     for norm in norms.values():
         norm.train()
     seen = 0

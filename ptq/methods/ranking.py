@@ -40,7 +40,7 @@ def search(model, reference, batches, recipe: Recipe, correlate: bool, reduction
     is asked for.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    attentions = Attention.all_in(reference, layers, batches) if reduction else []
+    attentions = Attention.all_in(reference, layers, batches) if reduction and layers else []
     if reduction and not attentions:
         raise ValueError(
             f"recipe {recipe.name} ranks attention scores, and the network has no "

@@ -7,9 +7,8 @@ from ptq.recipe import LayerSpec, Recipe
 from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, CORES, W8A8_STEPS, layers, weights
 
 
-def _w4(name: str, title: str, *steps: str, units: str | None = None, **changes) -> Recipe:
-    specs = tuple(replace(spec, **changes) for spec in layers(4))
-    return Recipe(f"w4-{name}", title, specs, steps, units, **CALIBRATED)
+def _w4(name: str, title: str, *steps: str, units: str | None = None) -> Recipe:
+    return Recipe(f"w4-{name}", title, layers(4), steps, units, **CALIBRATED)
 
 
 def _w8a8(name: str, title: str, specs=(), steps=W8A8_STEPS, **changes) -> Recipe:
