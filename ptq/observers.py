@@ -182,11 +182,8 @@ class MSE(Histogram):
         """
         grid = self.format.grid(lows.flatten(), highs.flatten())
         rows = values.repeat(len(lows), 1)
-        errors = (
-            (rows - of_rows(self.format).nearest(rows, *grid))
-            .square_()
-            .view(len(lows), *values.shape)
-        )
+        levels = of_rows(self.format).nearest(rows, *grid)
+        errors = (rows - levels).square_().view(len(lows), *values.shape)
         return (errors if weights is None else errors * weights).sum(2)
 
 
