@@ -15,11 +15,14 @@ import torch
 
 from lab.bench.forked import ROOT
 from lab.cli import BadInput
-from lab.models.checkpoint import model_from_checkpoint
+from lab.models import build
 from lab.report.ablations import BASE, ablations_table
 from lab.report.runs import read_metrics
 from lab.tasks import TASKS
 from lab.tasks.sampler import Sampler
+from lab.training.options import parse_args
+from lab.training.run import option
+from lab.training.start import network_settings
 from ptq.analysis.energy import count
 
 VARIANTS = {  # name -> what it is, and the options of train.py that make it so
@@ -56,14 +59,15 @@ def ablations(
     """Accuracy on held-out images of the base and of `variants`, keys of VARIANTS, for each seed.
 
     `epochs` are those of a run on images of one side. `runs` is the folder of the runs' folders: a
-    finished run stays as it is, and one that was stopped goes on. `jobs`: runs side by side.
+    run that has its metrics.json stays as it is, whatever device made it, and one that was stopped
+    goes on. `jobs`: runs side by side.
     """
     names = [name for name in VARIANTS if name in (BASE, *variants)]
     multiple = 32 * (4 if "patch-4" in names else 2)
     if img_size % multiple:
         raise BadInput(f"--img-size {img_size} does not fit the patches: {multiple} must divide it")
-    n_images = len(TASKS[task].load(data_dir, train=True))
-    val_size = int(HELD_OUT * n_images)
+    images = TASKS[task].load(data_dir, train=True)
+    val_size = int(HELD_OUT * len(images))
     alike = {
         "task": task,
         "data-dir": data_dir,
@@ -73,7 +77,7 @@ def ablations(
         "precision": precision,
         "device": device,
     }
-    sampled = n_images - val_size, batch_size
+    sampled = len(images) - val_size, batch_size
     steps = max(1, round(epochs * steps_per_epoch(*sampled, multi_scale=False)))
     options = {name: VARIANTS[name][1].format(img_size=img_size) for name in names}
     folders = {name: [Path(runs, f"{name}-seed{i}") for i in range(seeds)] for name in names}
@@ -82,7 +86,9 @@ def ablations(
         for name in names:
             per_epoch = steps_per_epoch(*sampled, multi_scale="--multi-scale" in options[name])
             given = alike | schedule(steps / per_epoch, img_size) | {"seed": seed}
-            commands.append(command(options[name], given, folders[name][seed]))
+            arguments = to_train(options[name], given, folders[name][seed])
+            if not finished(folders[name][seed], arguments):
+                commands.append([sys.executable, str(ROOT / "train.py"), *arguments])
     run_all(commands, jobs)
 
     metrics = {name: [read_metrics(folder) for folder in folders[name]] for name in names}
@@ -102,7 +108,7 @@ def ablations(
                 "title": VARIANTS[name][0],
                 "options": options[name],
                 "parameters": of_variant[0]["parameters"],
-                "macs": macs(folders[name][0] / "best.pth", img_size),
+                "macs": macs(of_variant[0]["config"], len(images.classes), img_size),
                 "val_accuracy_pct": [of_run["val_accuracy_pct"] for of_run in of_variant],
                 "train_s": [of_run["train_s"] for of_run in of_variant],
             }
@@ -130,12 +136,23 @@ def schedule(epochs: float, img_size: int) -> dict:
     }
 
 
-def command(options: str, given: dict, folder: Path) -> list[str]:
-    """The command that trains in `folder`, or goes on there."""
+def to_train(options: str, given: dict, folder: Path) -> list[str]:
+    """What train.py is told to train in `folder`, or to go on there."""
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     resume = ["--resume"] if (folder / "last.pth").exists() else []
-    run = [sys.executable, str(ROOT / "train.py"), *options.split(), *flags]
-    return [*run, "--output", str(folder), *resume]
+    return [*options.split(), *flags, "--output", str(folder), *resume]
+
+
+def finished(folder: Path, arguments: list[str]) -> bool:
+    """Whether `folder` has the metrics.json of this run, on any device; BadInput if of another."""
+    if not (folder / "metrics.json").exists():
+        return False
+    found = read_metrics(folder)["config"]
+    for name, asked in vars(parse_args("", arguments)).items():
+        if name in found and name != "device" and found[name] != asked:
+            theirs = f"{option(name)} {found[name]} (now {asked})"
+            raise BadInput(f"{folder} has a run with {theirs}: choose another --runs")
+    return True
 
 
 def run_all(commands: list[list[str]], jobs: int) -> None:
@@ -165,8 +182,8 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
             process.wait()
 
 
-def macs(checkpoint: Path, img_size: int) -> int:
-    """Multiply-accumulates of a trained network for an image."""
-    model, _ = model_from_checkpoint(checkpoint)
-    layers, _ = count(model, torch.zeros(1, 3, img_size, img_size))
+def macs(config: dict, n_classes: int, img_size: int) -> int:
+    """Multiply-accumulates for an image of the network that a run's `config` names."""
+    model = build(config["model"], num_classes=n_classes, **network_settings(config["settings"]))
+    layers, _ = count(model.eval(), torch.zeros(1, 3, img_size, img_size))
     return sum(layer.macs for layer in layers.values())

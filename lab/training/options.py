@@ -23,8 +23,9 @@ NOT_IN_CONFIG = (
 )
 
 
-def parse_args(doc: str) -> argparse.Namespace:
-    """The options of train.py, whose docstring is `doc`, complete and checked."""
+def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of train.py, whose docstring is `doc`, complete and checked; `argv` in place of
+    the command line's."""
     p = cli.parser(doc)
     add = p.add_argument_group("data").add_argument
     help = "synthetic needs no download; imagefolder is for --eval --weights"
@@ -121,7 +122,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     why = "is not known: the best epoch is kept anyway, and --epochs or --max-minutes end a run"
     cli.refused(p, "--patience", why=why)
 
-    args = p.parse_args()
+    args = p.parse_args(argv)
     settle(p, args)
     args.device = cli.device(p, args.device)
     args.precision = cli.precision(p, args.precision, args.device, args.amp)
