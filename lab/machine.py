@@ -53,7 +53,11 @@ def code() -> tuple[str | None, bool | None]:
 def _command() -> str:
     world = os.environ.get("WORLD_SIZE")
     launcher = ["torchrun", f"--nproc-per-node={world}"] if world else ["python"]
-    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+    script, root = Path(sys.argv[0]), Path(__file__).parents[1]
+    run = [script.name]
+    if script.name == "__main__.py" and script.is_relative_to(root):  # python -m lab.bench
+        run = ["-m", ".".join(script.parent.relative_to(root).parts)]
+    return shlex.join([*launcher, *run, *sys.argv[1:]])
 
 
 def wait_for(device_type: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import train
+from lab import machine
 from lab.cli import BadInput
 from lab.models.foreign import load_timm
 from lab.training.optimizer import Muon, arithmetic, build_optimizer, weight_groups
@@ -226,3 +227,15 @@ def test_muon_leaves_tables_that_are_no_weights_of_layers_to_adamw():
     torch.testing.assert_close(
         -model.positions.detach(), 0.1 * gradient.sign(), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "script, says",
+    [
+        (machine.__file__.replace("machine.py", "bench/__main__.py"), "python -m lab.bench loader"),
+        ("/elsewhere/quantize.py", "python quantize.py loader"),
+    ],
+)
+def test_a_result_names_the_command_that_gives_it(script, says, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script, "loader"])
+    assert machine.provenance()["command"] == says
