@@ -117,7 +117,6 @@ def main():
     result = BENCHMARKS[args.what](args)
     on_gpu = args.what == "tensorrt" or (args.device == "cuda" and args.what in IN_TRAINING)
     device = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
-    print(json.dumps(result, indent=1))
     name = args.what
     if name in OF_NETWORKS:  # and whether integers are faster hangs on VNNI
         vnni = machine.has_vnni() and not on_gpu
@@ -126,6 +125,7 @@ def main():
         name += "-cuda"
     path = Path(args.output, f"{name}.json")
     files.write_json(path, result | {"hardware": device} | machine.provenance())
+    print(json.dumps(result, indent=1))  # last, for a reader that stops reading ends the program
     print(path)
     if result.get("faults"):
         sys.exit(1)
