@@ -56,7 +56,6 @@ BENCHMARKS = {
     "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
     "ablations": lambda args: ablations.ablations(**_of_ablations(args)),
 }
-SIZES = {"ablations": (128, 128)}  # side and batch where they are not 256 and 32
 IN_TRAINING = ("train", "loader", "ablations")  # on a GPU if there is one
 OF_NETWORKS = ("engines", "profile", "tensorrt")  # a file for each model
 
@@ -69,7 +68,7 @@ def parse_args():
     add = p.add_argument_group("train, loader and ablations").add_argument
     size = at_least(MIN_IMG_SIZE, MAX_IMG_SIZE)
     add("--img-size", type=size, help="input side in pixels (default: 256; ablations: 128)")
-    help = "images a training step (default: 32; ablations: 128)"
+    help = "images a training step (default: 32, or 256 on a GPU; ablations: 128)"
     add("--batch-size", type=at_least(2), help=help)
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--precision", choices=cli.PRECISIONS, help="default: as train.py's")
@@ -78,7 +77,7 @@ def parse_args():
 
     add = p.add_argument_group("train and loader").add_argument
     add("--model", default="mobilevit_xxs", type=registered, help="the network to train")
-    add("--seconds", type=above(0), default=8, help="of each round")
+    add("--seconds", type=above(0), help="of each round (default: 8, or 1 on a GPU)")
 
     add = p.add_argument_group("ablations").add_argument
     kinds, help = list(ablations.VARIANTS), "what to train beside the base"
@@ -102,9 +101,11 @@ def parse_args():
     add("--seed", type=cli.seed, default=0, help="of the choice of inputs and of the kills' times")
 
     args = p.parse_args()
-    side, batch_size = SIZES.get(args.what, (256, 32))
-    args.img_size, args.batch_size = args.img_size or side, args.batch_size or batch_size
     args.device = cli.device(p, args.device)
+    on_gpu = args.device == "cuda"  # which is paid by the minute, and idle with few images
+    side, batch_size = (128, 128) if args.what == "ablations" else (256, 256 if on_gpu else 32)
+    args.img_size, args.batch_size = args.img_size or side, args.batch_size or batch_size
+    args.seconds = args.seconds or (1 if on_gpu else 8)
     args.precision = cli.precision(p, args.precision, args.device)
     return args
 
