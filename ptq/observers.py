@@ -209,7 +209,11 @@ class KL(Histogram):
         centres, counts = self.centres()[g], self.counts[g].double()
         best, chosen = torch.inf, (low, high)
         for s in torch.linspace(1, 0.2, SHRINKS + 1):
-            inside = ((centres >= low * s) & (centres <= high * s)).nonzero().flatten()
+            grid = self.format.grid((low * s)[None], (high * s)[None])
+            start, end = low * s, high * s
+            if self.format.symmetric:  # its levels reach beyond the nearer end
+                start, end = self.format.qmin * grid[0], self.format.qmax * grid[0]
+            inside = ((centres >= start) & (centres <= end)).nonzero().flatten()
             if not len(inside):
                 continue
             first, last = inside[0], inside[-1]
@@ -217,7 +221,6 @@ class KL(Histogram):
             p = kept.clone()
             p[0] += counts[:first].sum()
             p[-1] += counts[last + 1 :].sum()
-            grid = self.format.grid((low * s)[None], (high * s)[None])
             codes = of_rows(self.format).encode(centres[None, first : last + 1], *grid)[0]
             levels = (codes - codes.min()).long()
             n = int(levels.max()) + 1

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ptq.layers import LAYERS, QuantizedLayer, Quantizer, kinds_of, quantized
 from ptq.methods import STEPS
-from ptq.methods.norms import make_norms_positive
+from ptq.methods.norms import make_norms_positive, untie
 from ptq.observers import OBSERVERS
 from ptq.recipe import LayerSpec, Recipe
 
@@ -61,9 +61,9 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise ValueError if a tensor of the network is not finite, or has fewer than 32 bits."""
+    """Raise ValueError if a tensor of the network is not finite, or is of floats not of 32 bits."""
     for name, tensor in model.state_dict().items():
-        if tensor.dtype in (torch.float16, torch.bfloat16):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name} of the network is {tensor.dtype}: call float() first")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} of the network is not finite")
@@ -137,6 +137,7 @@ def layer_specs(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
 
 def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
     """Put quantized layers in the place of the layers of these names, wherever they stand."""
+    untie(model)
     for name, spec in specs.items():
         layer = model.get_submodule(name)
         places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]

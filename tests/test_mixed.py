@@ -93,11 +93,12 @@ def test_no_allocation_costs_less(seed):
     groups = rng.randint(1, 8)
     costs = [[rng.lognormvariate(0, 4) for _ in BITS] for _ in range(groups)]  # over many decades
     n = [rng.randint(10, 10**6) for _ in range(groups)]
-    prices = [[-(-m * bits // 8) for bits in BITS] for m in n]
+    unit = 10.0 ** -rng.randint(0, 9)  # bytes are many, and mJ few
+    prices = [[-(-m * bits // 8) * unit for bits in BITS] for m in n]
     low, high = (sum(group[i] for group in prices) for i in (0, -1))
     budget = rng.uniform(low, high)
     picked = allocate(costs, prices, budget)
-    assert sum(p[i] for p, i in zip(prices, picked)) <= budget
+    assert sum(p[i] for p, i in zip(prices, picked)) <= budget * (1 + 1e-9)
     cost = sum(c[i] for c, i in zip(costs, picked))
     assert cost == pytest.approx(brute_force(costs, prices, budget), rel=1e-6)
 
@@ -159,6 +160,12 @@ def test_a_mixed_recipe_is_an_ordinary_one(base, costs, tmp_path):
     assert again == recipe and torch.equal(loaded(x), made(x))
     low, high = file_sizes(model, base)
     assert low < (tmp_path / "a").stat().st_size <= low + (high - low) * 1.5 / 4 + 64
+
+
+def test_a_base_whose_softmax_has_a_format_of_its_own_is_a_base_like_others():
+    images = [(draw(4, 3, 32, 32), None)]
+    recipe = mixed_recipe("mixed-5bits-w8a8-tensorrt", small_network(), images)
+    assert any(spec.attention for spec in recipe.layers)
 
 
 def test_the_file_is_within_a_budget_of_bytes_and_no_smaller_one_is_better(costs):

@@ -182,12 +182,17 @@ def test_kl_clips_outliers_and_keeps_a_plain_distribution():
     assert float(outlier.range()[1]) < 2
 
 
-def numpy_divergence(counts, centres, low, high, bits):
+def numpy_divergence(counts, centres, low, high, bits, symmetric=False):
     """Kullback-Leibler divergence of a histogram clipped to [low, high] from its levels."""
+    scale = (high - low) / (2**bits - 1)
+    zero_point, most = np.round(-low / scale), 2**bits - 1
+    if symmetric:
+        most = 2 ** (bits - 1) - 1
+        scale, zero_point = max(-low, high) / most, 0
+        low, high = -(most + 1) * scale, most * scale
     inside = (centres >= low) & (centres <= high)
     kept = counts[inside].astype(float)
-    scale = (high - low) / (2**bits - 1)
-    levels = np.clip(np.round(centres[inside] / scale) + np.round(-low / scale), 0, 2**bits - 1)
+    levels = np.clip(np.round(centres[inside] / scale) + zero_point, -most - 1, most)
     q = np.zeros_like(kept)
     for level in set(levels):
         filled = (levels == level) & (kept > 0)
@@ -203,20 +208,22 @@ def numpy_divergence(counts, centres, low, high, bits):
     return (p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()
 
 
-def test_kl_has_the_least_divergence_of_its_grid():
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_kl_has_the_least_divergence_of_its_grid(symmetric):
     x = torch.nn.functional.silu(2 * draw(20_000))
-    observer = KL(Uniform(4, symmetric=False))
+    observer = KL(Uniform(4, symmetric=symmetric))
     observer.update(x)
     values = x.double().numpy()
     limit = np.abs(values).max()
     counts, edges = np.histogram(values, 4096, (-limit, limit))
     centres = (edges[:-1] + edges[1:]) / 2
     every = [
-        numpy_divergence(counts, centres, s * values.min(), s * values.max(), 4)
+        numpy_divergence(counts, centres, s * values.min(), s * values.max(), 4, symmetric)
         for s in np.linspace(1, 0.2, 81)
     ]
     low, high = (end.item() for end in observer.range())
-    assert numpy_divergence(counts, centres, low, high, 4) <= 1.01 * min(every) < 0.5 * max(every)
+    found = numpy_divergence(counts, centres, low, high, 4, symmetric)
+    assert found <= 1.01 * min(every) < 0.5 * max(every)
 
 
 @pytest.mark.parametrize("name", ["minmax", "mse"])

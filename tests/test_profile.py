@@ -166,6 +166,21 @@ def test_memory_does_not_depend_on_batches_nor_does_the_result(network, images):
     assert profile(network, quantized, recipe, images, 3)["n_images"] == 3
 
 
+def test_activations_in_place_change_nothing_in_a_profile():
+    def network(inplace):
+        torch.manual_seed(0)
+        act = nn.SiLU(inplace)
+        layers = nn.Conv2d(3, 6, 3), act, nn.Conv2d(6, 6, 3), nn.ReLU(inplace), nn.Flatten()
+        return nn.Sequential(*layers, nn.Linear(96, 4)).eval()
+
+    batches = [(draw(6, 3, 8, 8), None)]
+    for name in ("w8a8", "i-bert"):
+        once, again = (profiled(network(inplace), name, batches)[1] for inplace in (False, True))
+        for a, b in zip(once["tensors"], again["tensors"], strict=True):
+            assert a == b
+        assert once["blocks"] == again["blocks"] and once["outputs_db"] == again["outputs_db"]
+
+
 def test_noise_is_that_of_quantizing_the_tensor_alone(images):
     """Of a linear network the first order is all there is; directions are many images' mean."""
     torch.manual_seed(0)

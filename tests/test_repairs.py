@@ -8,6 +8,7 @@ from small import draw
 from torch import nn
 
 import ptq
+from ptq import packing
 from ptq.formats import Uniform
 from ptq.graph import captured, linears_after_norms, norms_after, watched
 from ptq.methods.equalize import equalize
@@ -112,6 +113,59 @@ def test_equalized_ranges_meet_and_the_float_network_stays(model, batches):
         outputs = torch.cat(list(captured(model, model.get_submodule(name), batches, "output")))
         weight = model.get_submodule(linear).weight.abs().amax(0)
         torch.testing.assert_close(outputs.abs().flatten(0, -2).amax(0), weight)
+
+
+def test_norms_without_bias_or_behind_a_quantizer_are_equalized_and_bare_ones_stay():
+    torch.manual_seed(0)
+    for norm in (nn.LayerNorm(8, bias=False), nn.LayerNorm(8, elementwise_affine=False)):
+        network = nn.Sequential(norm, nn.Linear(8, 4)).eval()
+        images = [(draw(16, 8) * torch.arange(1, 9), None)]
+        affine, exact = Uniform(8, symmetric=False), network(images[0][0]).detach()
+        layers = (
+            LayerSpec("1", Uniform(8), affine),
+            LayerSpec("0", input=affine, kind="pointwise"),
+        )
+        recipe = Recipe("equal", "", layers, ("equalize", "nearest", "calibrate"))
+        quantized = ptq.quantize(network, recipe, images)
+        torch.testing.assert_close(quantized(images[0][0]), exact, atol=0.05, rtol=0.05)
+        if norm.weight is not None:
+            assert not quantized[0][1].weight.equal(norm.weight)
+
+
+def test_a_norm_that_runs_twice_has_the_statistics_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.a(x)) + self.norm(9 * self.b(x))
+
+    network, batches = Twice().eval(), [(draw(4, 3, 6, 6, seed=i), None) for i in range(2)]
+    with torch.no_grad():
+        seen = [y for x, _ in batches for y in (network.a(x), 9 * network.b(x))]
+    mean, variance = statistics(network, batches)["norm"]
+    for got, of in ((mean, torch.mean), (variance, torch.var)):
+        torch.testing.assert_close(got, torch.stack([of(y, (0, 2, 3)) for y in seen]).mean(0))
+
+
+def test_layers_that_share_a_weight_are_each_quantized_by_themselves(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)).eval()
+    network[2].weight = network[0].weight
+    network[1].weight.data[0] *= -1
+    x, weight = draw(2, 3, 4, 4), network[0].weight.detach().clone()
+    fine = Recipe("16", "", (LayerSpec("0", Uniform(16, granularity="channel")),), ("nearest",))
+    quantized = ptq.quantize(network, fine)
+    torch.testing.assert_close(quantized(x), network(x), atol=1e-3, rtol=1e-3)
+    assert network[2].weight is network[0].weight and network[0].weight.equal(weight)
+    coarse = Recipe("2", "", (LayerSpec("0", Uniform(2)),), ("nearest",))
+    quantized = ptq.quantize(network, coarse)
+    assert quantized[2].weight.equal(weight)
+    packing.save(quantized, coarse, tmp_path / "packed.safetensors")
+    loaded, _ = packing.load(tmp_path / "packed.safetensors", network)
+    assert loaded(x).equal(quantized(x))
 
 
 def test_biases_leave_to_norms_what_norms_have_taken_in(model, batches):

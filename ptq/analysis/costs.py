@@ -204,7 +204,9 @@ def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
 
 
 def _weights_only(recipe: Recipe) -> Recipe:
-    layers = tuple(replace(s, input=None) for s in recipe.layers if s.kind == "product")
+    layers = tuple(
+        replace(s, input=None, attention=None) for s in recipe.layers if s.kind == "product"
+    )
     return replace(recipe, layers=layers, steps=(), units=None)
 
 

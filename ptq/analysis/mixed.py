@@ -210,19 +210,21 @@ def allocation(costs: Mapping, prices: Mapping, budget: float, fixed=0.0, unit="
     """
     milp, Bounds, LinearConstraint = import_milp()
     options = [(name, key) for name in costs for key in costs[name]]
-    price = np.array([prices[name][key] for name, key in options])
-    of_groups = [[prices[name][key] for key in costs[name]] for name in costs]
-    low, high = (fixed + sum(map(end, of_groups)) for end in (min, max))
+    of_groups = {name: [prices[name][key] for key in costs[name]] for name in costs}
+    low, high = (fixed + sum(map(end, of_groups.values())) for end in (min, max))
     _check_budget(budget, low, high, unit)
-    # What every option of a group costs plays no part; the rest is scaled to the solver's
-    # tolerances.
+    # What every option of a group costs plays no part, nor what the cheapest takes; the rest is
+    # scaled to the solver's tolerances.
     cost = np.array([costs[name][key] - min(costs[name].values()) for name, key in options])
+    price = np.array([prices[name][key] - min(of_groups[name]) for name, key in options])
+    whole = price.max() or 1.0
     one_each = np.array([[float(name == of) for of, _ in options] for name in costs])
+    within = LinearConstraint(1000 * price / whole, ub=1000 * (budget - low) / whole)
     solved = milp(
         1000 * cost / (cost.max() or 1.0),
         integrality=np.ones_like(cost),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price, ub=budget - fixed)],
+        constraints=[LinearConstraint(one_each, 1, 1), within],
         options={"mip_rel_gap": 0},
     )
     if solved.status != 0:

@@ -87,6 +87,9 @@ class Both:
 
     def __init__(self, model: nn.Module, quantized: nn.Module, recipe: Recipe, batches):
         self.float, self.quantized = float_twin(model, recipe, batches), quantized
+        for module in self.float.modules():
+            if getattr(module, "inplace", False):  # what went into a block is needed after it
+                module.inplace = False
         specs = layer_specs(model, recipe)
         self.tensors = [t for name in specs for t in watched(model, quantized, name, specs[name])]
         if not self.tensors:
@@ -134,11 +137,11 @@ class Both:
         def keep(tensor, args, kwargs, output):
             node = output.clone()  # so that its gradient is that of this use alone
             values[tensor].append(node if node.requires_grad else node.requires_grad_())
-            return values[tensor][-1]
+            return node.clone()  # what follows may write over it
 
         def keep_call(name, args, kwargs, output):
             call = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            calls.setdefault(name, (*call, first_tensor(output).detach()))
+            calls.setdefault(name, (*call, first_tensor(output).detach().clone()))
 
         paths = {tensor: tensor.path for tensor in self.tensors if tensor.path is not None}
         with (

@@ -109,15 +109,35 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
 
 
 def image_quantizer(network: nn.Module, traced: torch.fx.Graph) -> Quantizer:
-    """Return the quantizer of the first layer's input, whose codes are those of images."""
-    for node in traced.nodes:
-        module = network.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, QuantizedLayer):
-            quantizer = module.input
-            if isinstance(quantizer, Quantizer) and len(quantizer.scale) == 1:
-                return quantizer
-            raise ValueError(f"{node.target} takes in images without one scale: {ADVICE}")
-    raise ValueError(f"the network has no quantized layer: {ADVICE}")
+    """Return the quantizer of images, whose codes the network takes in.
+
+    ValueError unless all that the network does first with an image is to quantize it in one way.
+    """
+    left = [node for node in traced.nodes if node.op == "placeholder"]
+    found = None
+    while left:
+        for user in left.pop().users:
+            name = name_of(user)
+            module = network.get_submodule(name) if user.op == "call_module" else None
+            if name == "size" or (name == "getattr" and user.args[1] == "shape"):
+                continue  # no value of it
+            if type(module) in KEEP or (module is None and name in MOVES - {"relu"}):
+                left.append(user)
+            elif isinstance(module, QuantizedLayer) and isinstance(module.input, Quantizer):
+                if len(module.input.scale) > 1:
+                    raise ValueError(f"{name} takes in images without one scale: {ADVICE}")
+                if found and not same_grid(module.input, found):
+                    raise ValueError(f"{name} rounds images to other codes than another layer")
+                found = module.input
+            else:
+                raise ValueError(f"{name} takes in the image in float: {ADVICE}")
+    if found is None:
+        raise ValueError(f"the network has no quantized layer: {ADVICE}")
+    return found
+
+
+def same_grid(a: Quantizer, b: Quantizer) -> bool:
+    return a.format == b.format and all(map(torch.equal, a.grid, b.grid))
 
 
 def translated(
@@ -127,7 +147,7 @@ def translated(
 
     Where the operator is None, the node does to codes what it does to values.
     """
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = name_of(node)
     try:
         if node.op == "get_attr":
             constant = Constant(attrgetter(name)(network))
@@ -150,6 +170,10 @@ def translated(
         raise ValueError("has no integer form: the network computes with it outside of its layers")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def name_of(node: torch.fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else node.target.__name__
 
 
 def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
@@ -181,8 +205,8 @@ def layer_form(
 def product_form(layer: QuantizedLayer, inputs: list[Codes], products: torch.dtype) -> Product:
     if layer.format is None or not isinstance(layer.input, Quantizer):
         raise ValueError(f"its weight or its input is in float: {ADVICE}")
-    if layer.format.group_size:
-        raise ValueError("weights in groups of one channel have sums of several scales")
+    if layer.format.group_size or (layer.format.granularity == "channel" and layer.format.axis):
+        raise ValueError("weights with several scales for one channel have sums of several scales")
     return Product(layer, *inputs, products)
 
 
@@ -210,17 +234,25 @@ def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
     return Sum(*inputs)
 
 
+def arguments(node: torch.fx.Node, *names: str) -> dict:
+    """Return what a call names after its tensors, by torch's names; ValueError for any other."""
+    given = dict(zip(names, node.args[1:]))
+    given |= {{"axis": "dim", "keepdims": "keepdim"}.get(k, k): v for k, v in node.kwargs.items()}
+    if given.keys() - set(names):
+        raise ValueError(f"has an integer form only with {' and '.join(names)}")
+    return given
+
+
 def mean_form(node: torch.fx.Node, inputs: list[Codes]) -> Mean:
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    given = arguments(node, "dim", "keepdim")
+    axes = given.get("dim")
     if axes is None:
         raise ValueError("has an integer form only over named axes")
-    return Mean((axes,) if isinstance(axes, int) else tuple(axes), keep)
+    return Mean((axes,) if isinstance(axes, int) else tuple(axes), given.get("keepdim", False))
 
 
 def cat_form(node: torch.fx.Node, inputs: list[Codes]) -> Concatenation:
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return Concatenation(inputs, axis)
+    return Concatenation(inputs, arguments(node, "dim").get("dim", 0))
 
 
 # {type of layer: function (layer, codes of its inputs, type of products) -> operator}
@@ -243,7 +275,8 @@ FUNCTIONS = {
     "mean": mean_form,
 }
 # What gives the codes of its result from the codes of its input, whatever their scale.
-SAME = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Dropout)
+KEEP = (nn.Identity, nn.Flatten, nn.Dropout)
+SAME = (*KEEP, nn.ReLU, nn.MaxPool2d)
 MOVES = {"permute", "transpose", "flatten", "unflatten", "reshape", "view", "expand", "contiguous"}
 MOVES |= {"unbind", "chunk", "squeeze", "unsqueeze", "getitem", "getattr", "size", "relu"}
 MOVES |= {"check_images", "unfold", "fold"}  # of our models, each a single node of the graph

@@ -7,7 +7,6 @@ here reaches 2**31.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -262,13 +261,12 @@ class Sum(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """Tensors side by side along an axis, brought to the coarsest of their scales."""
+    """Tensors side by side along an axis, brought to one scale that is fine enough for all."""
 
     def __init__(self, parts: Sequence[Codes], axis: int):
         super().__init__()
-        scale = max(part.scale for part in parts)
-        self.codes = Codes(scale, max(math.ceil(part.largest / scale) + 1 for part in parts))
-        self.parts = nn.ModuleList(Rescale([part.scale], scale) for part in parts)
+        self.codes = finest_codes(max(part.largest for part in parts))
+        self.parts = nn.ModuleList(Rescale([part.scale], self.codes.scale) for part in parts)
         self.axis = axis
 
     def forward(self, *parts: Tensor) -> Tensor:

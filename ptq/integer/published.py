@@ -133,8 +133,10 @@ def shift_exp(codes: Tensor, scale: float, n: int) -> Tensor:
     one = -math.floor(-1 / scale)
     p = (codes + (codes >> 1) - (codes >> 4)).clamp(min=-n * one)
     halvings = -p // one
-    rest = p + one * halvings
-    return fits(((rest + 2 * one) << (n - halvings)) >> 1, 62, "ShiftExp")
+    line = p + one * halvings + 2 * one
+    # Codes above 0, which Shiftmax never has, would leave 64 bits: what divides by this has 31.
+    shift = (n - halvings).clamp(max=62 - int(line.max()).bit_length())
+    return fits((line << shift) >> 1, 62, "ShiftExp")
 
 
 def shiftmax(scores: Tensor, scale: float, bits: int = 8, n: int = 15) -> Tensor:

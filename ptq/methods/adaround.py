@@ -65,7 +65,8 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
         if not all(x.square().sum().isfinite() for x in (inputs, outputs)):
             raise ValueError(f"what goes into or comes out of {name} is not finite when squared")
         n_images = sum(len(x) for x, *_ in batches)
-        reconstruct(unit, inputs, outputs, STEP_IMAGES * len(inputs) // n_images)
+        n = max(1, STEP_IMAGES * len(inputs) // n_images)
+        reconstruct(unit, inputs, outputs, n)
 
 
 def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> None:

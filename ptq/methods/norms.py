@@ -1,6 +1,7 @@
 """Batch norms that follow a quantized network: their signs, their statistics, their folding."""
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ def make_norms_positive(model: nn.Module, batches) -> None:
 
     Folding the norm into quantized weights then keeps their codes. The network computes as before.
     """
+    untie(model)
     for norm_name, conv_name in norms_after(model, batches).items():
         norm, conv = model.get_submodule(norm_name), model.get_submodule(conv_name)
         sign = torch.where(norm.weight < 0, -1.0, 1.0)
@@ -36,6 +38,7 @@ def fold_norms(model: nn.Module, batches=None) -> None:
     Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
     """
+    untie(model)
     for norm_name, conv_name in norms_after(model, batches).items():
         norm, layer = model.get_submodule(norm_name), model.get_submodule(conv_name)
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # [C]
@@ -48,9 +51,20 @@ def fold_norms(model: nn.Module, batches=None) -> None:
         model.set_submodule(norm_name, nn.Identity())
 
 
+def untie(model: nn.Module) -> None:
+    """Give each layer a parameter of its own where several share one: each is rounded by itself."""
+    seen = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module, name, copied)
+            seen.add(id(parameter))
+
+
 def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
     """Multiply output channel c of a quantized weight by factor[c]."""
-    if layer.format.granularity != "channel":
+    if layer.format.granularity != "channel" or layer.format.axis != 0:
         raise ValueError("a batch norm folds into weights with a scale per channel only")
     if (factor < 0).any():
         raise ValueError("a batch norm with a negative factor does not fold into positive scales")
@@ -122,10 +136,14 @@ def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
     norms = {name: norm for name, norm in every.items() if has_statistics(norm)}
     for norm in norms.values():
         norm.train()
-    seen = 0
+    seen = Counter()
+
+    def weigh(norm, args):
+        seen[norm] += len(args[0])
+        norm.momentum = len(args[0]) / seen[norm]  # 1 at first, which forgets what was there
+
+    for norm in norms.values():
+        norm.register_forward_pre_hook(weigh)
     for x, *_ in batches:
-        seen += len(x)
-        for norm in norms.values():
-            norm.momentum = len(x) / seen  # 1 at first, which forgets what was there
         model(x)
     return {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
