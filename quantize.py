@@ -137,7 +137,7 @@ def write_rows(pairs, args) -> int:
                 print(f"{what}: failed, {kind}{reason}", file=sys.stderr)
                 continue
             done.append(row)
-            print(printed(row) + ", kept" * was_there, flush=True)
+            print(printed(row) + kept(row) * was_there, flush=True)
             if row["products"]:
                 print(products_text(row["products"]), flush=True)
     for part in (True, False):  # the published rows and ours, as in the README
@@ -150,7 +150,15 @@ def write_rows(pairs, args) -> int:
 
 def calibration_images(recipe: Recipe, args) -> int:
     """How many images the recipe calibrates on: as many as were asked for, if it does at all."""
+    if recipe.calibrates and not recipe.calibration_images:
+        raise BadInput(f"recipe {recipe.name} has steps that look at images, but calibrates on 0")
     return recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
+
+
+def kept(row: dict) -> str:
+    """What to say of a row that was there already."""
+    uncommitted = ", measured by code that was not committed: --force measures again"
+    return ", kept" + uncommitted * bool(row.get("dirty"))
 
 
 def quantized_for(engine, subject: Subject, recipe: Recipe, n_calibration: int) -> dict:

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
 
-NEVER_RAN = "a layer of the network never ran during calibration"
 PRODUCERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, QuantizedLayer)
 
 
@@ -159,6 +158,12 @@ class Reached(Exception):
     """Ends a call of a network where no more of it is needed."""
 
 
+def never_ran(name: str) -> ValueError:
+    """Return the error that a layer never ran during calibration."""
+    advice = "take it out of the network, or out of the recipe's layers"
+    return ValueError(f"{name} never ran during calibration: {advice}")
+
+
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
     """Yield what goes into `layer` or comes out of it for each batch.
 
@@ -179,4 +184,4 @@ def captured(model: nn.Module, layer: nn.Module, batches, what: str):
             except Reached:
                 yield seen.pop()
             else:
-                raise ValueError(NEVER_RAN)
+                raise never_ran(next(n for n, m in model.named_modules() if m is layer))

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mobilevit import AttentionCore
 from ptq.formats import PowerOfTwo, Uniform
-from ptq.observers import OBSERVERS
+from ptq.observers import OBSERVERS, range_of
 from ptq.recipe import LayerSpec
 
 
@@ -38,7 +38,7 @@ class Quantizer(nn.Module):
 
     def freeze(self) -> None:
         """Turn what was observed into scale and zero-point; ValueError if nothing was."""
-        self.scale, self.zero_point = self.format.grid(*self.observer.range())
+        self.scale, self.zero_point = self.format.grid(*range_of(self.observer))
         self.observer = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +91,17 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
+        """Take the weight that integers `codes` of its shape and `scale` [G] stand for.
+
+        ValueError for codes that the format does not have, and for scales that are not above 0.
+        """
+        qmin, qmax = self.format.qmin, self.format.qmax
+        if codes.is_floating_point() or codes.shape != self.layer.weight.shape:
+            raise ValueError(f"codes of a weight are integers of its shape, not {codes.dtype}")
+        if codes.numel() and not qmin <= int(codes.min()) <= int(codes.max()) <= qmax:
+            raise ValueError(f"codes of a weight lie from {qmin} to {qmax}: clamp them")
+        if scale.dim() != 1 or not ((scale > 0) & scale.isfinite()).all():
+            raise ValueError("scales of a weight are positive numbers [G]")
         self.codes, self.scale = codes, scale
         self.layer.weight.copy_(self.format.decode(codes, scale))
 

@@ -187,6 +187,16 @@ class MSE(Histogram):
         return (errors if weights is None else errors * weights).sum(2)
 
 
+def range_of(observer: MinMax) -> tuple[Tensor, Tensor]:
+    """Return an observer's range, two tensors [G]; ValueError for what is none."""
+    low, high = ends = observer.range()
+    if not all(isinstance(end, Tensor) and end.dim() == 1 for end in ends):
+        raise ValueError(f"{type(observer).__name__} gives no two tensors [G], low and high")
+    if not ((low <= high) & low.isfinite() & high.isfinite()).all():
+        raise ValueError(f"{type(observer).__name__} gives ranges that do not run from low to high")
+    return low, high
+
+
 def of_rows(format: Uniform) -> Uniform:
     """Return the format for what `format.rows` gives, [G, n]."""
     return replace(format, granularity="channel", axis=0)

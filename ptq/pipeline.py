@@ -22,6 +22,10 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     missing or no good, if a layer never ran during calibration, or if the network, the batches or
     what comes of them has values that are not finite.
     """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{str(recipe)[:40]!r} is no recipe: ptq.recipe(name, model) gives one")
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise ValueError("the network is quantized already: give the one in float")
     steps = [chosen(STEPS, name, "step") for name in recipe.steps]  # now, not after an hour
     if recipe.calibrates:
         check_batches(model, recipe, batches)
@@ -72,8 +76,11 @@ def check_values(model: nn.Module) -> None:
 def check_complete(model: nn.Module, recipe: Recipe) -> None:
     """Raise ValueError if the recipe's steps left a format without codes or a scale."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.format and module.codes is None:
-            raise ValueError(f"no step of recipe {recipe.name} rounds the weight of {name}")
+        if isinstance(module, QuantizedLayer) and module.format:
+            if module.codes is None:
+                raise ValueError(f"no step of recipe {recipe.name} rounds the weight of {name}")
+            if not module.layer.weight.equal(module.format.decode(module.codes, module.scale)):
+                raise ValueError(f"the weight of {name} was changed without set_weight")
         if isinstance(module, Quantizer) and module.scale is None:
             raise ValueError(f"no step of recipe {recipe.name} calibrates the input of {name}")
 
@@ -81,14 +88,14 @@ def check_complete(model: nn.Module, recipe: Recipe) -> None:
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     """Raise ValueError unless `batches` is what the recipe's steps need.
 
-    That is, it can be gone through more than once, is large enough, and has finite inputs, not all
-    the same, on the network's device.
+    That is, it can be gone through more than once with the same result, is large enough, and has
+    finite inputs, not all the same, on the network's device.
     """
     if batches is None or iter(batches) is batches:
         raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches")
     parameter = next(model.parameters(), torch.empty(0))
     follows_norms = any(step.endswith("norms") for step in recipe.steps)
-    first, n, alike = None, 0, True
+    first, of_first_pass, n, alike = None, None, 0, True
     for i, batch in enumerate(batches):
         if not isinstance(batch, tuple | list) or not isinstance(batch[0], Tensor):
             raise ValueError("a calibration batch is a pair of its input and anything")
@@ -106,12 +113,16 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
                 "norms take their statistics from calibration batches of two and more images, and "
                 f"batch {i} has one: take more or fewer"
             )
-        first, n = x[:1] if first is None else first, n + len(x)
+        if first is None:
+            first, of_first_pass = x[:1], x
+        n += len(x)
         alike = alike and x.shape[1:] == first.shape[1:] and bool((x == first).all())
     if n == 0:
         raise ValueError(f"recipe {recipe.name} needs calibration images, and there are none")
     if n > 1 and alike:
         raise ValueError(f"all {n} calibration images are the same")
+    if not torch.equal(next(iter(batches))[0], of_first_pass):
+        raise ValueError("calibration batches change from pass to pass: do not shuffle or augment")
 
 
 def chosen(registry: dict, name: str, what: str):

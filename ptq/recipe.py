@@ -82,6 +82,11 @@ class Recipe:
     calibration_batch: int = 128
 
     def __post_init__(self):
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+            if not _fits(getattr(self, f.name), f.type):
+                raise ValueError(f"{f.name} of a recipe can't be {getattr(self, f.name)!r:.60}")
         if self.peer and (self.layers or self.steps):
             raise ValueError(f"recipe {self.name} has a peer, which takes no layers and no steps")
         if self.steps and not self.layers:
@@ -137,11 +142,14 @@ class Recipe:
 
 def exportable_weight(format: Uniform) -> bool:
     """Say whether QDQ ONNX can hold weights of a format."""
-    return format.bits <= 8 and format.axis == 0 and not format.group_size
+    plain = type(format) is Uniform and not format.group_size
+    return plain and format.bits <= 8 and format.axis == 0
 
 
 def exportable_input(format: Uniform) -> bool:
     """Say whether QDQ ONNX can hold activations of a format."""
+    if type(format) is not Uniform:
+        return False
     return format.bits == 8 or (format.bits < 8 and format.granularity == "tensor")
 
 

@@ -103,7 +103,7 @@ def test_mobilevit_keeps_its_own_recipes_and_others_get_none_that_name_its_layer
         ptq.recipe("w4-mixed", other)
     with pytest.raises(ValueError, match="no recipe is called w5: there are fp32"):
         ptq.recipe("w5", ours)
-    with pytest.raises(ValueError, match="no convolution and no linear layer"):
+    with pytest.raises(ValueError, match="no nn.Conv2d and no nn.Linear"):
         ptq.recipe("w8a8", nn.ReLU())
 
 

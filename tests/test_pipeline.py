@@ -129,8 +129,11 @@ def test_calibration_without_use_or_with_nonsense_is_refused(model, batches):
     for uneven in ([two, one], [two, one, two]):
         with pytest.raises(ValueError, match="batches of two and more.*batch 1 has one"):
             ptq.quantize(model, RECIPES["w4-shift"], uneven)
-    with pytest.raises(ValueError, match="never ran"):
-        list(captured(Idle(), Idle().idle, [(draw(2, 4), None)], "input"))
+    idle = Idle()
+    with pytest.raises(ValueError, match="idle never ran"):
+        list(captured(idle, idle.idle, [(draw(2, 4), None)], "input"))
+    with pytest.raises(ValueError, match="idle never ran"):
+        ptq.quantize(idle, replace(W8A8, steps=("gptq", "calibrate")), [(draw(2, 4), None)])
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4-shift", "w4-biases", "w4-gptq", "w4"])

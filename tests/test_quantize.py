@@ -73,6 +73,10 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     before = path.read_text()
     out, _ = run(*command, "--latency-runs", "3")
     assert path.read_text() == before and ", kept" in out
+    files.write_json(path, files.read_json(path) | {"dirty": True})
+    out, _ = run(*command, "--latency-runs", "3")
+    assert "kept, measured by code that was not committed: --force measures again" in out
+    path.write_text(before)
     other = (*command, "--latency-runs", "3", "--test-images", "100")
     _, err = run(*other, code=2)
     assert path.read_text() == before and "another n_images: --force replaces it" in err

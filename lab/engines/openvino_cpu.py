@@ -129,7 +129,8 @@ def _said(node, what: str) -> str:
 
 def _comes_in_integers(value) -> bool:
     precisions = _said(value.get_node(), "outputPrecisions").split(",")
-    return precisions[value.get_index()] in ("i8", "u8")
+    one = precisions[min(value.get_index(), len(precisions) - 1)]  # a split has one for all parts
+    return one in ("i8", "u8")
 
 
 def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]:

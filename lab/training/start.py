@@ -8,7 +8,8 @@ from torch import nn
 
 from lab import machine
 from lab.cli import BadInput
-from lab.models import build, require_heads, require_img_size, require_mobilevit
+from lab.models import build, require_heads, require_img_size, require_mobilevit, settings_of
+from lab.models import checkpoint as checkpoints
 from lab.models.checkpoint import load_checkpoint, load_state, load_weights, network
 from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
@@ -62,6 +63,9 @@ def fresh_model(
         model = build(name, num_classes=num_classes, **settings)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    if not hasattr(model, "settings"):
+        raise BadInput(f"{name} has no attribute settings, by which its weights are loaded later")
+    checkpoints.settings(settings_of(model), f"what builds {name}")
     for side in sides:
         require_img_size(model, side, name)
     return model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptq.analysis.sensitivity import noises, set_tensor
-from ptq.graph import NEVER_RAN, hooked, norms_after
+from ptq.graph import hooked, never_ran, norms_after
 from ptq.methods.gptq import hessians, round_weights
 from ptq.methods.nearest import layers_to_round, nearest_codes
 from ptq.methods.norms import make_norms_positive, shifted
@@ -109,8 +109,9 @@ def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
         for image in images:  # a batch's gradient has no squares of single images
             loss = sampled_loss(network(image[None]), generator)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            if any(gradient is None for gradient in gradients):
-                raise ValueError(NEVER_RAN)
+            for name, gradient in zip(names, gradients):
+                if gradient is None:
+                    raise never_ran(name)
             for total, gradient in zip(totals, gradients):
                 total += gradient.square() / len(images)
     return {

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ptq.analysis.costs import first_images, sampled_loss
 from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
-from ptq.graph import NEVER_RAN, hooked
+from ptq.graph import hooked, never_ran
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.methods.fq_vit import LogSoftmaxCore
 from ptq.pipeline import float_twin, layer_specs
@@ -217,8 +217,9 @@ class Both:
         n, variance = len(self.seen), float(torch.cat(self.seen).double().var())
         if not variance > 0:
             raise ValueError("the network puts out the same numbers whatever it sees")
-        if not all(tensor.stats.local.n for tensor in self.tensors):
-            raise ValueError(NEVER_RAN)
+        for tensor in self.tensors:
+            if not tensor.stats.local.n:
+                raise never_ran(tensor.layer)
         tensors = [
             {
                 "layer": tensor.layer,

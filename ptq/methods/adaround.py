@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ptq.graph import NEVER_RAN, captured
+from ptq.graph import captured, never_ran
 from ptq.layers import QuantizedLayer
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
@@ -97,8 +97,9 @@ def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> Non
                 error = error + ROUNDING_WEIGHT * open_
             optimizer.zero_grad()
             error.backward(inputs=learnt)
-            if any(v.grad is None for v in learnt):
-                raise ValueError(NEVER_RAN)
+            for name, rounding in soft.items():
+                if rounding.v.grad is None:
+                    raise never_ran(name)
             optimizer.step()
     for name, layer in rounded.items():
         parametrize.remove_parametrizations(layer.layer, "weight", leave_parametrized=False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.graph import NEVER_RAN, captured, hooked
+from ptq.graph import captured, hooked, never_ran
 from ptq.layers import QuantizedLayer
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
@@ -49,8 +49,8 @@ def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer,
     with hooked(unit, paths, add):
         for _ in captured(model, unit, batches, "output"):
             pass
-    if len(sums) < len(paths):
-        raise ValueError(NEVER_RAN)
+    for layer in paths.keys() - sums.keys():
+        raise never_ran(paths[layer])
     if not all(hessian.isfinite().all() for hessian in sums.values()):
         raise ValueError("the calibration data or what a layer makes of it is not finite")
     return sums

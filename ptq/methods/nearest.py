@@ -5,7 +5,7 @@ import re
 from torch import Tensor, nn
 
 from ptq.layers import QuantizedLayer
-from ptq.observers import OBSERVERS
+from ptq.observers import OBSERVERS, range_of
 from ptq.recipe import Recipe
 
 
@@ -21,7 +21,7 @@ def weight_scale(layer: QuantizedLayer) -> Tensor:
     """Return the scale [G] that the layer's observer chooses for its float weight."""
     observer = OBSERVERS[layer.weight_observer](layer.format)
     observer.update(layer.layer.weight)
-    scale, _ = layer.format.grid(*observer.range())
+    scale, _ = layer.format.grid(*range_of(observer))
     return scale
 
 

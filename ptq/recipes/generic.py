@@ -29,7 +29,7 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
     Layers of torch's own multi-head attention stay in float: it reads their weights and never calls
     them. ValueError for a recipe that names layers of MobileViT.
     """
-    if recipe.name not in GENERIC:
+    if recipe.name not in GENERIC and any(spec.pattern != ".*" for spec in recipe.layers):
         raise ValueError(
             f"recipe {recipe.name} names layers of MobileViT: for other networks there are "
             f"{', '.join(GENERIC)}"
@@ -53,7 +53,7 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
     specs = {name: spec_of(name, module) for name, module in model.named_modules()}
     specs = {name: spec for name, spec in specs.items() if spec}
     if not specs:
-        raise ValueError("the network has no convolution and no linear layer to quantize")
+        raise ValueError("the network has no nn.Conv2d and no nn.Linear to quantize")
     return replace(recipe, layers=by_names(specs), units=None)
 
 

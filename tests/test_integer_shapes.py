@@ -1,0 +1,91 @@
+"""Integer networks of other shapes than those of the registry."""
+
+import pytest
+import torch
+from small import draw
+from torch import nn
+
+import ptq
+from ptq.analysis.compare import noise
+from ptq.formats import Uniform
+from ptq.integer.operators import Codes, Concatenation
+from ptq.recipe import LayerSpec
+
+
+class Ends(nn.Module):
+    """Two linear layers after each other, and `of` their results and a third one's of the image."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.a, self.b, self.c, self.of = *(nn.Linear(8, 8) for _ in range(3)), of
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.of(self.b(y), self.c(x))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x, y: torch.cat([x, y], axis=1),
+        lambda x, y: (x + y.mean(1, keepdims=True)).relu(),
+        lambda x, y: x + y.mean(axis=1, keepdim=True),
+    ],
+)
+def test_integers_give_what_is_simulated_whatever_the_keywords_are_called(of):
+    torch.manual_seed(0)
+    network, images = Ends(of).eval(), [(draw(16, 8, seed=i), None) for i in range(2)]
+    quantized = ptq.quantize(network, ptq.recipe("w8a8", network), images)
+    integer, x = ptq.integer_network(quantized), draw(5, 8, seed=9)
+    with torch.no_grad():
+        wanted = quantized(x).double()
+        got = integer.decode(integer(integer.encode(x)))
+    assert got.shape == wanted.shape and noise(wanted, got) < 1e-10
+
+
+def test_a_fine_tensor_beside_a_coarse_one_stays_fine():
+    known = Codes(1e-9, 2**20), Codes(0.1, 2**7)
+    joined = Concatenation(known, 0)
+    fine = torch.tensor([987_654])
+    made = joined(fine, torch.tensor([99])).double() * joined.codes.scale
+    assert made[0] == pytest.approx(987_654e-9, abs=joined.codes.scale)
+    assert joined.codes.scale < 1e-7
+
+
+class First(nn.Module):
+    """A quantized layer behind what `of` does to the image."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.conv, self.of = nn.Conv2d(3, 4, 3), of
+
+    def forward(self, x):
+        return self.conv(self.of(x))
+
+
+@pytest.mark.parametrize(
+    "of, name",
+    [(lambda x: x.relu(), "relu"), (nn.AvgPool2d(2), "of"), (lambda x: x + x, "add")],
+)
+def test_an_image_that_is_not_quantized_at_once_is_refused(of, name):
+    network, images = First(of), [(draw(8, 3, 16, 16), None)]
+    quantized = ptq.quantize(network, ptq.recipe("w8a8", network), images)
+    with pytest.raises(ValueError, match=f"^{name} takes in the image in float"):
+        ptq.integer_network(quantized)
+
+
+def test_an_image_that_is_quantized_in_two_ways_is_refused():
+    network, images = Ends(lambda x, y: x + y).eval(), [(draw(16, 8), None)]
+    quantized = ptq.quantize(network, ptq.recipe("w8a8", network), images)
+    quantized.c.input.scale = 2 * quantized.c.input.scale
+    with pytest.raises(ValueError, match="rounds images to other codes than another layer"):
+        ptq.integer_network(quantized)
+
+
+def test_weights_with_scales_of_input_channels_are_refused():
+    format = Uniform(8, granularity="channel", axis=1)
+    spec = LayerSpec(".*", format, Uniform(8, symmetric=False))
+    network, images = nn.Sequential(nn.Linear(8, 8)), [(draw(16, 8), None)]
+    quantized = ptq.quantize(network, ptq.Recipe("turned", layers=(spec,)), images)
+    with pytest.raises(ValueError, match="several scales for one channel"):
+        ptq.integer_network(quantized)
