@@ -5,7 +5,8 @@
     python plots.py --check     # write nothing; exit 1 if a table differs from the results
     python plots.py --results runs/results --checkpoints runs --figures runs/figures  # of your own
 
-Prints the path of every file written. Rows and runs on other data than CIFAR-10 are left out.
+Prints the path of every file written. Rows of weights that are not in --checkpoints, of fewer than
+all images or of other settings are left out, and so are runs on other data than CIFAR-10.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from lab.cli import BadInput, command, parser
 from lab.report.pages import check_pages, fill_pages
 from lab.report.results import load_results
+from lab.report.rows import row_files
 
 
 def parse_args():
@@ -38,7 +40,12 @@ def main():
         check_pages(found, args.pages)
         return
     if not found.rows and not found.runs:
-        raise BadInput(f"{args.results} and {args.checkpoints} hold no CIFAR-10 row and no run yet")
+        raise BadInput(
+            f"{args.results} holds no row of weights in {args.checkpoints} on all CIFAR-10 images "
+            f"with the usual settings, and {args.checkpoints} no run"
+        )
+    if left_out := len(row_files(args.results)) - len(found.every_row) - len(found.task_rows):
+        print(f"{left_out} rows are left out: of other weights, fewer images or other settings")
     if args.readme:
         fill_pages(found, args.pages)
     from lab.report.figures import FIGURES  # matplotlib takes a second that --check need not

@@ -181,6 +181,8 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
     made = quantized_for(engine, subject, recipe, n)
     row = same | measure(subject, recipe, engine, made, args.latency_runs)
     row |= machine.provenance()
+    if not args.force and path.exists():  # another command has measured it meanwhile
+        return reusable_row(path, same), True
     files.write_json(path, row)
     return row, False
 
@@ -274,11 +276,16 @@ def write_exports(pairs, args) -> int:
     for _, recipe in pairs:
         if not recipe.layers:
             raise BadInput(f"--export: recipe {recipe.name} has no quantized layers to write")
-    status = 0
+    paths = []
     for subject, recipe in pairs:
-        network = quantized(subject, recipe, calibration_images(recipe, args))["network"]
         name = f"{subject.folder}-{recipe.name}{setting(subject.img_size, subject.seed)}"
-        agree = export_files(subject, recipe, network, Path(args.export, name), args.workers)
+        paths.append(Path(args.export, name))
+        for suffix in (".safetensors", ".onnx"):
+            files.require_absent(paths[-1].with_name(name + suffix), args.force)
+    status = 0
+    for (subject, recipe), path in zip(pairs, paths):
+        network = quantized(subject, recipe, calibration_images(recipe, args))["network"]
+        agree = export_files(subject, recipe, network, path, args.workers)
         status = max(status, int(not agree))
     return status
 

@@ -1,6 +1,7 @@
 """What comes of a quantized network: its answers, reports per layer, and files to use."""
 
 import functools
+import json
 import sys
 import time
 from pathlib import Path
@@ -139,7 +140,7 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
 
         if recipe.exportable:
             sample = subject.sample(subject.img_size)
-            written[".onnx"] = functools.partial(to_onnx, network, sample)
+            written[".onnx"] = functools.partial(to_onnx, network, sample, about=about(subject))
     except EngineMissing as missing:
         print(f"ONNX files are left out: {missing}")
     for suffix, write in written.items():
@@ -148,6 +149,15 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
             write(tmp)
         print(f"{file}, {file.stat().st_size / files.MB:.2f} MB", flush=True)
     return ".onnx" not in written or as_simulated(subject, network, file, workers)
+
+
+def about(subject: Subject) -> dict[str, str]:
+    """What a user of an ONNX file must know of the images that its network takes, as JSON."""
+    known = {"classes": list(subject.images.classes)}
+    for name in ("normalize", "resize"):  # of photos
+        if hasattr(subject.images, name):
+            known[name] = getattr(subject.images, name)
+    return {name: json.dumps(value) for name, value in known.items()}
 
 
 def as_simulated(subject: Subject, network, file: Path, workers: int) -> bool:

@@ -53,43 +53,41 @@ def write_profile(
     batches = made["batches"] or subject.calibration_batches(recipe, IMAGES)[0]
     with named(recipe.name):
         found = profile(subject.network, made["network"], recipe, batches)
-    networks = {"float": subject.network, "quantized": made["network"]}
-    suggestion = None
-    if exceptions:
-        suggested, suggestion = suggest(subject, recipe, found, quantized, workers, exceptions)
-        suggestion["file"] = str(folder / "suggested.json")
-        networks["suggested"] = quantized(suggested)["network"]
-    outputs = {
-        which: outputs_on(subject.images, subject, network, workers)
-        for which, network in networks.items()
-    }
-    predictions = {which: logits.argmax(1) for which, logits in outputs.items()}
-    report = {
-        **subject.origin(recipe),
-        "seed": subject.seed,
-        **found,
-        "classes": list(subject.images.classes),
-        "scores": {
-            which: class_scores(logits, subject.images.labels) for which, logits in outputs.items()
-        },
-        "n_changed": {
-            which: int((predicted != predictions["float"]).sum())
-            for which, predicted in predictions.items()
-        },
-        "suggestion": suggestion,
-        "calibration": made["calibration"],
-        "wall_s": time.monotonic() - began,
-        **machine.provenance(),
-    }
-    files.write_json(folder / "profile.json", report)
-    files.write_text(folder / "tensors.csv", csv_text(report))
-    files.write_text(folder / "report.html", page(report))
+    outputs = {}
+
+    def write(which: str, network: nn.Module, suggestion: dict | None) -> dict:
+        """Write what is known once this network has run, too."""
+        outputs[which] = outputs_on(subject.images, subject, network, workers)
+        unlike = {w: y.argmax(1) != outputs["float"].argmax(1) for w, y in outputs.items()}
+        report = {
+            **subject.origin(recipe),
+            "seed": subject.seed,
+            **found,
+            "classes": list(subject.images.classes),
+            "scores": {w: class_scores(y, subject.images.labels) for w, y in outputs.items()},
+            "n_changed": {w: int(changed.sum()) for w, changed in unlike.items()},
+            "suggestion": suggestion,
+            "calibration": made["calibration"],
+            "wall_s": time.monotonic() - began,
+            **machine.provenance(),
+        }
+        files.write_json(folder / "profile.json", report)
+        files.write_text(folder / "tensors.csv", csv_text(report))
+        files.write_text(folder / "report.html", page(report))
+        return report
+
+    outputs["float"] = outputs_on(subject.images, subject, subject.network, workers)
+    report = write("quantized", made["network"], None)
     from lab.report.histograms import write_histograms  # matplotlib takes a second to import
 
     write_histograms(report, folder)
-    if suggestion:
+    print(f"{folder}, in {time.monotonic() - began:.0f} s", flush=True)
+    if exceptions:  # which takes longer than the profile
+        suggested, suggestion = suggest(subject, recipe, found, quantized, workers, exceptions)
+        suggestion["file"] = str(folder / "suggested.json")
+        report = write("suggested", quantized(suggested)["network"], suggestion)
         files.write_json(folder / "suggested.json", suggested.asdict())
-    print(f"{folder}, in {time.monotonic() - began:.0f} s\n{printed_profile(report)}", flush=True)
+    print(printed_profile(report), flush=True)
 
 
 def suggest(
@@ -116,9 +114,11 @@ def suggest(
     def tried(made: dict, n: int) -> dict:
         logits = outputs_on(images, subject, made["network"], workers)
         changed = (logits.argmax(1) != expected.argmax(1)).sum()
+        noise = float((logits - expected).square().mean() / expected.var())
+        print(f"with {n} exceptions: noise {noise:.3g} on {len(images):,} images", flush=True)
         return {
             "n_tensors": n,
-            "noise": float((logits - expected).square().mean() / expected.var()),
+            "noise": noise,
             "n_changed": int(changed),
             "top1_pct": 100 * float((logits.argmax(1) == images.labels).double().mean()),
         }

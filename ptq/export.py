@@ -35,8 +35,10 @@ RUN_AS_SIMULATED = (
 )
 
 
-def to_onnx(model: nn.Module, example: Tensor, path) -> None:
+def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | None = None) -> None:
     """Write `model`, as `ptq.quantize` gave it or in float, for inputs [b, ...] like `example`.
+
+    `about`: texts for the file's metadata.
 
     Raises ValueError for what is not written: activations in more than 8 bits, or in fewer with a
     scale per channel, weights of more than 8 bits or with scales per group, quantized inputs of
@@ -72,7 +74,7 @@ def to_onnx(model: nn.Module, example: Tensor, path) -> None:
     proto = program.model_proto
     _store_int4(proto, int4)
     _strip(proto.graph)
-    onnx.helper.set_model_props(proto, {"run_as_simulated": RUN_AS_SIMULATED})
+    onnx.helper.set_model_props(proto, {"run_as_simulated": RUN_AS_SIMULATED} | (about or {}))
     onnx.save(proto, path)
 
 

@@ -148,18 +148,22 @@ def comparable(value):
     return {k: v for k, v in value.items() if k != "title"} if isinstance(value, dict) else value
 
 
+def row_files(folder) -> list[Path]:
+    """The files of all rows, also of those that are not shown."""
+    return sorted((*Path(folder).glob("*/*@*.json"), *Path(folder).glob("*/ablation/*@*.json")))
+
+
 def load_rows(folder, checkpoints) -> list[dict]:
     """The rows measured in the usual way: those of shipped CIFAR-10 weights on all images, at any
     image size and seed, and those of detectors and segmenters on test images."""
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
-    paths = (*Path(folder).glob("*/*@*.json"), *Path(folder).glob("*/ablation/*@*.json"))
 
     def belongs(row):
         if not has_predictions(row):
             return is_published(row)
         return row["checkpoint_sha256"] in shipped and is_full(row)
 
-    rows = [read_row(path) for path in sorted(paths)]
+    rows = [read_row(path) for path in row_files(folder)]
     return [row for row in rows if is_usual(row) and belongs(row)]
 
 
