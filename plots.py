@@ -45,7 +45,7 @@ def main():
             f"with the usual settings, and {args.checkpoints} no run"
         )
     if left_out := len(row_files(args.results)) - len(found.every_row) - len(found.task_rows):
-        print(f"{left_out} rows are left out: of other weights, fewer images or other settings")
+        print(f"rows left out, of other weights, fewer images or other settings: {left_out}")
     if args.readme:
         fill_pages(found, args.pages)
     from lab.report.figures import FIGURES  # matplotlib takes a second that --check need not
