@@ -181,8 +181,8 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
     made = quantized_for(engine, subject, recipe, n)
     row = same | measure(subject, recipe, engine, made, args.latency_runs)
     row |= machine.provenance()
-    if not args.force and path.exists():  # another command has measured it meanwhile
-        return reusable_row(path, same), True
+    if not args.force and (there := reusable_row(path, same)):  # another command was faster
+        return there, True
     files.write_json(path, row)
     return row, False
 

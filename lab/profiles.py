@@ -15,6 +15,7 @@ from lab.report.rows import setting
 from lab.subject import Subject, load_subject, named
 from lab.tasks.batches import EvalBatches
 from lab.tasks.classification import class_scores
+from ptq.analysis.compare import noise
 from ptq.analysis.exceptions import WIDE, can_except, with_exceptions
 from ptq.analysis.profile import IMAGES, profile
 from ptq.pipeline import layer_specs
@@ -114,11 +115,11 @@ def suggest(
     def tried(made: dict, n: int) -> dict:
         logits = outputs_on(images, subject, made["network"], workers)
         changed = (logits.argmax(1) != expected.argmax(1)).sum()
-        noise = float((logits - expected).square().mean() / expected.var())
-        print(f"with {n} exceptions: noise {noise:.3g} on {len(images):,} images", flush=True)
+        lost = noise(logits, expected)
+        print(f"with {n} exceptions: noise {lost:.3g} on {len(images):,} images", flush=True)
         return {
             "n_tensors": n,
-            "noise": noise,
+            "noise": lost,
             "n_changed": int(changed),
             "top1_pct": 100 * float((logits.argmax(1) == images.labels).double().mean()),
         }
@@ -144,8 +145,8 @@ def enough(noises: list[float]) -> int:
     """How many of the first terms of a sum leave ENOUGH of it or less; at least 1."""
     left = sum(noises)
     limit = ENOUGH * left
-    for n, noise in enumerate(noises, 1):
-        left -= noise
+    for n, of_term in enumerate(noises, 1):
+        left -= of_term
         if left <= limit:
             return n
     return len(noises)

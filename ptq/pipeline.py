@@ -95,7 +95,7 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
         raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches")
     parameter = next(model.parameters(), torch.empty(0))
     follows_norms = any(step.endswith("norms") for step in recipe.steps)
-    first, of_first_pass, n, alike = None, None, 0, True
+    first, n, alike = None, 0, True
     for i, batch in enumerate(batches):
         if not isinstance(batch, tuple | list) or not isinstance(batch[0], Tensor):
             raise ValueError("a calibration batch is a pair of its input and anything")
@@ -113,15 +113,13 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
                 "norms take their statistics from calibration batches of two and more images, and "
                 f"batch {i} has one: take more or fewer"
             )
-        if first is None:
-            first, of_first_pass = x[:1], x
-        n += len(x)
-        alike = alike and x.shape[1:] == first.shape[1:] and bool((x == first).all())
+        first, n = x if first is None else first, n + len(x)
+        alike = alike and x.shape[1:] == first.shape[1:] and bool((x == first[:1]).all())
     if n == 0:
         raise ValueError(f"recipe {recipe.name} needs calibration images, and there are none")
     if n > 1 and alike:
         raise ValueError(f"all {n} calibration images are the same")
-    if not torch.equal(next(iter(batches))[0], of_first_pass):
+    if not torch.equal(next(iter(batches))[0], first):
         raise ValueError("calibration batches change from pass to pass: do not shuffle or augment")
 
 

@@ -93,12 +93,13 @@ def test_no_allocation_costs_less(seed):
     groups = rng.randint(1, 8)
     costs = [[rng.lognormvariate(0, 4) for _ in BITS] for _ in range(groups)]  # over many decades
     n = [rng.randint(10, 10**6) for _ in range(groups)]
-    unit = 10.0 ** -rng.randint(0, 9)  # bytes are many, and mJ few
-    prices = [[-(-m * bits // 8) * unit for bits in BITS] for m in n]
+    prices = [[-(-m * bits // 8) for bits in BITS] for m in n]
     low, high = (sum(group[i] for group in prices) for i in (0, -1))
     budget = rng.uniform(low, high)
     picked = allocate(costs, prices, budget)
-    assert sum(p[i] for p, i in zip(prices, picked)) <= budget * (1 + 1e-9)
+    assert sum(p[i] for p, i in zip(prices, picked)) <= budget
+    small = [[1e-9 * price for price in group] for group in prices]  # bytes are many, and mJ few
+    assert allocate(costs, small, 1e-9 * budget) == picked
     cost = sum(c[i] for c, i in zip(costs, picked))
     assert cost == pytest.approx(brute_force(costs, prices, budget), rel=1e-6)
 

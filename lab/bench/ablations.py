@@ -21,7 +21,7 @@ from lab.report.runs import read_metrics
 from lab.tasks import TASKS
 from lab.tasks.sampler import Sampler
 from lab.training.options import parse_args
-from lab.training.run import option
+from lab.training.run import changed_options
 from lab.training.start import network_settings
 from ptq.analysis.energy import count
 
@@ -147,11 +147,10 @@ def finished(folder: Path, arguments: list[str]) -> bool:
     """Whether `folder` has the metrics.json of this run, on any device; BadInput if of another."""
     if not (folder / "metrics.json").exists():
         return False
-    found = read_metrics(folder)["config"]
-    for name, asked in vars(parse_args("", arguments)).items():
-        if name in found and name != "device" and found[name] != asked:
-            theirs = f"{option(name)} {found[name]} (now {asked})"
-            raise BadInput(f"{folder} has a run with {theirs}: choose another --runs")
+    found, asked = read_metrics(folder)["config"], vars(parse_args("", arguments))
+    alike = {k: v for k, v in asked.items() if k in found and k != "device"}
+    if changed := changed_options(found, alike):
+        raise BadInput(f"{folder} has a run with {changed}: choose another --runs")
     return True
 
 

@@ -213,12 +213,8 @@ class Run:
         path = self.output / "last.pth"
         state = read_tensors(path)
         record({"config": mapping(plain)})(state, str(path))
-        changed = [k for k, v in self.config.items() if state["config"].get(k) != v]
-        if changed:
-            options = ", ".join(
-                f"{option(k)} {state['config'].get(k)} (now {self.config[k]})" for k in changed
-            )
-            raise BadInput(f"{path} began with {options}: resume with the same options")
+        if changed := changed_options(state["config"], self.config):
+            raise BadInput(f"{path} began with {changed}: resume with the same options")
         self.schema()(state, str(path))
         if not 0 <= self.validations_due(state["step"]) - len(state["history"]) <= 1:
             n = len(state["history"])
@@ -313,6 +309,12 @@ def finish(output: Path, data_dir, device) -> None:
     metrics = files.read_json(metrics_path)
     record({"printed": text})(metrics, str(metrics_path))
     print(metrics["printed"])
+
+
+def changed_options(before: dict, now: dict) -> str:
+    """The options of `now` that a run had otherwise `before`, in words; empty if there are none."""
+    changed = [k for k, v in now.items() if before.get(k) != v]
+    return ", ".join(f"{option(k)} {before.get(k)} (now {now[k]})" for k in changed)
 
 
 def option(name: str) -> str:
