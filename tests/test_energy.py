@@ -178,6 +178,14 @@ def test_attention_has_two_factors_of_activations():
     assert w6a6["blocks.0.core"]["weights"] == 0
 
 
+@pytest.mark.parametrize(("recipe", "softmax_bits"), [("fq-vit-a4", 4), ("i-vit-published", 16)])
+def test_a_softmax_of_other_bits_has_its_own_price(recipe, softmax_bits):
+    network = ViT().eval()
+    layers = energy(network, ptq.recipe(recipe, network), draw(1, 3, 16, 16))["layers"]
+    scores, of_v = N * N * D * (0.2 + 0.1), N * N * D * (0.2 * softmax_bits / 8 + 0.1)
+    assert layers["blocks.0.core"]["compute"] == pytest.approx(scores + of_v)
+
+
 def test_what_an_engine_does_by_itself_has_no_known_energy():
     network = small_network()
     with pytest.raises(ValueError, match="int8-nncf is carried out by nncf"):

@@ -8,12 +8,14 @@ A model, not a measurement: it says what arithmetic and memory would take at the
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import ceil
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ptq.formats import Log2, Uniform
 from ptq.graph import running
 from ptq.pipeline import layer_specs
 from ptq.recipe import Recipe
@@ -105,6 +107,10 @@ class Prices:
     weight_byte: float  # read once a call
     activation_byte: float  # written once, read once: this much each
 
+    def mac(self, a: Uniform | Log2 | None, b: Uniform | Log2 | None) -> float:
+        """Return the price of a product of values in two formats, None for floats, and its sum."""
+        return self.multiply * a.bits * b.bits / 64 + self.add if a and b else self.float_mac
+
 
 # Horowitz, "Computing's energy problem", ISSCC 2014: 45 nm, 0.9 V; pJ. Arithmetic was checked
 # against others who quote the table. Memory is from memory and was not checked: 1300 to 2600 pJ for
@@ -142,11 +148,11 @@ def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "hor
                 stored += ceil(n * weight.bits / 8) + 4 * n_scales
             else:
                 stored += 4 * n
-        # In attention both factors are activations.
-        factors = (input, weight if layer.parameters else input)
-        mac = table.float_mac
-        if all(factors):
-            mac = table.multiply * factors[0].bits * factors[1].bits / 64 + table.add
+        if layer.parameters:
+            factors = [(input, weight)]
+        else:  # attention: half of its products are q k^T, half those of the softmax and v
+            factors = [(input, input), (spec.attention or input if spec else None, input)]
+        mac = mean(table.mac(*pair) for pair in factors)
         moved = 2 * layer.activations * (input.bits if input else 32) / 8
         layers[name] = {
             "macs": layer.macs,
