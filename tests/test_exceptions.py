@@ -10,11 +10,12 @@ from conftest import fails_with_one_line, run
 from torch import nn
 
 import ptq
-from lab import files
+from lab import files, profiles
 from lab.cli import BadInput
 from lab.options import parse_args
 from lab.profiles import enough, profile_folder
 from lab.recipes import read_recipe
+from lab.subject import load_subject
 from ptq.analysis.exceptions import with_exceptions
 
 
@@ -124,3 +125,21 @@ def test_files_with_no_recipe_are_refused(tmp_path, change, says):
 
 def test_as_many_of_the_worst_as_make_half_of_the_noise():
     assert [enough(noises) for noises in ([4, 3, 2, 1], [9, 1], [1, 1, 1, 1])] == [2, 1, 2]
+
+
+def test_a_profile_is_written_before_a_suggestion_is_sought(checkpoint, tmp_path, monkeypatch):
+    subject = load_subject(checkpoint, None, n_images=50)
+    recipe = ptq.recipe("w4-nearest", subject.model)
+    made = {
+        "network": ptq.quantize(subject.model, recipe),
+        "batches": None,
+        "calibration": {"n": 0},
+    }
+
+    def refused(*_):
+        raise BadInput("no tensor can be an exception")
+
+    monkeypatch.setattr(profiles, "suggest", refused)
+    with pytest.raises(BadInput, match="no tensor"):
+        profiles.write_profile(subject, recipe, tmp_path, lambda _: made, 1, "float")
+    assert files.read_json(tmp_path / "profile.json")["suggestion"] is None

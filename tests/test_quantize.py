@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,11 +12,13 @@ from conftest import ROOT, fails_with_one_line, run
 from torchvision.transforms.v2.functional import to_pil_image
 
 import ptq
+import quantize
 from lab import files
-from lab.engines import onnx_runtime
+from lab.engines import onnx_runtime, torch_eager
 from lab.engines.measure import predict
 from lab.models.checkpoint import model_from_checkpoint
 from lab.report.tables import products_text, results_table
+from lab.subject import load_subject
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches, balanced_subset, split
 from ptq import RECIPES, packing
@@ -83,6 +86,22 @@ def test_finished_rows_are_reused_unless_the_settings_differ(swept, checkpoint):
     run(*other, "--force")
     assert files.read_json(path)["n_images"] == 100
     path.write_text(before)
+
+
+def test_the_row_of_a_faster_command_is_kept(swept, checkpoint, tmp_path, monkeypatch):
+    faster = swept[2]["fp32-32@torch-eager"]
+    subject = load_subject(checkpoint, None)
+    args = SimpleNamespace(output=tmp_path, rows=None, force=False, latency_runs=3)
+    path = tmp_path / subject.folder / "fp32-32@torch-eager.json"
+
+    def overtaken(*_):
+        files.write_json(path, faster)
+        return {}
+
+    monkeypatch.setattr(quantize, "measure", overtaken)
+    n = faster["calibration_images"]
+    assert quantize.row_of(subject, RECIPES["fp32"], torch_eager, n, args) == (faster, True)
+    assert files.read_json(path) == faster
 
 
 def test_held_out_images_give_a_row_of_their_own(checkpoint, tmp_path):
@@ -212,6 +231,10 @@ def test_export_writes_files_that_load(checkpoint, tmp_path):
     assert "openvino, 2 streams, batch 8: predicts as simulated on 16 of 16 images" in out
     packed, onnx = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert (packed.suffix, onnx.suffix) == (".safetensors", ".onnx")
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--recipes", "w4-nearest", "--export", tmp_path,
+        says=f"{packed} is there already: --force replaces it",
+    )  # fmt: skip
     model, _ = model_from_checkpoint(checkpoint)
     expected = ptq.quantize(model, RECIPES["w4-nearest"])
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
