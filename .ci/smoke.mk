@@ -13,7 +13,7 @@ ON_CIFAR10 = $(if $(DATA_DIR),reproduce loader)
 all: $(ON_CIFAR10) rows engines profile per-layer export minutes training
 
 reproduce:  # on two threads, as the rows were made: one adds up in another order
-	OMP_NUM_THREADS=2 $(MAKE) -f Makefile reproduce TEST_IMAGES=200
+	OMP_NUM_THREADS=2 $(MAKE) -f Makefile reproduce TEST_IMAGES=100
 
 loader:
 	$(BENCH) loader --img-size 64 --seconds 0.2 --data-dir $(DATA_DIR)

@@ -284,7 +284,7 @@ def test_parity_takes_logits_that_are_not_finite_for_wrong():
     def run(batches):
         return [torch.tensor([[1.0, torch.nan], [torch.inf, 0], [2, 1]]).numpy()]
 
-    assert parity._right(run, [torch.zeros(3, 1)], torch.tensor([1, 0, 0]), 3) == (1, "")
+    assert parity._right(lambda: run, [torch.zeros(3, 1)], torch.tensor([1, 0, 0]), 3) == (1, "")
 
 
 def test_parity_names_engines_that_are_missing(exported, x, monkeypatch):

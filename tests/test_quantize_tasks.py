@@ -95,13 +95,13 @@ def test_rows_hold_the_metric_of_the_task(made, tmp_path):
     assert f"| {column} | Δ points | MB |" in header and "w8a8" in last and "changed" not in out
     again, _ = run(*command)
     assert again.count(", kept") == 2
-    shipped = next(tmp_path.rglob("w8a8-64@torch-eager.json"))
+    shipped = next(tmp_path.rglob("fp32-64@torch-eager.json"))
     repeat = ("quantize.py", "--from", shipped, "--data-dir", folder, "--latency-runs", "3")
     repeat += ("--output", tmp_path / "again")
     out, _ = run(*repeat)
     assert f"| {column} | Changed |" in out and "| - |" in out and "| yes |" in out
     fails_with_one_line(*repeat, "--test-images", "2", says="has one score for 6 images")
-    files.write_json(shipped, simulated | {"score": {"map_pct": 3.0}})
+    files.write_json(shipped, fp32 | {"score": {"map_pct": 3.0}})
     fails_with_one_line(*repeat, says="score lacks accuracy_pct or map50_pct or miou_pct")
 
 

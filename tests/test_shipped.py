@@ -31,7 +31,7 @@ OTHERS = [path for path in SHIPPED if path not in CLASSIFIERS]
 DATA = {"detection": ROOT / "data" / "bccd"}  # images that ship as well
 RESULTS = ROOT / "results"
 ROWS = sorted(RESULTS.rglob("*@*.json"))
-N = 100  # images
+N = 40  # images
 AGREEMENT_PCT, POINTS_APART = 99.5, 0.1  # wanted of an engine and the simulation
 
 
@@ -126,12 +126,11 @@ def test_shipped_weights_predict_what_their_row_says(path):
     row = fp32_row(path)
     model, _ = model_from_checkpoint(path)
     test = TASKS["cifar10"].load(os.environ["DATA_DIR"], train=False)
-    logits, labels = predict(model, EvalBatches(test[:N], row["img_size"], 50))
-    truth = test.labels.tolist()
-    expected = sum(a == b for a, b in zip(row["predictions"][:N], truth))
-    n_correct = int((logits.argmax(1) == labels).sum())
-    assert abs(n_correct - expected) <= 1  # another CPU may break a tie otherwise
-    assert sum(a == b for a, b in zip(row["predictions"], truth)) == row["n_correct"]
+    logits, _ = predict(model, EvalBatches(test[:N], row["img_size"], N // 2))
+    changed = logits.argmax(1) != torch.tensor(row["predictions"][:N])
+    assert changed.sum() <= 1  # another CPU may break a tie otherwise
+    right = sum(a == b for a, b in zip(row["predictions"], test.labels.tolist()))
+    assert right == row["n_correct"]
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.parent.name)
