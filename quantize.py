@@ -45,7 +45,7 @@ from lab.options import CLASSIFIERS_ONLY, flags, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
 from lab.profiles import profile_folder, write_profile
 from lab.recipes import checked_recipe, recipe_of
-from lab.report.compare import compare_rows
+from lab.report.compare import TOLERANCE, compare_rows
 from lab.report.rows import comparable, has_predictions, read_row, reusable_row, row_path, setting
 from lab.report.tables import (
     has_vnni,
@@ -252,7 +252,7 @@ def repeat_rows(args) -> int:
         print(printed(row), flush=True)
     if not lines:
         raise BadInput("nothing was measured: the engines of these rows can't run here")
-    print(f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}")
+    print(f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}\n{TOLERANCE}")
     return status
 
 
