@@ -6,8 +6,8 @@ from lab.report.tables import accuracy, changed_predictions, speed_up
 
 POINTS, CHANGED_PCT, SIZE_PCT = 0.5, 2.0, 1.0  # how far the two may be apart
 TOLERANCE = (
-    f"Agree: accuracy within {POINTS} points, at most {CHANGED_PCT:g} % of the predictions changed, "
-    f"size within {SIZE_PCT:g} %."
+    f"Agree: accuracy within {POINTS} points, at most {CHANGED_PCT:g} % of the predictions "
+    f"changed, size within {SIZE_PCT:g} %."
 )
 
 

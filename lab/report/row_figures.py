@@ -129,16 +129,17 @@ def methods(found: Results):
                 axis.barh(y, theirs, 0.86, fill=False, edgecolor=style.DARK, linewidth=0.9)
             if row:
                 text = "simulated" if ours is None else f"{ours:{digits}}"
+                text += "" if theirs is None else f" ({theirs:{digits}})"
                 style.note(axis, f" {text}", (max(ours or 0, theirs or 0), y), va="center")
         axis.grid(visible=False, axis="y")
         axis.set_xlabel(label)
-        axis.set_xlim(right=axis.get_xlim()[1] * 1.22)
+        axis.set_xlim(right=axis.get_xlim()[1] * 1.4)
     names = [f"{short_name(model)}  {METHODS[recipe]}" for model, recipe in bars]
     axes[0][0].set_yticks([*bars.values()], names)
     axes[0][0].set_ylim(max(bars.values()) + 0.7, -0.7)
     handles = [
-        axes[0][0].barh(0, 0, color=style.GREY, label="on our weights, with its value"),
-        axes[0][0].barh(0, 0, fill=False, edgecolor=style.DARK, label="as published"),
+        axes[0][0].barh(0, 0, color=style.GREY, label="on our weights"),
+        axes[0][0].barh(0, 0, fill=False, edgecolor=style.DARK, label="(as published)"),
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
     return fig

@@ -3,7 +3,9 @@
 import statistics
 from itertools import groupby
 
-from lab.report import style
+from matplotlib.ticker import LogLocator, NullLocator
+
+from lab.report import style, tables
 from lab.report.results import Results
 from lab.report.studies import (
     NODES,
@@ -21,7 +23,8 @@ SHOWN_MS = 0.45  # a part of a bar that is wide enough for its number
 
 
 def training_curves(found: Results):
-    """Held-out accuracy over minutes of training, through all runs that led to shipped weights."""
+    """Held-out error over minutes of training, through all runs that led to shipped weights, with
+    the accuracy of the chosen epoch."""
     if not found.runs:
         return None
     chains = [run_chain(run) for run in found.runs]
@@ -35,9 +38,14 @@ def training_curves(found: Results):
         draw_chain(axis, chain, shades)
         widened = "\nwidened" * bool(chain[0]["config"].get("widen"))
         name = short_name(chain[-1]["model"]) + widened
-        axis.set_title(name, loc="left", fontweight="bold", pad=14)  # above a chosen epoch's number
+        axis.set_title(name, loc="left", fontweight="bold")
         axis.grid(visible=False, axis="x")
-    axes[0][0].set_ylabel("held-out accuracy, %")
+    axes[0][0].set_yscale("log")  # that gains of tenths are seen
+    axes[0][0].set_ylim(bottom=0.55 * axes[0][0].get_ylim()[0])  # for numbers below the curves
+    axes[0][0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0][0].yaxis.set_minor_locator(NullLocator())
+    axes[0][0].yaxis.set_major_formatter("{x:g}")
+    axes[0][0].set_ylabel("held-out error, %")
     about = "minutes of training; bands: side in pixels of the image, or of a window in the image"
     fig.supxlabel(about, fontsize=10)
     return fig
@@ -57,23 +65,27 @@ def draw_chain(axis, chain, shades) -> None:
             start = end
             for row in epochs:
                 end += row["seconds"] / 60
-                points.append((end, row["val_accuracy_pct"]))
+                points.append((end, 100 - row["val_accuracy_pct"]))
             bands.append((start, end, size))
         axis.plot(*zip(*points), "o-", color=style.DARK, ms=5, clip_on=False)
     chosen = points[[int(row["epoch"]) for row in run["log"]].index(run["epoch"])]
-    style.note(axis, f"{chosen[1]:.2f}", chosen, (0, 7), fontsize=10, ha="right")
+    style.note(axis, f"{100 - chosen[1]:.2f} %\nright", chosen, (0, -28), fontsize=10, ha="right")
     for start, stop, size in bands:
         axis.axvspan(start, stop, color=shades[size], linewidth=0)
         side, window = size
         label = f"{side}" if window == side else f"{window} of {side}"
-        how = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
-        style.note(axis, label, (stop, 0.03), rotation=90, **how)  # where curves are high
+        how = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top"}
+        style.note(axis, label, (stop, 0.97), rotation=90, **how)  # where curves are low
     axis.set_xlim(0, end)
 
 
 def training_finding(chains, minutes) -> str:
-    """How far the best network came, in what time, on what."""
-    i = max(range(len(chains)), key=lambda i: chains[i][-1]["val_accuracy_pct"])
+    """How far the best MobileViT, or else the best network, came, in what time, on what."""
+
+    def merit(i: int) -> tuple[bool, float]:
+        return chains[i][-1]["model"] in tables.MODELS, chains[i][-1]["val_accuracy_pct"]
+
+    i = max(range(len(chains)), key=merit)
     last, time = chains[i][-1], minutes[i]
     took = f"{time:.0f} minutes" if time < 120 else f"{time / 60:.1f} hours"
     name = short_name(last["model"]) + ", widened," * bool(last["config"].get("widen"))
