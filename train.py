@@ -52,7 +52,7 @@ from lab.training.loader import loader
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, parse_args
 from lab.training.run import Run, finish, hardware, tensorboard_writer
-from lab.training.schedule import Schedule, Stage, parse_resolutions
+from lab.training.schedule import MAX_EPOCHS, Schedule, Stage, parse_resolutions
 from lab.training.start import (
     fresh_model,
     heads_to_build,
@@ -66,7 +66,6 @@ from lab.training.teacher import Teacher
 
 BEGAN = time.monotonic()  # what --minutes and --max-minutes count from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
-TRIAL_EPOCHS = 1000  # more than a trial of the speed can take
 
 
 class StepOptions(NamedTuple):
@@ -219,7 +218,7 @@ def stages_that_fit(
 
     epoch_s, validation_s = [], []
     for share in shares:
-        stage = replace(share, epochs=TRIAL_EPOCHS)
+        stage = replace(share, epochs=MAX_EPOCHS)  # more than a trial takes
         trial = run_of([stage])
         steps = range(len(trial.schedule))
         batches = loader(batches_of([stage]), steps, workers, trial.world)

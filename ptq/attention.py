@@ -35,8 +35,13 @@ class OpenAttention(nn.Module):
             self.add_module(name, layer)
         self.core = AttentionCore()
 
-    def forward(self, x: Tensor, *others, **options):
-        """Attend to the tokens of `x`; ValueError for those of other tensors, and for masks."""
+    def forward(self, x: Tensor | None = None, *others, **options):
+        """Attend to the tokens of `x`; ValueError for those of other tensors, and for masks.
+
+        `x` may have the name that torch or transformers give it: `query`, `hidden_states`.
+        """
+        if x is None:
+            x = next(options[name] for name in ("query", "hidden_states") if name in options)
         tensors = [v for v in (*others, *options.values()) if isinstance(v, Tensor)]
         asked = any(tensor is not x for tensor in tensors) or options.get("is_causal")
         # When it exports, transformers passes a mask that hides nothing.

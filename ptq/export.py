@@ -60,17 +60,22 @@ def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | Non
         raise ValueError("ONNX export of quantized inputs of norms and SiLU is not written")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            model,
-            (example[:1].expand(2, *example.shape[1:]),),  # one of 1 would be exported as fixed
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        log = logging.getLogger("torch.onnx")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                model,
+                (example[:1].expand(2, *example.shape[1:]),),  # one of 1 would be exported as fixed
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        finally:
+            log.setLevel(level)
     proto = program.model_proto
     _store_int4(proto, int4)
     _strip(proto.graph)

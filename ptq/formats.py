@@ -52,6 +52,8 @@ class Uniform:
         """Return `x` as [G, n]: row g holds the n elements that share the g-th scale."""
         if self.granularity == "tensor":
             return x.reshape(1, -1)
+        if not -x.dim() <= self.axis < x.dim():
+            raise ValueError(f"a tensor of {x.dim()} dimensions has no channels along {self.axis}")
         x = x.movedim(self.axis, 0).flatten(1)
         if not self.group_size:
             return x

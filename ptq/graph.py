@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import (
+    IntegerLayer,
+    QuantizedAttentionCore,
+    QuantizedLayer,
+    Quantizer,
+    owns_weight,
+)
 
 PRODUCERS = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, QuantizedLayer)
 
@@ -19,14 +25,18 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     """Return {name of a batch norm: name of the convolution that feeds it and nothing else}.
 
     `batches` are needed for networks that torch.fx can't trace; without them, such a network has
-    no pairs. A batch norm that does more, such as one with an activation in it, is in no pair.
+    no pairs. A batch norm that does more, such as one with an activation in it, is in no pair, nor
+    is a convolution whose weight is computed at each call.
     """
     modules = dict(model.named_modules())
     norms = {n for n, m in modules.items() if type(m) is nn.BatchNorm2d and has_statistics(m)}
     fed = consumers(model, batches) if norms else {}
     pairs = {}
     for producer, (consumer, *others) in fed.items():
-        convolution = isinstance(modules[producer], nn.Conv2d | QuantizedLayer)
+        layer = modules[producer]
+        convolution = isinstance(layer, QuantizedLayer) or (
+            isinstance(layer, nn.Conv2d) and owns_weight(layer)
+        )
         if consumer in norms and not others and convolution:
             pairs[consumer] = producer
     return pairs
@@ -54,9 +64,9 @@ def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
 def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
     """Return {name of a layer: names of the layers that take in its output}.
 
-    Anything else that takes it in is None, and so is a layer that runs more than once; such layers
-    have no entry of their own. torch.fx traces the network or, where it can't, one call on the
-    first of `batches` is watched.
+    Anything else that takes it in is None, such as the network's caller, and so is a layer that
+    runs more than once; such layers have no entry of their own. torch.fx traces the network or,
+    where it can't, one call on the first of `batches` is watched.
     """
     try:
         graph = Tracer().trace(model)
@@ -64,7 +74,8 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
         return watched(model, batches) if batches is not None else {}
     calls = [node for node in graph.nodes if node.op == "call_module"]
     runs = Counter(node.target for node in calls)
-    once = [node for node in calls if runs[node.target] == 1]
+    read = {n.target.rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}  # weights
+    once = [node for node in calls if runs[node.target] == 1 and node.target not in read]
     return {
         node.target: [user.target if user in once else None for user in node.users]
         for node in once
@@ -110,7 +121,10 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
             return func(*args, **(kwargs or {}))
 
     with running(model, users) as names, hooked(model, {n: n for n in users}, keep), Watch():
-        model(next(iter(batches))[0])
+        result = model(next(iter(batches))[0])
+    for value in tree_leaves(result):
+        if id(value) in outputs:  # it leaves the network
+            users[outputs[id(value)][0]].append(None)
     return {
         name: [user if runs[user] == 1 else None for user in fed]
         for name, fed in users.items()

@@ -9,12 +9,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from mobilevit import AttentionCore
 from ptq.formats import PowerOfTwo, Uniform
 from ptq.observers import OBSERVERS, range_of
 from ptq.recipe import LayerSpec
+
+COMPUTED = (
+    "the weight is computed at each call, so that codes would be lost: call "
+    "remove_parametrizations, prune.remove, remove_weight_norm or remove_spectral_norm"
+)
 
 
 class Quantizer(nn.Module):
@@ -89,6 +93,11 @@ class QuantizedLayer(nn.Module):
         """Return what the layer multiplies by; transformers looks at its type."""
         return self.layer.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Return what the layer adds; networks that read weights read it as well."""
+        return self.layer.bias
+
     @torch.no_grad()
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         """Take the weight that integers `codes` of its shape and `scale` [G] stand for.
@@ -139,13 +148,19 @@ class QuantizedAttentionCore(nn.Module):
 
 
 def _layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> nn.Module:
-    if isinstance(layer, nn.Conv2d) and (
-        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-    ):
-        raise ValueError("convolutions are quantized only with a number of zeros around them")
-    if is_parametrized(layer, "weight"):  # what is written to it would be lost
-        raise ValueError("a weight is parametrized: take remove_parametrizations first")
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding == "valid":
+            layer.padding = (0, 0)
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise ValueError("convolutions are quantized only with a number of zeros around them")
+    if not owns_weight(layer):
+        raise ValueError(COMPUTED)
     return QuantizedLayer(layer, _quantizer(spec), spec.weight, spec.weight_observer)
+
+
+def owns_weight(layer: nn.Module) -> bool:
+    """Say whether a layer's weight is its parameter; pruned and normed ones compute it."""
+    return "weight" in layer._parameters
 
 
 def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:

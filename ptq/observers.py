@@ -48,7 +48,10 @@ class MinMax:
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self.low is None:
-            raise ValueError("nothing was seen during calibration")
+            raise ValueError(
+                "nothing was seen during calibration: take the layer out of the network, or out "
+                "of the recipe's layers"
+            )
         return self.low, self.high
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,8 +65,10 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
     """Write a network that `ptq.quantize` gave to a safetensors file.
 
     Packed codes and scales take the place of weights, everything else stays as it is. The header
-    holds the recipe and the network's `settings`, if it has any. OSError if it can't be written.
+    holds the recipe and the network's `settings`, if it has any. OSError if it can't be written,
+    ValueError if the recipe has a pattern that `load` would refuse.
     """
+    check_patterns(recipe)
     tensors = dict(model.state_dict())
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and module.format is not None:
@@ -112,13 +115,15 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
 
 
 def check_patterns(recipe: Recipe) -> None:
-    """Raise ValueError if a pattern of a recipe from a file is not valid, or slow to match."""
+    """Raise ValueError if a pattern of a recipe for a file is not valid, or slow to match."""
     for pattern in (*(spec.pattern for spec in recipe.layers), recipe.units or ""):
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{pattern[:40]!r} is not a pattern: {error}") from error
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
+        alone = [pattern] if "(" in pattern else pattern.split("|")
+        repeats = max(len(re.findall(r"(?<!\\)[*+{]", alternative)) for alternative in alone)
+        if re.search(r"\)[*+{]", pattern) or repeats > 3:
             raise ValueError(f"the pattern {pattern[:40]!r} repeats too much for a file's")
 
 
@@ -146,7 +151,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # versions, which some modules ask for
+    missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in missing if name not in rebuilt] + unexpected
     if wrong:
         raise ValueError(f"{', '.join(wrong[:3])} missing or not expected")

@@ -5,7 +5,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ptq.layers import LAYERS, QuantizedLayer, Quantizer, kinds_of, quantized
+from ptq.layers import (
+    COMPUTED,
+    LAYERS,
+    IntegerLayer,
+    QuantizedLayer,
+    Quantizer,
+    kinds_of,
+    quantized,
+)
 from ptq.methods import STEPS
 from ptq.methods.norms import make_norms_positive, untie
 from ptq.observers import OBSERVERS
@@ -24,7 +32,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     """
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{str(recipe)[:40]!r} is no recipe: ptq.recipe(name, model) gives one")
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+    if any(isinstance(m, QuantizedLayer | Quantizer | IntegerLayer) for m in model.modules()):
         raise ValueError("the network is quantized already: give the one in float")
     steps = [chosen(STEPS, name, "step") for name in recipe.steps]  # now, not after an hour
     if recipe.calibrates:
@@ -65,12 +73,15 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise ValueError if a tensor of the network is not finite, or is of floats not of 32 bits."""
+    """Raise ValueError for a tensor that is not finite, floats not of 32 bits, computed weights."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name} of the network is {tensor.dtype}: call float() first")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} of the network is not finite")
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("weight"), Tensor):  # put there by a hook
+            raise ValueError(f"{name}: {COMPUTED}")
 
 
 def check_complete(model: nn.Module, recipe: Recipe) -> None:
@@ -97,9 +108,9 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     follows_norms = any(step.endswith("norms") for step in recipe.steps)
     first, n, alike = None, 0, True
     for i, batch in enumerate(batches):
-        if not isinstance(batch, tuple | list) or not isinstance(batch[0], Tensor):
-            raise ValueError("a calibration batch is a pair of its input and anything")
-        x = batch[0]
+        x, *_ = batch if isinstance(batch, tuple | list) and batch else (None,)
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            raise ValueError("a calibration batch is a pair of its input [b, ...] and anything")
         if x.dtype != parameter.dtype:
             raise ValueError(f"calibration images are {x.dtype}, the network {parameter.dtype}")
         if x.device != parameter.device:
@@ -138,6 +149,8 @@ def layer_specs(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
             chosen(OBSERVERS, observer, "observer")
     named = {n: recipe.layer_spec(n, kinds_of(m)) for n, m in model.named_modules()}
     specs = {name: spec for name, spec in named.items() if spec}
+    if "" in specs:
+        raise ValueError("the network is a single layer: put it into an nn.Sequential")
     unused = sorted({spec.pattern for spec in recipe.layers} - {s.pattern for s in specs.values()})
     if unused:
         raise ValueError(f"no layer of the network is left that matches {', '.join(unused)}")
@@ -150,7 +163,10 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
     for name, spec in specs.items():
         layer = model.get_submodule(name)
         places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
-        layer = quantized(layer, spec)
+        try:
+            layer = quantized(layer, spec)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         for place in places:
             model.set_submodule(place, layer)
     for module in model.modules():

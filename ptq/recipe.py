@@ -39,6 +39,10 @@ class LayerSpec:
     published: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern[:40]!r} is not a pattern: {error}") from error
         if self.kind != "product" and self.weight is not None:
             raise ValueError(f"{self.kind} layers keep their weights in float")
         if self.attention and not self.input:
@@ -87,6 +91,8 @@ class Recipe:
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
             if not _fits(getattr(self, f.name), f.type):
                 raise ValueError(f"{f.name} of a recipe can't be {getattr(self, f.name)!r:.60}")
+        if self.calibration_images < 0 or self.calibration_batch < 1:
+            raise ValueError(f"recipe {self.name} calibrates on a number of images, in batches")
         if self.peer and (self.layers or self.steps):
             raise ValueError(f"recipe {self.name} has a peer, which takes no layers and no steps")
         if self.steps and not self.layers:

@@ -144,7 +144,8 @@ def read_tensors(path) -> dict:
                 damaged = archive.testzip()
             if damaged:
                 raise BadInput(f"{path} is damaged: the checksum of {damaged} does not fit")
-        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that are refused later
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused later
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadInput(f"no checkpoint at {path}") from error

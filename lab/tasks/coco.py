@@ -20,7 +20,7 @@ from lab.cli import BadInput
 from lab.files import read_json
 from lab.schema import integer, number, one_of, record, sequence, text
 from lab.tasks import detection, photo
-from lab.tasks.photo import chosen, read_photo, squares
+from lab.tasks.photo import chosen, read_photo, require_upright, squares
 
 objective = detection
 to_input = photo.to_input
@@ -139,6 +139,8 @@ def _read(data_dir, part: str) -> Scenes:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise BadInput(f"no image at {missing[0]}, which {path} names ({len(missing)} are missing)")
+    for file in files:
+        require_upright(file)
     labels = torch.zeros(len(images), max(map(len, objects)), 6)
     labels[..., 4] = -1
     for row, found in zip(labels, objects):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import photo, segmentation
-from lab.tasks.photo import chosen, read_photo, squares
+from lab.tasks.photo import chosen, read_photo, require_upright, squares
 from lab.tasks.segmentation import IGNORED, OUTSIDE
 
 objective = segmentation
@@ -146,6 +146,7 @@ def _require_fitting(file: Path, mask: Path) -> None:
             raise BadInput(f"{path} can't be read as an image: {error}") from error
     if mode not in ("L", "P"):
         raise BadInput(f"{mask} has pixels of kind {mode}, but a mask is gray or has a palette")
+    require_upright(file)
     if sizes[0] != sizes[1]:
         (w, h), (mask_w, mask_h) = sizes
         raise BadInput(f"{mask} has {mask_w}x{mask_h} pixels, its image has {w}x{h}")

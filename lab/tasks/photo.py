@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lab.cli import BadInput
@@ -18,6 +18,20 @@ from lab.cli import BadInput
 def read_photo(path) -> Tensor:
     """The picture in an image file as RGB, uint8 [3, H, W]; BadInput names a file that has none."""
     return _to_tensor(_decode(path))
+
+
+def require_upright(path) -> None:
+    """Raise BadInput for a picture that viewers turn: what is annotated lies on it as stored.
+
+    A file that can't be read says so where it is decoded.
+    """
+    try:
+        with Image.open(path) as file:  # reads no pixels
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 1
+    except Exception:  # PIL's decoders raise many kinds, without a common base
+        return
+    if turned:
+        raise BadInput(f"{path}: its EXIF says to turn it, unlike its annotations: save it upright")
 
 
 def chosen(paths: tuple[Path, ...], indices) -> tuple[Path, ...]:

@@ -78,7 +78,10 @@ def training_data(task, data_dir, val_size: int | None, n_processes: int):
     """
     data = task.load(data_dir, train=True)
     if val_size is None:
-        return data, task.load_val(data_dir)
+        val = task.load_val(data_dir)
+        if len(val) < n_processes:
+            raise BadInput(f"{len(val)} images to validate on leave none to some of {n_processes}")
+        return data, val
     if not n_processes <= val_size < len(data):
         raise BadInput(
             f"--val-size {val_size} leaves nothing to some of {n_processes} processes, or none "

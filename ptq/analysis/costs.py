@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ptq.analysis.compare import logits_of
 from ptq.analysis.sensitivity import noises, set_tensor
 from ptq.graph import hooked, never_ran, norms_after
 from ptq.methods.gptq import hessians, round_weights
@@ -39,7 +40,7 @@ def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     does to its statistics is most of the noise, and such recipes undo it.
     """
     network, rounded = _rounded(model, recipes, batches)
-    x = torch.cat([x for x, *_ in first_images(batches, NOISE_IMAGES)])
+    x = joined(first_images(batches, NOISE_IMAGES))
     norms, before = {}, {}
     if any("shift_norms" in recipe.steps for recipe in recipes.values()):
         norms = {conv: norm for norm, conv in norms_after(network, [(x, None)]).items()}
@@ -62,7 +63,7 @@ def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     costs = defaultdict(dict)
     for bits, values in rounded.items():
         contexts = {name: partial(alone, name, value) for name, value in values.items()}
-        found = noises(network, lambda network: network(x), {"weights": contexts})
+        found = noises(network, lambda network: logits_of(network(x)), {"weights": contexts})
         for name, cost in found["noise"]["weights"].items():
             costs[name][bits] = cost
     return dict(costs)
@@ -104,10 +105,10 @@ def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     weights = [network.get_submodule(name).weight.requires_grad_() for name in names]
     totals = [torch.zeros_like(weight) for weight in weights]
     generator = torch.Generator(weights[0].device).manual_seed(0)
-    images = torch.cat([x for x, *_ in first_images(batches)])
+    images = joined(first_images(batches))
     with torch.enable_grad():
         for image in images:  # a batch's gradient has no squares of single images
-            loss = sampled_loss(network(image[None]), generator)
+            loss = sampled_loss(logits_of(network(image[None])), generator)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             for name, gradient in zip(names, gradients):
                 if gradient is None:
@@ -209,6 +210,13 @@ def _weights_only(recipe: Recipe) -> Recipe:
         replace(s, input=None, attention=None) for s in recipe.layers if s.kind == "product"
     )
     return replace(recipe, layers=layers, steps=(), units=None)
+
+
+def joined(batches) -> Tensor:
+    """Return the images of batches in one; ValueError if they differ in size."""
+    if len({x.shape[1:] for x, *_ in batches}) > 1:
+        raise ValueError("costs are taken from calibration images of one size")
+    return torch.cat([x for x, *_ in batches])
 
 
 def first_images(batches, left: int = IMAGES) -> list:

@@ -5,6 +5,7 @@
 A model, not a measurement: it says what arithmetic and memory would take at the prices of a table.
 """
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import ceil
@@ -40,8 +41,9 @@ def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], lis
 
     Counted are matrix products, convolutions and attention, by torch.utils.flop_counter (two FLOPs
     a MAC), for the innermost module that runs. The second value names all other operators, so that
-    one with products of its own can't hide.
+    one with products of its own can't hide. The network is run on a copy, in evaluation mode.
     """
+    model = copy.deepcopy(model).eval()
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator a layer, without a formula
     try:
@@ -71,8 +73,9 @@ class _Counter(TorchDispatchMode):
         self.formulas = _formulas()
         self.running, self.uncounted = names, set()
         self.layers = defaultdict(LayerCount)
-        parameters = model.named_parameters()
-        self.names = {p.untyped_storage().data_ptr(): (name, p.numel()) for name, p in parameters}
+        self.parameters = defaultdict(dict)  # {storage: {name: elements}}; tied ones have several
+        for name, p in model.named_parameters(remove_duplicate=False):
+            self.parameters[p.untyped_storage().data_ptr()][name] = p.numel()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,13 +84,15 @@ class _Counter(TorchDispatchMode):
         if formula is None:
             self.uncounted.add(str(func._overloadpacket))
             return out
-        layer = self.layers[self.running[-1]]
+        name = self.running[-1]
+        layer = self.layers[name]
         layer.macs += formula(*args, **kwargs, out_val=out) // 2
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                parameter = self.names.get(tensor.untyped_storage().data_ptr())
-                if parameter:
-                    layer.parameters.update([parameter])
+                found = self.parameters.get(tensor.untyped_storage().data_ptr())
+                if found:
+                    own = next((n for n in found if n.startswith(f"{name}.")), next(iter(found)))
+                    layer.parameters[own] = found[own]
                 else:
                     layer.activations += tensor.numel()
         return out

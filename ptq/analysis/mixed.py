@@ -170,7 +170,7 @@ def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
         steps=("nearest", "calibrate", *(s for s in recipe.steps if s in BIASES_FOLLOW)),
         units=None,
     )
-    return size_bytes(quantize(model, fast, [(next(iter(batches))[0][:2], None)]), recipe)
+    return size_bytes(quantize(model, fast, [next(iter(batches))]), recipe)
 
 
 def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> tuple[dict, float]:

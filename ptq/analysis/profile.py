@@ -12,11 +12,13 @@ against those in the quantized one, in which all before it is quantized as well.
 import contextlib
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ptq.analysis.compare import logits_of
 from ptq.analysis.costs import first_images, sampled_loss
 from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
@@ -47,10 +49,10 @@ def profile(
     - "noise": mean squared change of the outputs when this tensor alone is quantized, over their
       variance, to first order and along one random direction an image. Tensors are ordered by it;
 
-    "blocks", from input to output, with the QSNR in dB of what each puts out, "local" when it alone
-    is quantized and "cumulative"; "outputs_db", that of the network; "n_images". Images are run one
-    by one, so that memory does not grow with their number. ValueError as `ptq.quantize` raises it,
-    or if the outputs do not depend on the images.
+    "blocks", as the network registers them, with the QSNR in dB of what each puts out, "local" when
+    it alone is quantized and "cumulative"; "outputs_db", that of the network; "n_images". Images
+    are run one by one, so that memory does not grow with their number. ValueError as `ptq.quantize`
+    raises it, or if the outputs do not depend on the images.
     """
     both = Both(model, quantized, recipe, batches)
     for x, *_ in first_images(batches, n_images):
@@ -132,24 +134,30 @@ class Both:
         {tensor: its values at each of its calls}, each a node of its own in the graph; {name of a
         block: arguments, keyword arguments and output of its first call}; the outputs.
         """
-        values, calls = defaultdict(list), {}
+        values, entered, calls = defaultdict(list), {}, {}
 
         def keep(tensor, args, kwargs, output):
             node = output.clone()  # so that its gradient is that of this use alone
             values[tensor].append(node if node.requires_grad else node.requires_grad_())
             return node.clone()  # what follows may write over it
 
+        def enter(name, module, *given):  # copied, as a block may add to its input in place
+            entered.setdefault(name, tree_map_only(Tensor, lambda x: x.detach().clone(), given))
+
         def keep_call(name, args, kwargs, output):
-            call = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            calls.setdefault(name, (*call, first_tensor(output).detach().clone()))
+            calls.setdefault(name, (*entered[name], first_tensor(output).detach().clone()))
 
         paths = {tensor: tensor.path for tensor in self.tensors if tensor.path is not None}
         with (
             torch.enable_grad(),
+            contextlib.ExitStack() as stack,
             hooked(self.float, paths, keep),
             hooked(self.float, {name: name for name in self.blocks}, keep_call),
         ):
-            logits = self.float(image)
+            for name in self.blocks:
+                register = self.float.get_submodule(name).register_forward_pre_hook
+                stack.enter_context(register(partial(enter, name), with_kwargs=True))
+            logits = logits_of(self.float(image))
         return dict(values), calls, logits
 
     def differentiate(self, logits: Tensor, values: dict) -> None:
@@ -211,7 +219,7 @@ class Both:
             hooked(self.quantized, {name: name for name in integer}, look_inside),
             hooked(self.quantized, {name: name for name in self.blocks}, compare_block),
         ):
-            return self.quantized(image)
+            return logits_of(self.quantized(image))
 
     def as_dict(self) -> dict:
         n, variance = len(self.seen), float(torch.cat(self.seen).double().var())

@@ -59,7 +59,10 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
     """
     for name in units(model, recipe.units):
         unit, wanted = model.get_submodule(name), reference.get_submodule(name)
-        inputs = torch.cat([x for (x,) in captured(model, unit, batches, "input")])
+        calls = list(captured(model, unit, batches, "input"))
+        if any(len(x) != 1 or x[0].shape[1:] != calls[0][0].shape[1:] for x in calls):
+            raise ValueError(f"AdaRound is for units with one input of one size, not for {name}")
+        inputs = torch.cat([x for (x,) in calls])
         outputs = torch.cat(list(captured(reference, wanted, batches, "output")))
         # Squares, as the loss is one of the outputs, and its gradient a product with the inputs.
         if not all(x.square().sum().isfinite() for x in (inputs, outputs)):

@@ -33,12 +33,15 @@ def nearest_codes(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
 
 def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Give each weight the code of its nearest level."""
-    for layer in layers_to_round(model).values():
-        layer.set_weight(*nearest_codes(layer))
+    for name, layer in layers_to_round(model).items():
+        try:
+            layer.set_weight(*nearest_codes(layer))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def units(model: nn.Module, pattern: str | None) -> list[str]:
-    """Return the names of the modules whose weights are rounded together, from input to output.
+    """Return the names of the modules whose weights are rounded together, as registered.
 
     These are the outermost modules that `pattern` matches, and each layer to round outside of
     them. ValueError if the pattern matches nothing.

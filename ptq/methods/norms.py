@@ -75,7 +75,7 @@ def _scale_rows(layer: QuantizedLayer, factor: Tensor) -> None:
 
 @torch.no_grad()
 def shift_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Shift the running statistics of every batch norm by what quantization changes in its input.
+    """Shift the running statistics of every nn.BatchNorm2d by what quantization changes there.
 
     From those of `reference`, means move by the difference and variances by the ratio between what
     `model` and `reference` make of `batches`. Where both make the same, nothing moves. To replace
@@ -90,12 +90,26 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
     """Return a copy of a float network with batch norms for images of another size.
 
     `batches` holds the images at that size, `trained_batches` the same images at the size that the
-    network was trained at.
+    network was trained at. ValueError unless both have as many, two and more a batch, that are
+    finite.
     """
+    n, n_trained = check_images(batches), check_images(trained_batches)
+    if n != n_trained:
+        raise ValueError(f"both sizes need the same images, but there are {n} and {n_trained}")
     copied = copy.deepcopy(model)
     with torch.no_grad():
         _shift(copied, model, statistics(model, batches), statistics(model, trained_batches))
     return copied
+
+
+def check_images(batches) -> int:
+    """Return how many images norms can take their statistics from; ValueError if they can't."""
+    if iter(batches) is batches:
+        raise ValueError("batches of images are gone through again: give a sequence")
+    sizes = [len(x) if x.isfinite().all() else 0 for x, *_ in batches]
+    if not sizes or min(sizes) < 2:
+        raise ValueError("norms take their statistics from batches of two and more finite images")
+    return sum(sizes)
 
 
 def _shift(model: nn.Module, reference: nn.Module, after: dict, before: dict) -> None:
@@ -121,7 +135,7 @@ def shifted(trained: nn.BatchNorm2d, after, before) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def replace_norms(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
-    """Replace the running statistics of every batch norm by those of `batches`; the usual way."""
+    """Replace the running statistics of every nn.BatchNorm2d by those of `batches`, as is usual."""
     _set(model, statistics(model, batches))
 
 

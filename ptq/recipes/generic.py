@@ -1,5 +1,7 @@
 """Our recipes for networks whose layers have other names: the same formats by kinds of layers."""
 
+import warnings
+from collections import Counter
 from dataclasses import replace
 
 from torch import nn
@@ -54,7 +56,26 @@ def generic(recipe: Recipe, model: nn.Module) -> Recipe:
     specs = {name: spec for name, spec in specs.items() if spec}
     if not specs:
         raise ValueError("the network has no nn.Conv2d and no nn.Linear to quantize")
+    _warn_of_floats(recipe.name, specs, model)
     return replace(recipe, layers=by_names(specs), units=None)
+
+
+def _warn_of_floats(recipe: str, specs: dict, model: nn.Module) -> None:
+    """Warn where more than half of the elements of weights are of layers that stay in float."""
+    total, left = 0, Counter()
+    for name, module in model.named_modules():
+        n = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+        total += n
+        if not any(f"{name}.".startswith(f"{layer}.") for layer in specs):
+            left[type(module).__name__] += n
+    if 2 * left.total() > total:
+        types = " and ".join(kind for kind, _ in left.most_common(2))
+        share = 100 * left.total() / total
+        warnings.warn(
+            f"{recipe} leaves {share:.0f} % of the weights in float, those of {types} first: it is "
+            "for nn.Conv2d, nn.Linear and what open_attention takes apart",
+            stacklevel=4,
+        )
 
 
 def in_torch_attention(name: str, model: nn.Module) -> bool:

@@ -68,7 +68,7 @@ def vit_recipe(
 
 
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
-    """Return the names of linear layers and products in these parts, from input to output."""
+    """Return the names of linear layers and products in these parts, as registered."""
     for part in parts:
         chosen(PARTS, part, "part")
     part_of = {
