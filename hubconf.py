@@ -22,8 +22,11 @@ _PRIVATE_NAME = "mobilevit_from_torch_hub"
 
 
 def _mobilevit():
-    """The module mobilevit.py of this folder: the one that `import mobilevit` gives where that is
-    ours, so that its classes are the same, otherwise one under a private name."""
+    """Return the module mobilevit.py of this folder.
+
+    Where `import mobilevit` gives ours, it is that one, so that its classes are the same. Otherwise
+    it has a private name.
+    """
     file = _HERE / "mobilevit.py"
     if "mobilevit" in sys.modules:
         found = sys.modules["mobilevit"].__spec__
@@ -53,15 +56,27 @@ def _network(variant: str, pretrained: bool, num_classes: int) -> nn.Module:
 
 
 def mobilevit_xxs(pretrained: bool = False, num_classes: int = 10) -> nn.Module:
-    """MobileViT XXS; `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode."""
+    """Return MobileViT XXS: images [B, 3, H, W] -> logits [B, num_classes].
+
+    `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode. ValueError if it is asked
+    for with another number of classes than their 10.
+    """
     return _network("xxs", pretrained, num_classes)
 
 
 def mobilevit_xs(pretrained: bool = False, num_classes: int = 10) -> nn.Module:
-    """MobileViT XS; `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode."""
+    """Return MobileViT XS: images [B, 3, H, W] -> logits [B, num_classes].
+
+    `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode. ValueError if it is asked
+    for with another number of classes than their 10.
+    """
     return _network("xs", pretrained, num_classes)
 
 
 def mobilevit_s(pretrained: bool = False, num_classes: int = 10) -> nn.Module:
-    """MobileViT S; `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode."""
+    """Return MobileViT S: images [B, 3, H, W] -> logits [B, num_classes].
+
+    `pretrained`: with the shipped CIFAR-10 weights, in evaluation mode. ValueError if it is asked
+    for with another number of classes than their 10.
+    """
     return _network("s", pretrained, num_classes)

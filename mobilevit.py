@@ -91,7 +91,7 @@ def fit_patches(x: Tensor, p: int) -> Tensor:
 
 @torch.fx.wrap
 def unfold(x: Tensor, p: int) -> Tensor:
-    """[B, d, H, W] -> [B*P, N, d]: one sequence per pixel position within a patch.
+    """Return [B, d, H, W] as [B*P, N, d]: one sequence per pixel position within a patch.
 
     Attention then mixes the pixels that share a position, across all patches (paper, eq. 1).
     """
@@ -102,7 +102,7 @@ def unfold(x: Tensor, p: int) -> Tensor:
 
 @torch.fx.wrap
 def fold(tokens: Tensor, like: Tensor, p: int) -> Tensor:
-    """[B*P, N, d] -> [B, d, H, W], the inverse of `unfold` for a map of `like`'s H and W."""
+    """Return [B*P, N, d] as [B, d, H, W]: the inverse of `unfold` for a map of `like`'s H and W."""
     d, (H, W) = tokens.shape[-1], like.shape[-2:]
     x = tokens.reshape(-1, p, p, H // p, W // p, d)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, H, W, d).permute(0, 3, 1, 2)
@@ -265,8 +265,10 @@ class MobileViT(nn.Module):
         self.apply(init_weights)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The maps [B, C, H / s, W / s] at the ends of stages 1 to 5, at strides s = 2, 4, 8, 16,
-        32 (none above `output_stride`)."""
+        """Return the maps [B, C, H / s, W / s] at the ends of stages 1 to 5.
+
+        Their strides s are 2, 4, 8, 16 and 32, but none is above `output_stride`.
+        """
         x = self.stem(check_images(x))
         return [x := stage(x) for stage in self.stages]
 
@@ -276,7 +278,7 @@ class MobileViT(nn.Module):
 
 
 def _three(name: str, value) -> tuple[int, int, int]:
-    """One number for each of the stages 3, 4 and 5."""
+    """Return one number for each of the stages 3, 4 and 5."""
     values = (value,) * 3 if isinstance(value, int) else tuple(value)
     if len(values) != 3:
         raise ValueError(f"{name} must be one number or three, got {list(values)}")
@@ -319,8 +321,10 @@ def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(state_dict: dict[str, Tensor], rewrites) -> dict[str, Tensor]:
-    """`state_dict` with each pair (pattern, replacement) of `rewrites` applied to its names in
-    turn."""
+    """Return `state_dict` with `rewrites` applied to its names.
+
+    Each is a pair (pattern, replacement) as re.sub takes it. They are applied in turn.
+    """
     new = {}
     for name, tensor in state_dict.items():
         for pattern, ours in rewrites:

@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def train(args, world: World) -> int:
-    """Train as the options say and, at the end, read the test set; the command's exit code."""
+    """Train as the options say, read the test set at the end, and return the exit code."""
     heads = heads_to_build(args.model, args.heads, args.widen, args.pretrained)
     if not args.resume:
         require_no_run(args.output)
@@ -201,10 +201,10 @@ def stages_that_fit(
     n_test: int,
     options: StepOptions,
 ) -> list[Stage]:
-    """`shares` with the epochs that fit into `minutes`, by trials whose weights are dropped."""
+    """Return `shares` with the epochs that fit into `minutes`, by trials that leave no weights."""
 
     def seconds(trial: Run, share: Stage, batches) -> tuple[float, float]:
-        """What a step and a validation of `share` take."""
+        """Return what a step and a validation of `share` take, in seconds."""
         world, model = trial.world, trial.model
         how = (world, 60 * minutes)
         some = val[: max(world.size, len(val) // 8)]  # on a CPU, all would take half a minute
@@ -246,7 +246,7 @@ def loop(
     workers: int,
     max_minutes: float | None,
 ) -> int:
-    """Train from where `run` stands: 0 at its end, or the exit code of what stopped it before."""
+    """Train from where `run` stands; return 0 at its end or the exit code of what stopped it."""
     world, n_steps = run.world, len(run.schedule)
     # Looking at the loss waits for the device, which costs nothing on a CPU.
     check_every = 1 if world.device.type == "cpu" else 20
@@ -322,7 +322,11 @@ def step(
 
 
 def check_finite(run: Run) -> None:
-    """Raise BadInput, before anything is saved, if a loss or gradient of the epoch was not."""
+    """Raise BadInput if a loss or gradient since the last validation was not finite.
+
+    It is asked before anything is saved. Where a scaler skips steps that overflow, gradients do not
+    count.
+    """
     if not math.isfinite(run.world.sum(run.sums).sum().item()):
         raise BadInput(
             f"the loss or its gradient is not finite near step {run.step}: lower --lr or use "

@@ -45,12 +45,18 @@ NAMES = ", ".join((*MODELS, *SHORT))
 
 
 def full_name(name: str) -> str:
-    """The registered name for a name or its short form: "xxs" is mobilevit_xxs."""
+    """Return the registered name for a name or its short form: mobilevit_xxs for "xxs".
+
+    Names that are no short form are returned as they are.
+    """
     return SHORT.get(name, name)
 
 
 def registered(name: str) -> str:
-    """`full_name` as the type of a command's option, which refuses other names."""
+    """Return `full_name(name)`: the type of a command's option.
+
+    argparse.ArgumentTypeError for a name that is not registered.
+    """
     if full_name(name) not in MODELS:
         alike = ", ".join(get_close_matches(name, (*MODELS, *SHORT), cutoff=0))
         raise argparse.ArgumentTypeError(f"no network is called {name}; names like it: {alike}")
@@ -58,13 +64,15 @@ def registered(name: str) -> str:
 
 
 def default_img_size(name: str) -> int:
-    """Side of the images that the network `name` is trained on unless another is asked for."""
+    """Return the side in pixels of the images that the network `name` is trained on by default."""
     return IMG_SIZES.get(name, 256)
 
 
 def require_img_size(model: nn.Module, img_size: int, where: str) -> None:
-    """Raise BadInput, naming `where` the size came from, if `model` takes only images of another
-    size: it then has an attribute `img_size`."""
+    """Raise BadInput if `model` takes only images of another side than `img_size` pixels.
+
+    Such a model has an attribute `img_size`. The message begins with `where` the size came from.
+    """
     fixed = getattr(model, "img_size", img_size)
     if fixed != img_size:
         sizes = f"{fixed}x{fixed} pixels, not {img_size}x{img_size}"
@@ -96,7 +104,10 @@ def require_heads(name: str) -> None:
 
 
 def build(name: str, /, **settings) -> nn.Module:
-    """The network `name` with fresh weights; ValueError for settings that it does not take."""
+    """Return the network `name`, a key of MODELS, with fresh weights.
+
+    ValueError for settings that it does not take.
+    """
     try:
         if settings.get("num_classes", 1) < 1:
             raise ValueError(f"num_classes must be at least 1, got {settings['num_classes']}")
@@ -106,10 +117,10 @@ def build(name: str, /, **settings) -> nn.Module:
 
 
 def settings_of(model: nn.Module) -> dict:
-    """The settings that build the same network by its registered name, as plain values."""
+    """Return the settings that build the same network by its registered name, as plain values."""
     return {name: value for name, value in model.settings.items() if name != "variant"}
 
 
 def run_name(model: str, task: str) -> str:
-    """A run's name in paths and tables; another task than CIFAR-10 shows in it."""
+    """Return a run's name in paths and tables: the network, and the task unless it is cifar10."""
     return model if task == "cifar10" else f"{model}-{task}"

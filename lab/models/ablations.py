@@ -50,7 +50,7 @@ class MV2Only(MobileViT):
 
 
 def macs_per_pixel(block: MobileViTBlock, n_patches: int) -> int:
-    """Multiply-accumulates of a block for each pixel of its map of `n_patches` patches.
+    """Return the multiply-accumulates of a block for each pixel of its map of `n_patches` patches.
 
     Every weight of a convolution or linear layer takes part in one; attention multiplies every
     token with the keys and the values of all patches.

@@ -31,7 +31,7 @@ PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
 def tensor(value, where: str) -> None:
-    """A tensor without NaN and infinity."""
+    """Raise BadInput unless `value` is a plain tensor of finite real numbers on the CPU."""
     if not isinstance(value, Tensor):
         raise BadInput(f"{where} is a {type(value).__name__}, but should be a tensor")
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
@@ -47,7 +47,7 @@ def tensor(value, where: str) -> None:
 
 
 def plain(value, where: str) -> None:
-    """An option as files keep it: None, a flag, text, a finite number, or a list of these."""
+    """Raise BadInput unless `value` is None, a flag, text, a finite number, or a list of these."""
     for part in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(part, bool | int | float | str | None):
             raise BadInput(f"{where} holds a {type(part).__name__}, but should be a plain value")
@@ -56,7 +56,10 @@ def plain(value, where: str) -> None:
 
 
 def whole(value, where: str) -> None:
-    """A setting of a network: like `plain`, but its numbers are whole."""
+    """Raise BadInput unless `value` is a setting of a network: `plain`, with whole numbers alone.
+
+    A flag may stand alone, but not in a list.
+    """
     plain(value, where)
     is_list = isinstance(value, list | tuple)
     no_integer = float | bool if is_list else float  # a setting can be a flag
@@ -65,7 +68,10 @@ def whole(value, where: str) -> None:
 
 
 def like(example) -> Schema:
-    """The schema of a state dict with the keys, shapes and types of `example`, all finite."""
+    """Return the schema of a state dict with the keys, shapes and types of `example`.
+
+    All values in it must be finite.
+    """
 
     def check(value, where):
         if isinstance(example, dict):
@@ -90,13 +96,17 @@ def like(example) -> Schema:
 
 
 def settings(value, where: str) -> None:
-    """What builds a network: a number of classes, and what else it takes."""
+    """Raise BadInput unless `value` is what builds a network: num_classes, and others it takes."""
     record({"num_classes": integer(1, MAX_CLASSES)})(value, where)
     mapping(whole)(value, where)
 
 
 def config(value, where: str) -> None:
-    """The options of a run: plain values. Which images it held out, later commands must know."""
+    """Raise BadInput unless `value` holds the options of a run, as plain values.
+
+    `val_size`, where it is given, is None or at least 1: later commands must know which images the
+    run held out.
+    """
     mapping(plain)(value, where)
     record({}, optional={"val_size": maybe(integer(1))})(value, where)
 
@@ -137,7 +147,10 @@ def save_checkpoint(path, checkpoint: dict) -> None:
 
 
 def read_tensors(path) -> dict:
-    """The dict that a file of tensors and plain values holds, on the CPU; BadInput otherwise."""
+    """Return the dict that a file of tensors and plain values holds, on the CPU.
+
+    BadInput for a file that is missing or damaged, or holds anything else.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
@@ -160,7 +173,10 @@ def read_tensors(path) -> dict:
 
 
 def load_checkpoint(path) -> dict:
-    """Read and check a checkpoint; what it lacks or has wrong is a BadInput that names it."""
+    """Read and check a checkpoint, and return it with the keys of format 2.
+
+    BadInput names what it lacks or has wrong.
+    """
     checkpoint = read_tensors(path)
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version not in (1, FORMAT):
@@ -203,7 +219,10 @@ def _from_format_1(old: dict, path) -> dict:
 
 
 def without_prefix(state_dict: dict) -> dict:
-    """The state dict without the prefixes that DataParallel and torch.compile give every name."""
+    """Return the state dict without the prefixes of DataParallel and torch.compile.
+
+    They give them to every name.
+    """
     for prefix in PREFIXES:
         if state_dict and all(name.startswith(prefix) for name in state_dict):
             return without_prefix({n.removeprefix(prefix): t for n, t in state_dict.items()})
@@ -211,9 +230,10 @@ def without_prefix(state_dict: dict) -> dict:
 
 
 def load_state(model: nn.Module, state_dict: dict, path) -> None:
-    """Load the tensors of the file `path` into `model`; BadInput names the first that do not fit.
+    """Load `state_dict`, which the file `path` holds, into `model`.
 
-    A prefix of DataParallel or torch.compile is taken off.
+    A prefix of DataParallel or torch.compile is taken off. BadInput names the first tensor that
+    does not fit.
     """
     state_dict, ours = without_prefix(state_dict), model.state_dict()
     wrong = [f"lacks {name}" for name in ours if name not in state_dict]
@@ -235,7 +255,10 @@ def load_state(model: nn.Module, state_dict: dict, path) -> None:
 
 
 def load_weights(model: nn.Module, name: str, checkpoint: dict, path) -> None:
-    """Load a checkpoint into `model`, the network `name`; BadInput if it holds another network."""
+    """Load a checkpoint into `model`, the network `name`.
+
+    BadInput if it holds another network, or one with other settings.
+    """
     theirs = checkpoint["model"], checkpoint["settings"]
     ours = name, settings_of(model)
     if theirs != ours:
@@ -247,7 +270,10 @@ def load_weights(model: nn.Module, name: str, checkpoint: dict, path) -> None:
 
 
 def network(checkpoint: dict, path) -> nn.Module:
-    """The network in a checkpoint that was read from `path`."""
+    """Return the network in a checkpoint that was read from `path`.
+
+    BadInput if settings, size of the images or weights do not fit each other.
+    """
     try:
         model = build(checkpoint["model"], **checkpoint["settings"])
     except ValueError as error:
@@ -261,7 +287,10 @@ def network(checkpoint: dict, path) -> nn.Module:
 
 
 def model_from_checkpoint(path) -> tuple[nn.Module, dict]:
-    """The float network in a checkpoint, in eval mode and channels-last, and the checkpoint."""
+    """Return the network in a checkpoint, and the checkpoint.
+
+    The network computes in floats and is in evaluation mode and channels-last.
+    """
     checkpoint = load_checkpoint(path)
     model = network(checkpoint, path)
     return model.eval().to(memory_format=torch.channels_last), checkpoint

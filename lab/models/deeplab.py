@@ -26,8 +26,8 @@ torch.fx.wrap("resize_like")  # imported here, it would be traced into otherwise
 class Pyramid(nn.Module):
     """Atrous spatial pyramid pooling: the map [B, C, H, W] seen at several scales and as a whole.
 
-    1x1, three 3x3 with dilations `rates` and the mean over the map, each with CHANNELS channels, in
-    turn made CHANNELS again.
+    It is seen by a 1x1 convolution, by three 3x3 ones with dilations `rates`, and as its mean. Each
+    gives CHANNELS channels, and a 1x1 convolution makes CHANNELS of them all.
     """
 
     def __init__(self, c_in: int, rates: tuple[int, int, int]):

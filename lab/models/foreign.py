@@ -80,8 +80,11 @@ LITE = {"crop": 0.875, "interpolation": "bicubic"}
 
 
 def _vits(prefix: str, pixels: dict, of_transformers: dict) -> Family:
-    """The ViTs whose names begin with `prefix`. timm and transformers give the same `pixels` to
-    networks of the same weights; those with our names were trained by train.py."""
+    """Return the family of the ViTs whose names begin with `prefix`.
+
+    timm and transformers give the same `pixels` to networks of the same weights. Those with our
+    names were trained by train.py.
+    """
     squeezed = {"stretch": True} | of_transformers
     return Family(
         "ViT",
@@ -143,13 +146,19 @@ FAMILIES = (
 
 
 def family_of(name: str) -> Family:
-    """The family of the network `name`; one that is in none is known by its own names alone."""
+    """Return the family of the network `name`.
+
+    One that is in none of FAMILIES is known by its own names alone.
+    """
     own = Family(name, (name,), (Layout(name, dict, **CIFAR10),))
     return next((family for family in FAMILIES if name in family.names), own)
 
 
 def timm_layout(name: str) -> Layout:
-    """How timm names the tensors of the network `name`; BadInput if timm has no weights for it."""
+    """Return how timm names the tensors of the network `name`.
+
+    BadInput if timm has no weights for it.
+    """
     layouts = [layout for layout in family_of(name).layouts if layout.name == "timm"]
     if not layouts or name == "vit_cifar":
         raise BadInput(f"--pretrained: timm has no weights for {name}")
@@ -157,11 +166,12 @@ def timm_layout(name: str) -> Layout:
 
 
 def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
-    """The network `name` with the weights in a file, in evaluation mode, and the file's layout.
+    """Return the network `name` with the weights in a file, and the file's layout.
 
     The file is .safetensors or a torch file of tensors: a state dict, as it is or under one of the
     names in WRAPPERS. The number of classes follows from the classifier's rows. `heads` overrides
-    the attention heads of a MobileViT's layout. Raises BadInput for everything that does not fit.
+    the attention heads of a MobileViT's layout. The network is in evaluation mode and
+    channels-last. BadInput for everything that does not fit.
     """
     if heads is not None:
         require_heads(name)
@@ -190,16 +200,19 @@ def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
 
 
 def flip_colours(network: nn.Module) -> None:
-    """Let a MobileViT, or a network on one, that took blue, green, red take red, green, blue, or
-    the reverse."""
+    """Reverse the order of colours that a MobileViT, or a network on one, takes.
+
+    One that took blue, green, red then takes red, green, blue, or the other way round.
+    """
     stem = getattr(network, "backbone", network).stem.conv
     stem.weight.data = stem.weight.data.flip(1)
 
 
 def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, source="") -> dict:
-    """A checkpoint of format 2 for a network that `read_weights` read from the file `source`.
+    """Return a checkpoint of format 2 for a network that `read_weights` read from `source`, a file.
 
-    `classes` are the names of its classes, by default "class 0" and so on.
+    `classes` are the names of its classes, by default "class 0" and so on. BadInput if they are not
+    as many as the network has.
     """
     settings, task = settings_of(network), TASK_OF.get(name, "imagefolder")
     metric = TASKS[task].objective.METRIC
@@ -225,7 +238,7 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
 
 
 def _read_state(path) -> dict[str, Tensor]:
-    """The state dict in a file, out of its wrapper and without prefixes."""
+    """Return the state dict in a file, out of its wrapper and without prefixes."""
     if Path(path).suffix == ".safetensors":
         try:
             state = load_file(path)
@@ -245,13 +258,16 @@ def _read_state(path) -> dict[str, Tensor]:
 
 
 def _shapes(name: str) -> dict[str, torch.Size]:
-    """The shape of every tensor of the network `name` with one class, by the tensor's name."""
+    """Return {name of a tensor: its shape} of the network `name` with one class."""
     with torch.device("meta"):
         return {n: t.shape for n, t in build(name, num_classes=1).state_dict().items()}
 
 
 def _recognised(state: dict, expected: dict, family: Family, path) -> tuple[Layout, dict]:
-    """The layout whose names fit most tensors, and the state dict with our names."""
+    """Return the layout whose names fit most tensors, and the state dict with our names.
+
+    BadInput if it fits less than half of the `expected` ones.
+    """
     read = [(layout, layout.to_ours(state)) for layout in family.layouts]
     layout, ours = max(read, key=lambda pair: len(pair[1].keys() & expected.keys()))
     if 2 * len(ours.keys() & expected.keys()) < len(expected):
@@ -280,8 +296,11 @@ def _require_variant(state: dict, name: str, family: Family, path) -> None:
 
 
 def load_timm(model: nn.Module, name: str) -> None:
-    """Load timm's ImageNet weights, all but the classifier, into `model`, the network `name` with
-    the heads of `timm_layout`."""
+    """Load timm's ImageNet weights, all but the classifier, into `model`.
+
+    It is the network `name` with the heads of `timm_layout`. BadInput if timm is not installed or
+    its weights can't be fetched.
+    """
     layout = timm_layout(name)
     try:
         import timm

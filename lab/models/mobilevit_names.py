@@ -81,7 +81,7 @@ _SSD_FROM_CVNETS = (
 
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a classifier; the head of a segmentation network beside it is left out."""
+    """Return the tensors of a classifier, without those of a segmentation head beside it."""
     body, rest = _parted(state, "mobilevit.")
     rest = {n: t for n, t in rest.items() if not n.startswith("segmentation_head.")}
     return joined_attention(renamed(body | rest, _FROM_TRANSFORMERS))
@@ -108,7 +108,7 @@ def ssd_from_cvnets(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _parted(state: dict, prefix: str) -> tuple[dict, dict]:
-    """The tensors whose names begin with `prefix`, by the rest of their names, and all others."""
+    """Return the tensors whose names begin with `prefix`, by the rest of these, and all others."""
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     return inside, {n: t for n, t in state.items() if not n.startswith(prefix)}
 

@@ -9,10 +9,10 @@ from torch import nn
 
 
 def resnet18(num_classes: int = 10) -> nn.Module:
-    """torchvision's resnet18 with a 3x3 convolution of stride 1 as its stem and no pooling behind
-    it: images [B, 3, H, W] -> logits [B, num_classes].
+    """Return torchvision's resnet18 with another stem: [B, 3, H, W] -> logits [B, num_classes].
 
-    The paper's 7x7 stem of stride 2 and its pooling would leave 8x8 of 32x32 pixels.
+    The stem is a 3x3 convolution of stride 1 without pooling behind it. The paper's 7x7 stem of
+    stride 2 and its pooling would leave 8x8 of 32x32 pixels.
     """
     from torchvision.models import resnet18  # two seconds to import, spent only where it is used
 

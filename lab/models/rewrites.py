@@ -5,8 +5,11 @@ from torch import Tensor
 
 
 def joined_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with `attn.query`, `attn.key` and `attn.value`, layers of their own in transformers,
-    as one `attn.qkv`. Parts that do not fit each other stay, to be refused later by name."""
+    """Return `state` with the queries, keys and values of each attention as one `attn.qkv`.
+
+    In transformers they are layers of their own, `attn.query`, `attn.key` and `attn.value`. Parts
+    that do not fit each other stay, to be refused later by name.
+    """
     state = dict(state)
     for name in [name for name in state if ".attn.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]

@@ -83,30 +83,33 @@ class SSDLite(nn.Module):
 
 
 def separable(channels: int, pointwise: nn.Module, stride: int = 1) -> nn.Sequential:
-    """A depthwise 3x3 convolution with batch norm, then `pointwise`."""
+    """Return a depthwise 3x3 convolution with batch norm, and `pointwise` behind it."""
     depthwise = ConvNorm(channels, channels, 3, stride, groups=channels, act=nn.Identity)
     return nn.Sequential(depthwise, pointwise)
 
 
 @torch.fx.wrap
 def with_anchors(outputs: Tensor, sides: list[tuple[int, int]], first_stride: int) -> Tensor:
-    """[B, A, 4 + K] -> [B, A, 4 + K + 4]: each row followed by its anchor."""
+    """Return `outputs` [B, A, 4 + K] as [B, A, 4 + K + 4]: each row followed by its anchor.
+
+    `sides` are the (height, width) of the maps, in their order.
+    """
     sides = [(int(height), int(width)) for height, width in sides]
     boxes = anchors(sides, FIRST_SCALE[first_stride]).to(outputs.device)
     return torch.cat((outputs, boxes.expand(outputs.shape[0], -1, -1)), dim=2)
 
 
 def boxes_per_cell(ratios: tuple[int, ...]) -> int:
-    """Two squares, and for each ratio a wide and a tall box."""
+    """Return how many boxes a cell has: two squares, and for each ratio a wide and a tall one."""
     return 2 + 2 * len(ratios)
 
 
 def anchors(sides: list[tuple[int, int]], first_scale: float) -> Tensor:
-    """The anchors [A, 4] of maps of `sides` (height, width), as (cx, cy, w, h) within 0 and 1.
+    """Return the anchors [A, 4] of maps of `sides` (height, width): (cx, cy, w, h) within 0 and 1.
 
-    Map by map, row by row, cell by cell. Scales rise evenly from `first_scale` to LAST_SCALE; a
-    cell has a square of its map's scale, one of the mean of that and the next map's, and of the
-    former's area a wide and a tall box for each ratio.
+    They go map by map, row by row, cell by cell. Scales rise evenly from `first_scale` to
+    LAST_SCALE. A cell has a square of its map's scale, and one of the geometric mean of that and
+    the next map's. For each ratio it also has a wide and a tall box of the first square's area.
     """
     rise = (LAST_SCALE - first_scale) / len(sides)
     scales = [first_scale + i * rise for i in range(len(sides) + 1)]

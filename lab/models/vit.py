@@ -149,5 +149,5 @@ def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a transformers ViTForImageClassification for `ViT.load_state_dict`."""
+    """Return a transformers ViTForImageClassification's state dict for `ViT.load_state_dict`."""
     return joined_attention(renamed(state_dict, _FROM_TRANSFORMERS))

@@ -64,20 +64,25 @@ def widen(narrow: MobileViT, wide: MobileViT) -> None:
 
 
 def _first(wide: Tensor, narrow: Tensor) -> None:
-    """Overwrite the first entries of a vector."""
+    """Overwrite the first entries of the vector `wide` by `narrow`."""
     wide[: len(narrow)] = narrow
 
 
 def _graft(wide: nn.Module, narrow: nn.Module, inputs: Tensor | None = None) -> None:
-    """Give the first outputs of a convolution or linear layer the weights of the narrow one, whose
-    inputs are at `inputs` of the wide one (default: the first), and zeros for all others."""
+    """Give the first outputs of a convolution or linear layer the weights of the narrow one.
+
+    The inputs of the narrow one are at `inputs` of the wide one, by default the first. The weights
+    of these outputs for all other inputs become zero.
+    """
     wide.weight[: len(narrow.weight)] = 0
     _graft_reader(wide, narrow, inputs)
 
 
 def _graft_reader(wide: nn.Module, narrow: nn.Module, inputs: Tensor | None = None) -> None:
-    """Like `_graft`, of a layer that reads tokens: their new channels are zero, and only if they
-    are read can training change that."""
+    """Graft a layer that reads tokens: its weights for new channels stay as they are.
+
+    These channels are zero, and only if they are read can training change that.
+    """
     n_out, n_in = narrow.weight.shape[:2]
     wide.weight[:n_out, torch.arange(n_in) if inputs is None else inputs] = narrow.weight
     if narrow.bias is not None:
@@ -85,8 +90,7 @@ def _graft_reader(wide: nn.Module, narrow: nn.Module, inputs: Tensor | None = No
 
 
 def _graft_writer(wide: nn.Module, narrow: nn.Module, inputs: Tensor | None = None) -> None:
-    """Like `_graft`, of a layer that writes tokens: centred over the old channels, zero in the
-    new ones."""
+    """Graft a layer that writes tokens: centred over the old channels, zero in the new ones."""
     _graft(wide, narrow, inputs)
     n_out = narrow.weight.shape[0]
     for part in (wide.weight, wide.bias):
@@ -125,14 +129,17 @@ def _carry_input(wide: MV2, narrow: MV2, inputs: Tensor) -> None:
 
 
 def _samples(norm: nn.BatchNorm2d) -> Tensor:
-    """Quantiles of silu(norm(x)), [255, channels], as if the normalised values were Gaussian."""
+    """Return quantiles [255, channels] of silu(norm(x)), as if normalised values were Gaussian."""
     quantiles = torch.special.ndtri(torch.arange(1, 256) / 256)[:, None]
     return F.silu(norm.bias + norm.weight.abs() * quantiles)
 
 
 def _make_identity(norm: nn.BatchNorm2d, channels: Tensor, inputs: Tensor) -> None:
-    """Let `norm` pass these channels on: exactly with its statistics, and with those of a batch
-    as nearly as it is like `inputs`."""
+    """Let `norm` pass these channels on.
+
+    With its running statistics it does so exactly; with those of a batch, as nearly as the batch is
+    like `inputs`, [n, channels].
+    """
     var, mean = torch.var_mean(inputs, 0)
     norm.running_var[channels], norm.running_mean[channels] = var, mean
     norm.weight[channels], norm.bias[channels] = (var + norm.eps).sqrt(), mean
@@ -184,8 +191,10 @@ def _attention(wide: Attention, narrow: Attention) -> None:
 
 
 def _of_rank(rank: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Two [rank, d] whose q^T k is the closest to that of the given [more, d], in Frobenius norm
-    (Eckart and Young)."""
+    """Return two [rank, d] whose q^T k is the closest, in Frobenius norm, to that of `q` and `k`.
+
+    `q` and `k` are [more, d]. It is a truncated singular value decomposition (Eckart and Young).
+    """
     u, s, vh = torch.linalg.svd(q.double().T @ k.double())
     root = s[:rank].sqrt()[:, None]
     return (root * u.T[:rank]).to(q.dtype), (root * vh[:rank]).to(k.dtype)

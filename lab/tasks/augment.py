@@ -31,7 +31,10 @@ class Augmentation:
     jpeg: float = 0.0
 
     def images(self, x: Tensor, draws: Tensor, window: int) -> Tensor:
-        """uint8 [b, 3, S, S] -> [b, 3, window, window], from `draws` int64 [b, DRAWS]."""
+        """Return the images `x` uint8 [b, 3, S, S] augmented, as [b, 3, window, window].
+
+        `draws` int64 [b, DRAWS] are the random numbers of each image.
+        """
         padding = 0 if self.policy == "none" else x.shape[-1] // 8
         x = crop(x, draws[:, 0], draws[:, 1], window, padding)
         if self.policy != "none":
@@ -51,8 +54,10 @@ class Augmentation:
         return bool(self.mixup or self.cutmix)
 
     def mixed(self, x: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Mix each of `x` uint8 [b, 3, S, S] with the one half a batch away, and `targets` [b, K],
-        the probabilities of its classes, likewise."""
+        """Return `x` uint8 [b, 3, S, S], each mixed with the one half a batch away, and `targets`.
+
+        `targets` [b, K], the probabilities of the classes, are mixed in the same shares.
+        """
         half = len(x) // 2
         other, other_targets = x.roll(half, 0), targets.roll(half, 0)
         patch = self.cutmix and (not self.mixup or rng.random() < 0.5)
@@ -87,7 +92,10 @@ def flip(x: Tensor, draw: Tensor) -> Tensor:
 
 
 def through_jpeg(x: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Images [b, 3, S, S], some as they come back from a JPEG file, as `draws` [b, 2] say."""
+    """Return images [b, 3, S, S], some of them as they come back from a JPEG file.
+
+    `draws` [b, 2] say which, with this `probability`, and at what quality.
+    """
     from PIL import Image
 
     low, high = JPEG_QUALITY
@@ -102,7 +110,7 @@ def through_jpeg(x: Tensor, draws: Tensor, probability: float) -> Tensor:
 
 
 def erased(x: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Grey over a rectangle of some of the images [b, 3, S, S], as `draws` [b, 5] say.
+    """Return images [b, 3, S, S], with a grey rectangle over some of them, as `draws` [b, 5] say.
 
     Its area is 2 to 33 % of the image's, its height 0.3 to 3.3 times its width: the paper's bounds
     (Zhong et al., AAAI 2020, section 4.2).
@@ -123,7 +131,7 @@ def erased(x: Tensor, draws: Tensor, probability: float) -> Tensor:
 
 
 def seeded(transform, samples, seeds: Tensor) -> list:
-    """A torchvision transform of each sample with its own seed."""
+    """Return the samples after a torchvision transform, each made with its own seed."""
     state = torch.get_rng_state()  # torchvision draws from the global generator
     transformed = []
     for sample, seed in zip(samples, seeds.tolist()):

@@ -23,9 +23,9 @@ _SPLIT_SEED = 0
 
 
 def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and `val_size` indices to hold out, the latter class-balanced.
+    """Return indices to train on and `val_size` indices to hold out, the latter class-balanced.
 
-    The same for every run; a smaller held-out set is part of a larger one.
+    They are the same for every run. A smaller held-out set is part of a larger one.
     """
     held_out = balanced_subset(labels, torch.arange(len(labels)), val_size, _SPLIT_SEED)
     keep = torch.ones(len(labels), dtype=torch.bool)
@@ -34,7 +34,10 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
 
 
 def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tensor:
-    """`n` of `indices`, sorted, drawn at random with each class the same number of times (+-1)."""
+    """Return `n` of `indices`, sorted, drawn at random with as many of each class (+-1).
+
+    A class that has too few gives all that it has. BadInput unless `n` is 1 to len(indices).
+    """
     if not 0 < n <= len(indices):
         raise BadInput(
             f"cannot draw {n} of {len(indices)} images: ask for at most as many, and at least 1"
@@ -51,9 +54,11 @@ def balanced_subset(labels: Tensor, indices: Tensor, n: int, seed: int) -> Tenso
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """All batches of a training run by step: `self[step]` -> what `make(data, indices, draws, rng,
-    augment, stage)` makes of the images at `indices` [b], with random numbers `draws` int64
-    [b, DRAWS], those of each image, and a generator `rng` for what concerns them all.
+    """All batches of a training run by step.
+
+    `self[step]` is what `make(data, indices, draws, rng, augment, stage)` makes of the images at
+    `indices` [b]. `draws` int64 [b, DRAWS] are random numbers of each image, and the generator
+    `rng` is for what concerns them all.
 
     Step `s` is batch `s % steps_per_epoch` of a fresh shuffle in epoch `s // steps_per_epoch`; the
     last, incomplete batch of a shuffle is dropped. With `world` processes, process `rank` gets its
@@ -104,8 +109,10 @@ class TrainBatches(torch.utils.data.Dataset):
 
 
 def loader_workers(device: str) -> int:
-    """Loader processes that keep a device busy; none for a CPU, which trains a hundred times longer
-    on a batch than it takes to make it."""
+    """Return how many loader processes keep a device busy.
+
+    A CPU needs none: it trains a hundred times longer on a batch than it takes to make it.
+    """
     return min(8, torch.multiprocessing.cpu_count()) if device == "cuda" else 0
 
 

@@ -13,14 +13,14 @@ MIN_SCORE, MOST_OF_A_CLASS, MAX_IOU, MOST_OF_AN_IMAGE = 0.01, 400, 0.5, 200
 
 
 def _ops():
-    """Those of torchvision, which takes two seconds to import: spent only where it is used."""
+    """Return torchvision's operators; to import them takes two seconds, spent only where needed."""
     from torchvision import ops
 
     return ops
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes [..., 4] -> the offsets [..., 4] of them from `anchors` that a network learns."""
+    """Return the offsets [..., 4] of boxes [..., 4] from `anchors` that a network learns."""
     boxes = _ops().box_convert(boxes, "xyxy", "cxcywh")
     centres = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:]
     sizes = (boxes[..., 2:] / anchors[..., 2:]).log()
@@ -28,7 +28,10 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
-    """The inverse of `encode`, cut off at the image's edges."""
+    """Return the boxes [..., 4] of `offsets` from `anchors`, cut off at the image's edges.
+
+    It is the inverse of `encode`.
+    """
     centres, sizes = (offsets * offsets.new_tensor(VARIANCES)).split(2, -1)
     centres = centres * anchors[..., 2:] + anchors[..., :2]
     sizes = sizes.exp() * anchors[..., 2:]
@@ -36,11 +39,11 @@ def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
 
 
 def match(boxes: Tensor, real: Tensor, anchors: Tensor) -> Tensor:
-    """The number of the object that each of `anchors` [A, 4] stands for, int64 [b, A], or -1.
+    """Return the number of the object that each anchor stands for, int64 [b, A], or -1.
 
-    Objects are those of `boxes` [b, n, 4] that are `real` [b, n]. An anchor stands for the one that
-    it overlaps most, if by MATCHED or more. Each object also gets the anchor that overlaps it most;
-    where several objects would get the same one, the last of them does.
+    Objects are those of `boxes` [b, n, 4] that are `real` [b, n]. One of `anchors` [A, 4] stands
+    for the one that it overlaps most, if by MATCHED or more. Each object also gets the anchor that
+    overlaps it most; where several objects would get the same one, the last of them does.
     """
     b, n = real.shape
     if n == 0:
@@ -56,7 +59,7 @@ def match(boxes: Tensor, real: Tensor, anchors: Tensor) -> Tensor:
 
 
 def detections(outputs: Tensor) -> Tensor:
-    """The objects that a detector sees, [b, MOST_OF_AN_IMAGE, 6]: box, score, class from 0.
+    """Return the objects that a detector sees, [b, MOST_OF_AN_IMAGE, 6]: box, score, class from 0.
 
     `outputs` [b, A, 4 + K + 4] are those of lab.models.ssdlite. Rows of score 0 stand for nothing.
     Of each class, the MOST_OF_A_CLASS best boxes with a score above MIN_SCORE are looked at, and

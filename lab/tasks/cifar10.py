@@ -37,18 +37,19 @@ class Images:
         return Images(self.images[indices], self.labels[indices], self.classes)
 
     def showing(self, path) -> "Images":
-        """The picture in a file, made as small as these images, in their place; label -1."""
+        """Return the picture in a file in place of these, as small as they are; its label is -1."""
         return replace(self, images=thumbnail(path)[None], labels=torch.tensor([-1]))
 
     def inputs(self, img_size: int, device="cpu") -> Tensor:
-        """All images as the network's input, float32 [N, 3, S, S]."""
+        """Return all images as the network's input, float32 [N, 3, S, S]."""
         return to_input(self.images.to(device), img_size)
 
 
 def load(data_dir, train: bool) -> Images:
-    """The 50,000 training or 10,000 test images, downloaded to `data_dir` if they are not there.
+    """Return the 50,000 training or 10,000 test images, uint8 [N, 3, 32, 32].
 
-    Raises BadInput if they can't be downloaded, or if a file does not have its published MD5.
+    They are downloaded to `data_dir` if they are not there. BadInput if they can't be downloaded,
+    or if a file does not have its published MD5.
     """
     from torchvision.datasets import CIFAR10  # two seconds, spent only where it is used
 
@@ -71,9 +72,10 @@ def load(data_dir, train: bool) -> Images:
 
 
 def to_input(images: Tensor, img_size: int) -> Tensor:
-    """uint8 [b, 3, w, w] -> the model's float input [b, 3, S, S], channels-last, on its device.
+    """Return images uint8 [b, 3, w, w] as the network's float input [b, 3, S, S], channels-last.
 
-    Normalised first, then resized bilinearly: both are linear and the first is cheaper when small.
+    It is on the device of the images. They are normalised first, then resized bilinearly: both are
+    linear and the first is cheaper when small.
     """
     mean, std = _mean_and_std(images.device)
     x = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -20,8 +20,11 @@ FEW_CLASSES = 100  # up to so many, a row holds who was taken for whom; beyond, 
 def batch(
     data, indices: Tensor, draws: Tensor, rng: np.random.Generator, augment: Augmentation, stage
 ) -> tuple[Tensor, Tensor]:
-    """Images uint8 [b, 3, w, w], random windows of the stage's side w of them, and their labels
-    int64 [b] or, where `augment` mixes images, class probabilities float32 [b, K]."""
+    """Return images uint8 [b, 3, w, w] to train on, and their labels.
+
+    The images are random windows of w pixels a side, the stage's `window`. Labels are int64 [b] or,
+    where `augment` mixes images, class probabilities float32 [b, K].
+    """
     x, labels = data.images[indices], data.labels[indices]
     x = augment.images(x, draws, stage.window if stage else x.shape[-1])
     if not augment.mixes:
@@ -30,21 +33,26 @@ def batch(
 
 
 def loss(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of logits [b, K] with labels int64 [b] or probabilities [b, K], and how
-    many are right: of mixed images, the likeliest label counts."""
+    """Return the mean cross-entropy of logits [b, K] with labels, and how many are right.
+
+    Labels are int64 [b] or probabilities [b, K]: of mixed images, the likeliest label counts.
+    """
     likeliest = labels if labels.dim() == 1 else labels.argmax(1)
     right = (logits.detach().argmax(1) == likeliest).sum()
     return F.cross_entropy(logits, labels, label_smoothing=smoothing), right
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """What `score` needs of a batch: all of it."""
+    """Return what `score` needs of a batch: all of it."""
     return logits, labels
 
 
 def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict:
-    """Mean loss and accuracy in percent of logits [N, K] with labels [N]; of many classes, also the
-    percent of the images whose class is among the five likeliest."""
+    """Return the mean loss, and the accuracy in percent, of logits [N, K] with labels [N].
+
+    {"loss", METRIC, "n_correct", "n_images"}, and of more than FEW_CLASSES classes "top5_pct": the
+    percent of the images whose class is among the five likeliest.
+    """
     n, n_correct = len(labels), int((logits.argmax(1) == labels).sum())
     loss = F.cross_entropy(logits, labels, reduction="sum").item() / n
     found = {"loss": loss, METRIC: 100 * n_correct / n, "n_correct": n_correct, "n_images": n}
@@ -52,31 +60,35 @@ def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict:
 
 
 def written(score: dict) -> str:
-    """A score as the last line of a run shows it."""
+    """Return a score as the last line of a run shows it."""
     return f"{score[METRIC]:.2f} % ({score['n_correct']} of {score['n_images']})"
 
 
 def top_pct(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Percent of the images whose class is among the `k` likeliest: logits [N, K], labels [N]."""
+    """Return the percent of the images whose class is among the `k` likeliest.
+
+    `logits` are [N, K], `labels` [N].
+    """
     likeliest = logits.topk(min(k, logits.shape[1])).indices
     return 100 * int((likeliest == labels[:, None]).any(1).sum()) / len(labels)
 
 
 def pairs(labels: Tensor, predictions: Tensor, n: int) -> Tensor:
-    """Images of each of `n` true classes (rows) that were given each class, int64 [n, n]."""
+    """Return how many images of each of `n` true classes (rows) were given each class: [n, n]."""
     return torch.bincount(n * labels + predictions, minlength=n**2).view(n, n)
 
 
 def confusion(labels: Tensor, predictions: Tensor, n: int) -> list[list[int]] | None:
-    """`pairs` for a file; None for more classes than it should hold pairs of."""
+    """Return `pairs` as lists, for a file; None for more than FEW_CLASSES classes."""
     return pairs(labels, predictions, n).tolist() if n <= FEW_CLASSES else None
 
 
 def class_scores(logits: Tensor, labels: Tensor) -> dict:
-    """Top-1 and top-5 accuracy, and precision, recall and F1 of each class and their means, in %.
+    """Return accuracy, and precision, recall and F1 of each class and their means, all in percent.
 
-    A class without images has none of the three and is left out of the means. One that is never
-    predicted has a precision of 0. Top-5 is None for fewer than six classes.
+    `logits` are [N, K], `labels` [N]. Accuracy is top-1 and top-5, which is None for fewer than six
+    classes. A class without images has none of the three others and is left out of the means. One
+    that is never predicted has a precision of 0.
     """
     n, n_classes = logits.shape
     matrix = pairs(labels, logits.argmax(1), n_classes).double()

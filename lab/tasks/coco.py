@@ -71,12 +71,15 @@ class Scenes:
         return replace(self, files=files, sizes=sizes, labels=labels)
 
     def showing(self, path) -> "Scenes":
-        """The picture in a file in place of these, with no object in it."""
+        """Return the picture in a file in place of these, with no object in it."""
         sizes = torch.tensor([read_photo(path).shape[1:]])
         return replace(self, files=(Path(path),), sizes=sizes, labels=torch.zeros(1, 0, 6))
 
     def picture(self, i: int) -> Tensor:
-        """The picture at `i`, uint8 [3, H, W]; BadInput if its size is another than annotated."""
+        """Return the picture at `i`, uint8 [3, H, W].
+
+        BadInput if its size is another than annotated.
+        """
         image = read_photo(self.files[i])
         there, said = list(image.shape[1:]), self.sizes[i].tolist()
         if there != said:
@@ -85,11 +88,11 @@ class Scenes:
 
     @property
     def has_objects(self) -> Tensor:
-        """Whether there is anything to learn in a picture, bool [N]."""
+        """Say whether there is anything to learn in a picture, bool [N]."""
         return ((self.labels[..., 4] >= 0) & (self.labels[..., 5] == 0)).any(1)
 
     def inputs(self, img_size: int, device="cpu") -> Tensor:
-        """All pictures as the network's input, float32 [N, 3, S, S], stretched to squares.
+        """Return all pictures as the network's input float32 [N, 3, S, S], stretched to squares.
 
         The files are decoded here, anew with every call.
         """
@@ -97,7 +100,7 @@ class Scenes:
 
 
 def load(data_dir, train: bool) -> Scenes:
-    """The scenes to train on, or those to test on."""
+    """Return the scenes to train on, or those to test on."""
     if not train:
         return _read(data_dir, "test")
     scenes = _read(data_dir, "train")
@@ -105,7 +108,7 @@ def load(data_dir, train: bool) -> Scenes:
 
 
 def load_val(data_dir) -> Scenes:
-    """The scenes to choose weights on."""
+    """Return the scenes to choose weights on."""
     return _read(data_dir, "val")
 
 
@@ -154,8 +157,10 @@ def _read(data_dir, part: str) -> Scenes:
 
 
 def _fractions(bbox: list[float], width: int, height: int) -> tuple[float, ...] | None:
-    """x, y, width, height in pixels -> corners in fractions of the image, cut off at its edges;
-    None if nothing is left."""
+    """Return the corners of a box in fractions of the image, cut off at its edges.
+
+    `bbox` is (x, y, width, height) in pixels. None if nothing is left.
+    """
     x, y, w, h = bbox
     left, right = (min(max(value / width, 0.0), 1.0) for value in (x, x + w))
     top, bottom = (min(max(value / height, 0.0), 1.0) for value in (y, y + h))

@@ -26,7 +26,7 @@ _THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the intersection over union: COCO
 def batch(
     data, indices: Tensor, draws: Tensor, rng: np.random.Generator, augment: Augmentation, stage
 ) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [b, 3, S, S] of the stage's side S, and the objects in them [b, n, 6]."""
+    """Return pictures uint8 [b, 3, S, S] of the stage's side S, and their objects [b, n, 6]."""
     images, labels = [], torch.zeros(len(indices), data.labels.shape[1], 6)
     labels[..., 4] = -1
     samples = (_sample(data.picture(i), data.labels[i]) for i in indices.tolist())
@@ -41,11 +41,11 @@ def batch(
 
 @functools.cache
 def _transform(policy: str, side: int):
-    """SSD's augmentation, or none, and the resize to squares.
+    """Return SSD's augmentation, or none, and behind it the resize to squares.
 
-    A crop that keeps some intersection with an object, with sides of 0.3 to 1 of the image's and a
-    ratio of 0.5 to 2; brightness, contrast, saturation and hue, each for every second picture; a
-    flip. There is no zooming out, as in the authors' code.
+    SSD crops a picture so that it keeps some intersection with an object, to sides of 0.3 to 1 of
+    the image's and a ratio of 0.5 to 2. It changes brightness, contrast, saturation and hue, each
+    in every second picture, and flips. There is no zooming out, as in the authors' code.
     """
     from torchvision.transforms import v2  # two seconds, see cifar10
 
@@ -60,7 +60,7 @@ def _transform(policy: str, side: int):
 
 
 def _sample(image: Tensor, objects: Tensor):
-    """A picture uint8 [3, H, W] with the objects in it, but crowds, as torchvision takes them."""
+    """Return a picture uint8 [3, H, W] and its objects, but crowds, as torchvision takes them."""
     from torchvision import tv_tensors
 
     height, width = image.shape[1:]
@@ -71,18 +71,20 @@ def _sample(image: Tensor, objects: Tensor):
 
 
 def loss(outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """SSD's loss, and the share of matched anchors whose class is the likeliest, summed over the
-    images. `smoothing` is not used: the paper has none."""
+    """Return SSD's loss, and the share of matched anchors that are right, summed over the images.
+
+    They are right where their class is the likeliest. `smoothing` is not used: the paper has none.
+    """
     sums, positives, right = _losses(outputs, targets)
     return sums.sum() / positives.sum().clamp(min=1), (right / positives.clamp(min=1)).sum()
 
 
 def _losses(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of SSD's losses of each image [b], its matched anchors, and how many of their classes
-    are the likeliest.
+    """Return the sum of SSD's losses, the matched anchors and those that are right, of each image.
 
-    Smooth L1 of the offsets of the matched anchors; cross-entropy of these, and of NEGATIVES times
-    as many others: those of the image that look least like background.
+    All are [b]. The losses are smooth L1 of the offsets of the matched anchors, and cross-entropy
+    of these and of NEGATIVES times as many others: those of the image that look least like
+    background. A matched anchor is right where its class is the likeliest.
     """
     offsets, logits, anchors = outputs[..., :4], outputs[..., 4:-4], outputs[0, :, -4:].detach()
     real = (targets[..., 4] >= 0) & (targets[..., 5] == 0)
@@ -106,16 +108,17 @@ def _losses(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def judge(outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """What `score` needs of a batch: what was found, what is there, and the loss."""
+    """Return what `score` needs of a batch: what was found, what is there, and the loss."""
     sums, positives, _ = _losses(outputs, targets)
     return boxes.detections(outputs), targets, sums, positives
 
 
 def score(found: Tensor, targets: Tensor, sums: Tensor, positives: Tensor, classes) -> dict:
-    """Mean average precision in percent of what was `found` [N, n, 6] in images with `targets`.
+    """Return the mean average precision in percent of what was `found` [N, n, 6] in images.
 
-    At an intersection over union of 0.5 (METRIC), its average over 0.5 to 0.95 as well, and the
-    former of each class. Classes without an object are left out.
+    `targets` is what is there. {"loss", METRIC at an intersection over union of 0.5, "map_pct" as
+    the mean of 0.5 to 0.95, "ap50_pct" as the former of each class, "n_images"}. Classes without an
+    object are left out.
     """
     precision = average_precision(found, targets, len(classes))
     there = [k for k, of_class in enumerate(precision.tolist()) if of_class[0] >= 0]
@@ -130,8 +133,10 @@ def score(found: Tensor, targets: Tensor, sums: Tensor, positives: Tensor, class
 
 
 def average_precision(found: Tensor, targets: Tensor, n_classes: int) -> Tensor:
-    """COCO's average precision [n_classes, 10] at overlaps of 0.5, 0.55 to 0.95; -1 for
-    classes without an object."""
+    """Return COCO's average precision [n_classes, 10] at overlaps of 0.5, 0.55 to 0.95.
+
+    It is from 0 to 1, and -1 for classes without an object.
+    """
     coco, evaluation = pycocotools()
     truth, seen = coco(), coco()
     of_images = [{"id": i} for i in range(len(targets))]
@@ -156,7 +161,7 @@ def average_precision(found: Tensor, targets: Tensor, n_classes: int) -> Tensor:
 
 
 def _annotations(image: Tensor, rows: Tensor, last: dict[str, int]) -> list[dict]:
-    """Objects as pycocotools takes them; in fractions, as the measure knows no pixels."""
+    """Return objects as pycocotools takes them; in fractions, as the measure knows no pixels."""
     x1, y1, x2, y2 = rows[:, :4].double().unbind(1)
     bboxes = torch.stack((x1, y1, x2 - x1, y2 - y1), 1)
     return [
@@ -174,7 +179,10 @@ def _annotations(image: Tensor, rows: Tensor, last: dict[str, int]) -> list[dict
 
 
 def pycocotools():
-    """What judges detectors: pycocotools' COCO and COCOeval; BadInput if it is not installed."""
+    """Return what judges detectors: pycocotools' COCO and COCOeval.
+
+    BadInput if it is not installed.
+    """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -186,7 +194,7 @@ def pycocotools():
 
 
 def written(score: dict) -> str:
-    """A score as the last line of a run shows it."""
+    """Return a score as the last line of a run shows it."""
     each = ", ".join(f"{name} {pct:.2f}" for name, pct in score["ap50_pct"].items())
     return (
         f"{score[METRIC]:.2f} % mAP@0.5 ({each}; {score['map_pct']:.2f} % from 0.5 to 0.95; "

@@ -50,11 +50,11 @@ class Photos:
         return replace(self, files=chosen(self.files, indices), labels=self.labels[indices])
 
     def showing(self, path) -> "Photos":
-        """The picture in a file in place of these; its label is -1."""
+        """Return the picture in a file in place of these; its label is -1."""
         return replace(self, files=(Path(path),), labels=torch.tensor([-1]))
 
     def inputs(self, img_size: int, device="cpu") -> Tensor:
-        """All photos as the network's input, float32 [N, 3, S, S], channels-last.
+        """Return all photos as the network's input, float32 [N, 3, S, S], channels-last.
 
         The files are decoded here, anew with every call.
         """
@@ -69,7 +69,7 @@ class Photos:
 
 
 def _middle(image: Tensor, img_size: int, crop: float, interpolation: str, stretch: bool) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, S, S]: resized with antialiasing, then cropped."""
+    """Return an image uint8 [3, H, W] resized with antialiasing, then cropped: uint8 [3, S, S]."""
     from torchvision.transforms import v2  # two seconds, see cifar10
     from torchvision.transforms.v2.functional import center_crop, resize
 
@@ -81,7 +81,7 @@ def _middle(image: Tensor, img_size: int, crop: float, interpolation: str, stret
 
 
 def load(data_dir, train: bool) -> Photos:
-    """The photos to calibrate on (`train`) or the disjoint ones to evaluate on.
+    """Return the photos to calibrate on (`train`) or the disjoint ones to evaluate on.
 
     With DIR/train and DIR/test (or else DIR/val) these are the two. Otherwise a fifth of DIR's
     images, at most 1,000, are for calibration and all others for evaluation: drawn at random, the
@@ -104,13 +104,13 @@ def load(data_dir, train: bool) -> Photos:
 
 
 def load_all(data_dir) -> Photos:
-    """All photos of a folder of classes, or those of its test or val folder."""
+    """Return all photos of a folder of classes, or those of its test or val folder."""
     folder = Path(data_dir)
     return _scan(_evaluation(folder) if _folders(folder / "train") else folder)
 
 
 def _evaluation(folder: Path) -> Path:
-    """The folder of photos to evaluate on beside DIR/train."""
+    """Return the folder of photos to evaluate on beside DIR/train."""
     for part in (folder / "test", folder / "val"):
         if _folders(part):
             return part
@@ -118,7 +118,7 @@ def _evaluation(folder: Path) -> Path:
 
 
 def _scan(folder: Path) -> Photos:
-    """All photos of a folder with one sub-folder for each class."""
+    """Return all photos of a folder with one sub-folder for each class."""
     if not folder.is_dir():
         raise BadInput(f"no folder at {folder}: name the one with a sub-folder for each class")
     classes = _folders(folder)
@@ -138,7 +138,7 @@ def _scan(folder: Path) -> Photos:
 
 
 def _folders(folder: Path) -> list[str]:
-    """The names of a folder's sub-folders, sorted; none if there is no such folder."""
+    """Return the names of a folder's sub-folders, sorted; none if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
@@ -149,7 +149,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, sorted."""
+    """Return the image files in a folder and below it, sorted."""
 
     def stop(error: OSError):  # os.walk leaves out what it can't read unless told otherwise
         raise _unreadable(error)

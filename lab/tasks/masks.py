@@ -51,14 +51,15 @@ class Pictures:
         return replace(self, files=files, masks=masks)
 
     def showing(self, path) -> "Pictures":
-        """The picture in a file in place of these, without a mask."""
+        """Return the picture in a file in place of these, without a mask."""
         return replace(self, files=(Path(path),), masks=())
 
     @property
     def labels(self) -> Tensor:
-        """The masks uint8 [N, H, W], smaller ones filled up with OUTSIDE at the right and below.
+        """Return the masks uint8 [N, H, W].
 
-        The files are decoded here, anew with every call.
+        Smaller ones are filled up with OUTSIDE at the right and below. The files are decoded here,
+        anew with every call.
         """
         masks = [self.mask(i) for i in range(len(self))]
         height, width = (max(mask.shape[d] for mask in masks) for d in (0, 1))
@@ -68,7 +69,10 @@ class Pictures:
         return labels
 
     def mask(self, i: int) -> Tensor:
-        """The classes of the pixels of image `i`, uint8 [H, W]; IGNORED for those of none."""
+        """Return the classes of the pixels of image `i`, uint8 [H, W]; IGNORED for those of none.
+
+        BadInput for a file that can't be read, and for pixels that are no line of classes.txt.
+        """
         path = self.masks[i]
         try:
             with Image.open(path) as file:
@@ -82,17 +86,17 @@ class Pictures:
         return mask
 
     def inputs(self, img_size: int, device="cpu") -> Tensor:
-        """All pictures as the network's input, float32 [N, 3, S, S], stretched to squares."""
+        """Return all pictures as the network's input float32 [N, 3, S, S], stretched to squares."""
         return squares([read_photo(file) for file in self.files], img_size, device)
 
 
 def load(data_dir, train: bool) -> Pictures:
-    """The pictures to train on, or those to test on."""
+    """Return the pictures to train on, or those to test on."""
     return _read(Path(data_dir), "train" if train else "test")
 
 
 def load_val(data_dir) -> Pictures:
-    """The pictures to choose weights on."""
+    """Return the pictures to choose weights on."""
     return _read(Path(data_dir), "val")
 
 

@@ -16,7 +16,10 @@ from lab.cli import BadInput
 
 
 def read_photo(path) -> Tensor:
-    """The picture in an image file as RGB, uint8 [3, H, W]; BadInput names a file that has none."""
+    """Return the picture in an image file as RGB, uint8 [3, H, W].
+
+    BadInput names a file that has none.
+    """
     return _to_tensor(_decode(path))
 
 
@@ -35,12 +38,15 @@ def require_upright(path) -> None:
 
 
 def chosen(paths: tuple[Path, ...], indices) -> tuple[Path, ...]:
-    """The paths at `indices`, a tensor of numbers or flags, or a slice."""
+    """Return the paths at `indices`, a tensor of numbers or flags, or a slice."""
     return tuple(paths[i] for i in torch.arange(len(paths))[indices].tolist())
 
 
 def squares(pictures: list[Tensor], img_size: int, device="cpu") -> Tensor:
-    """Pictures uint8 [3, H, W] as a network's input float32 [N, 3, S, S], stretched to squares."""
+    """Return pictures uint8 [3, H, W] as a network's input float32 [N, 3, S, S].
+
+    They are stretched to squares.
+    """
     from torchvision.transforms.v2.functional import resize  # two seconds, see cifar10
 
     side = [img_size, img_size]
@@ -49,16 +55,19 @@ def squares(pictures: list[Tensor], img_size: int, device="cpu") -> Tensor:
 
 
 def to_input(images: Tensor, img_size: int) -> Tensor:
-    """uint8 [b, 3, S, S] -> the model's float input, channels-last: pixels in [0, 1], as the
-    paper's code has them, but red first."""
+    """Return images uint8 [b, 3, S, S] as a network's float input, channels-last.
+
+    Pixels are in [0, 1], as the paper's code has them, but red first. `img_size` is not used: the
+    images are of their size already.
+    """
     return (images / 255).contiguous(memory_format=torch.channels_last)
 
 
 def thumbnail(path) -> Tensor:
-    """The picture in an image file made as small as training images, uint8 [3, 32, 32].
+    """Return the picture in an image file made as small as training images, uint8 [3, 32, 32].
 
-    PIL's bicubic resize, which averages over all pixels that become one. The whole picture is
-    kept and its sides are not: a wide one becomes narrower.
+    PIL's bicubic resize averages over all pixels that become one. The whole picture is kept and its
+    sides are not: a wide one becomes narrower.
     """
     return _to_tensor(_decode(path).resize((32, 32)))
 
@@ -95,7 +104,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A gray picture of 16 bits as one of 8 bits; PIL's own conversion would clip it at 255."""
+    """Return a gray picture of 16 bits as one of 8; PIL's own conversion would clip it at 255.
+
+    ValueError for a picture of more than 16 bits.
+    """
     gray = np.asarray(image).astype(np.int64)
     if gray.min() < 0 or gray.max() > 65535:
         raise ValueError("its pixels have more than 16 bits")

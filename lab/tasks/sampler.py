@@ -36,23 +36,23 @@ class Sampler:
         return self.rounds * len(self.scales)
 
     def scale(self, step: int) -> float:
-        """Sides of the images of `step`, over those of the schedule."""
+        """Return the sides of the images of `step` over those of the schedule."""
         epoch, i = divmod(step, self.steps_per_epoch)
         return self.scales[self._order(epoch)[i]]
 
     def place(self, step: int) -> tuple[int, int, int]:
-        """The epoch of `step`, and the first and the end of its images in the epoch's order."""
+        """Return the epoch of `step`, and where its images begin and end in the epoch's order."""
         epoch, i = divmod(step, self.steps_per_epoch)
         sizes = [self.sizes[k] for k in self._order(epoch)]
         first = sum(sizes[:i])
         return epoch, first, first + sizes[i]
 
     def seen(self, step: int) -> int:
-        """Images in all steps before `step`."""
+        """Return how many images there are in all steps before `step`."""
         epoch, first, _ = self.place(step)
         return epoch * self.rounds * sum(self.sizes) + first
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The number of the scale of each step in an epoch."""
+        """Return the number of the scale of each step in an epoch."""
         numbers = np.tile(np.arange(len(self.scales)), self.rounds)
         return np.random.default_rng((self.seed, 2, epoch)).permutation(numbers)

@@ -24,7 +24,7 @@ SHORT_SIDE = (0.5, 2.0)  # of a scaled picture, over the side of the crop
 def batch(
     data, indices: Tensor, draws: Tensor, rng: np.random.Generator, augment: Augmentation, stage
 ) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [b, 3, S, S] of the stage's side S, and their masks uint8 [b, S, S]."""
+    """Return pictures uint8 [b, 3, S, S] of the stage's side S, and their masks uint8 [b, S, S]."""
     pairs = []
     for i, draw in zip(indices.tolist(), (draws / 2**31).tolist()):
         image, mask = read_photo(data.files[i]), data.mask(i)
@@ -37,11 +37,11 @@ def batch(
 
 
 def scaled_crop(image: Tensor, mask: Tensor, draw, side: int) -> tuple[Tensor, Tensor]:
-    """A square of `side` pixels of a picture [3, H, W] and its mask [H, W], scaled and flipped as
-    four numbers of `draw`, in [0, 1), say.
+    """Return a square of `side` pixels of a picture [3, H, W] and of its mask [H, W].
 
-    The short side is drawn uniformly from SHORT_SIDE, and is that of the square where it would be
-    too short for it.
+    The first four numbers of `draw`, in [0, 1), say how both are scaled, where the square lies, and
+    whether it is flipped. The scaled picture's short side is drawn uniformly from SHORT_SIDE times
+    `side`. Where it would be too short for the square, it is that of the square.
     """
     low, high = SHORT_SIDE
     scale = side * max(1.0, low + (high - low) * draw[0]) / min(mask.shape)
@@ -61,8 +61,11 @@ def _resized(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor
 
 
 def loss(logits: Tensor, masks: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the pixels that have a class, and the share of these that are right,
-    summed over the images. `smoothing` is not used: the paper has none."""
+    """Return the mean cross-entropy over the pixels that have a class, and the share that is right.
+
+    The share is that of an image's pixels with a class, summed over the images. `logits` are
+    [b, K, S, S], `masks` uint8 [b, S, S]. `smoothing` is not used: the paper has none.
+    """
     masks = masks.long()
     known = masks != IGNORED
     total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
@@ -71,9 +74,9 @@ def loss(logits: Tensor, masks: Tensor, smoothing: float) -> tuple[Tensor, Tenso
 
 
 def judge(logits: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
-    """What `score` needs of a batch: each image's pixels of every class (rows) that were given each
-    class (columns), int64 [b, K, K], and the sum of their losses [b].
+    """Return what `score` needs of a batch: counts int64 [b, K, K] and the sum of the losses [b].
 
+    Counted are each image's pixels of every class (rows) that were given each class (columns).
     Logits are resized to the size of the mask, so that it is the pixels of the file that count. The
     authors resize the predicted classes, by nearest neighbours.
     """
@@ -91,9 +94,12 @@ def judge(logits: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
 
 
 def score(counts: Tensor, losses: Tensor, classes: tuple[str, ...]) -> dict:
-    """Mean loss of a pixel, and the intersection over union of every class, in percent of all
-    images' pixels together: its mean is METRIC. Classes that are nowhere, neither in the masks nor
-    in the answers, are left out."""
+    """Return the mean loss of a pixel, and the intersection over union of every class in percent.
+
+    It is that of all images' pixels together. Its mean is METRIC, and TRAIN_METRIC is the percent
+    of the pixels that are right. Classes that are nowhere, neither in the masks nor in the answers,
+    are left out. BadInput if no pixel has a class.
+    """
     total = counts.sum(0).double()
     if not total.sum():
         raise BadInput("no pixel of the masks has a class to judge")
@@ -110,7 +116,7 @@ def score(counts: Tensor, losses: Tensor, classes: tuple[str, ...]) -> dict:
 
 
 def written(score: dict) -> str:
-    """A score as the last line of a run shows it."""
+    """Return a score as the last line of a run shows it."""
     each = ", ".join(f"{name} {pct:.2f}" for name, pct in score["iou_pct"].items())
     return (
         f"{score[METRIC]:.2f} % mIoU ({each}; {score[TRAIN_METRIC]:.2f} % of pixels; "

@@ -11,10 +11,10 @@ to_input = cifar10.to_input
 
 
 def load(data_dir, train: bool) -> Images:
-    """2,000 images to train on or 500 to test; `data_dir` is not looked at.
+    """Return 2,000 images to train on or 500 to test on, uint8 [N, 3, 32, 32].
 
-    A class is one of five stripe directions with one of two colours. Phase, wavelength and noise
-    vary by image.
+    `data_dir` is not looked at. A class is one of five stripe directions with one of two colours.
+    Phase, wavelength and noise vary by image.
     """
     n = 2000 if train else 500
     rng = np.random.default_rng(1 if train else 2)

@@ -17,7 +17,7 @@ MARGIN = 0.01  # of the time, for what is not measured: files, loader processes
 
 
 def seconds_each(act: Callable[[], None], world: World, budget_s: float) -> float:
-    """Seconds that `act` takes on the device of `world`, once it is warm.
+    """Return the seconds that `act` takes on the device of `world`, once it is warm.
 
     It is called twice as often each time, until that takes a fixed share of `budget_s`: the same
     for a step of seconds and for one of milliseconds. What is compiled or allocated at first falls
@@ -44,7 +44,7 @@ def fitting(
     validate_every: int,
     available_s: float,
 ) -> list[Stage]:
-    """`shares` with as many epochs, in their proportion, as end within `available_s`.
+    """Return `shares` with as many epochs, in their proportion, as end within `available_s`.
 
     `epoch_s` is what an epoch takes in each stage, in seconds, and `validation_s` a validation.
     There is one every `validate_every` epochs, and one at the end. All stages but the last get
@@ -68,7 +68,7 @@ def fitting(
 
 
 def chosen_before(output: Path) -> list[Stage]:
-    """The stages of the run that `output` holds."""
+    """Return the stages of the run that `output` holds."""
     path = output / "last.pth"
     state = read_tensors(path)
     record({"config": record({"resolutions": text})})(state, str(path))
@@ -76,7 +76,7 @@ def chosen_before(output: Path) -> list[Stage]:
 
 
 def written(stages: list[Stage]) -> str:
-    """`stages` as --resolutions takes them."""
+    """Return `stages` as --resolutions takes them."""
     parts = []
     for stage in stages:
         side = f"{stage.side}" if stage.side == stage.img_size else f"{stage.side}/{stage.img_size}"

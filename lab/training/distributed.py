@@ -62,14 +62,14 @@ class World:
                 dist.barrier()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """`model` with gradients averaged over all processes; `model` itself when alone."""
+        """Return `model` with gradients averaged over all processes; `model` itself when alone."""
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, devices)
 
     def synchronised(self, model: nn.Module) -> nn.Module:
-        """`model` with batch norm over the global batch; `model` itself when alone."""
+        """Return `model` with batch norm over the global batch; `model` itself when alone."""
         if self.size == 1:
             return model
         if self.device.type == "cuda":
@@ -81,14 +81,17 @@ class World:
         return model
 
     def sum(self, x: Tensor) -> Tensor:
-        """A new tensor: `x` summed over all processes."""
+        """Return `x` summed over all processes, as a new tensor."""
         x = x.clone()
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def gather(self, columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Tensors on the CPU, each joined over all processes, whose rows may differ in number."""
+        """Return each of `columns` joined over all processes, whose rows may differ in number.
+
+        The columns are tensors on the CPU.
+        """
         if self.size == 1:
             return columns
         parts = [None] * self.size
@@ -96,7 +99,7 @@ class World:
         return tuple(map(torch.cat, zip(*parts)))
 
     def max(self, n: int) -> int:
-        """The largest `n` of any process."""
+        """Return the largest `n` of any process."""
         if self.size == 1:
             return n
         largest = torch.tensor(n, device=self.device)
@@ -104,12 +107,12 @@ class World:
         return int(largest)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
+        """Say whether `flag` is set in any process."""
         return bool(self.max(int(flag)))
 
 
 def _from_environment(name: str, default: int, low: int) -> int:
-    """A whole number that torchrun sets for each of its processes."""
+    """Return a whole number that torchrun sets for each of its processes; `default` without it."""
     text = os.environ.get(name, str(default))
     try:
         return at_least(low)(text)

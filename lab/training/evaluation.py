@@ -23,7 +23,7 @@ TRAINABLE = ("cifar10", "synthetic", "detection", "segmentation")  # the tasks t
 
 
 def judged(model, data, img_size: int, task, device: torch.device) -> tuple[Tensor, ...]:
-    """What the objective of `task` keeps of `model`'s answers to `data`, a row an image.
+    """Return what the objective of `task` keeps of `model`'s answers to `data`, a row an image.
 
     On a CPU, each core takes batches of its own.
     """
@@ -37,7 +37,10 @@ def judged(model, data, img_size: int, task, device: torch.device) -> tuple[Tens
 
 
 def trained_task(checkpoint: dict, path):
-    """The module of the task that train.py trained the checkpoint at `path` on."""
+    """Return the module of the task that train.py trained the checkpoint at `path` on.
+
+    BadInput if that is no task of TRAINABLE.
+    """
     if checkpoint["task"] not in TRAINABLE:
         known = ", ".join(TRAINABLE)
         raise BadInput(f"{path} was trained on {checkpoint['task']}; --eval knows {known}")
@@ -45,7 +48,10 @@ def trained_task(checkpoint: dict, path):
 
 
 def test_score(path, data_dir, device) -> tuple[dict, str]:
-    """The score of a checkpoint on its task's test images, at its image size, also in words."""
+    """Return the score of a checkpoint on its task's test images, and the same in words.
+
+    The images have the checkpoint's size.
+    """
     model, checkpoint = model_from_checkpoint(path)
     task = trained_task(checkpoint, path)
     test = task.load(data_dir, train=False)
@@ -63,11 +69,11 @@ def require_classes(path, n: int, images, source) -> None:
 
 
 def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
-    """Top-1 and top-5 accuracy, in words, that the network `name` has on photos in folders of
-    classes with the mere weights in a file.
+    """Return a line with the top-1 and top-5 accuracy, in percent, of the mere weights in a file.
 
-    Where it is MobileViT of another project, both orders of colours are tried, and what the paper
-    reports is named beside.
+    They are those of the network `name`, on photos in folders of classes. Where it is MobileViT of
+    another project, both orders of colours are tried. What the paper reports is named beside any
+    MobileViT of 1,000 classes.
     """
     model, layout = read_weights(path, name, heads)
     photos = imagefolder.load_all(data_dir)
@@ -89,7 +95,10 @@ def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
 
 
 def probed_colours(model, photos, img_size: int, device: torch.device) -> str:
-    """Leave `model` with the order of colours that scores higher on some of `photos`; name it."""
+    """Leave `model` with the order of colours that scores higher on some of `photos`.
+
+    Return words for a line: which order that is, and how many photos are right with each.
+    """
     n = min(PROBED, len(photos))
     some = photos[balanced_subset(photos.labels, torch.arange(len(photos)), n, seed=0)]
     right = []

@@ -30,7 +30,7 @@ class _Told(Dataset):
 def loader(
     batches: TrainBatches, steps: range, workers: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `steps` in turn, made by `workers` processes, or by this one if 0.
+    """Yield the batches of `steps` in turn, made by `workers` processes, or by this one if 0.
 
     Raises the BadInput of a batch that can't be made.
     """

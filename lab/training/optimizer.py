@@ -22,7 +22,10 @@ NEWTON_SCHULZ = (
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and kernels of layers decay; norms, biases, class tokens and positions do not."""
+    """Return the parameters that decay, and those that do not, as groups of an optimizer.
+
+    Matrices and kernels of layers decay; norms, biases, class tokens and positions do not.
+    """
     decays, stays = [], []
     for name, p in model.named_parameters():
         (decays if p.ndim > 1 and name.endswith("weight") else stays).append(p)
@@ -85,7 +88,7 @@ def _is_matrix(p: Tensor) -> bool:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices [n, rows, columns] with their singular values moved to about 1, in BF16."""
+    """Return matrices [n, rows, columns] with their singular values moved to about 1, in BF16."""
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.mT).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -96,7 +99,10 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float):
-    """The optimizer `name`, of OPTIMIZERS, of a model's parameters; sgd has Nesterov's momentum."""
+    """Return the optimizer `name`, one of OPTIMIZERS, of a model's parameters.
+
+    sgd has Nesterov's momentum.
+    """
     groups = weight_groups(model, weight_decay)
     if name == "muon":
         groups[1]["matrices"] = False  # class tokens and positions have dimensions, too
@@ -107,7 +113,10 @@ def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
-    """A copy of `model` whose weights are an exponential average of its own; None without decay."""
+    """Return a copy of `model` whose weights are an exponential average of its own.
+
+    None if `decay` is 0.
+    """
     if not decay:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -115,7 +124,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
 
 @contextlib.contextmanager
 def arithmetic(device_type: str, precision: str):
-    """The context of a forward pass to train on: autocast to `precision`.
+    """Let a forward pass to train on compute in `precision`, by autocast, while this is entered.
 
     In BF16 on a CPU attention runs in separate steps, because the backward pass of torch's fused
     one took 40 % of the time.

@@ -24,8 +24,10 @@ NOT_IN_CONFIG = (
 
 
 def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The options of train.py, whose docstring is `doc`, complete and checked; `argv` in place of
-    the command line's."""
+    """Return the options of train.py, complete and checked.
+
+    `doc` is the docstring of train.py. `argv` stands in for the command line's arguments.
+    """
     p = cli.parser(doc)
     add = p.add_argument_group("data").add_argument
     help = "synthetic needs no download; imagefolder is for --eval --weights"

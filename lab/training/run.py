@@ -35,7 +35,7 @@ from lab.training.schedule import Schedule, Stage
 
 
 def numeral(value, where: str) -> None:
-    """A number as text, as the log shows it."""
+    """Raise BadInput unless `value` is a number as text, as the log shows it."""
     text(value, where)
     try:
         float(value)
@@ -44,7 +44,7 @@ def numeral(value, where: str) -> None:
 
 
 def log_line(objective) -> dict[str, Schema]:
-    """What a line of the log holds."""
+    """Return {column of the log: its schema} for a task of this `objective`."""
     return {
         "epoch": integer(1),
         "img_size": integer(1),
@@ -95,34 +95,34 @@ class Run:
 
     @property
     def task(self):
-        """The module of its task."""
+        """Return the module of the run's task."""
         return TASKS[self.about["task"]]
 
     def stage(self) -> Stage:
-        """The stage that the next step is in, with the sides of the step's images."""
+        """Return the stage that the next step is in, with the sides of the step's images."""
         return self.schedule.stage(self.step).scaled(self.sampler.scale(self.step))
 
     @property
     def validation_due(self) -> bool:
-        """True when the steps up to a validation are done, but not yet validated and logged."""
+        """Say whether the steps up to a validation are done, but not yet validated and logged."""
         return self.validations_due(self.step) > len(self.history)
 
     @property
     def interval(self) -> int:
-        """Steps from one validation to the next."""
+        """Return the number of steps from one validation to the next."""
         return self.validate_every * self.sampler.steps_per_epoch
 
     def validations_due(self, step: int) -> int:
-        """Validations up to `step`; there is one at the end, too."""
+        """Return the number of validations up to `step`; there is one at the end, too."""
         at_end = step == len(self.schedule)
         return math.ceil(step / self.interval) if at_end else step // self.interval
 
     def network(self) -> nn.Module:
-        """The weights to evaluate and ship."""
+        """Return the network with the weights to evaluate and ship."""
         return self.ema.module if self.ema else self.model
 
     def evaluate(self, data, img_size: int) -> dict:
-        """The score of the weights on `data`, each process taking its share of the images."""
+        """Return the score of the weights on `data`; each process takes its share of the images."""
         world, model = self.world, self.network().eval()
         share = data[world.rank :: world.size]
         columns = judged(model, share, img_size, self.task, world.device)
@@ -169,7 +169,7 @@ class Run:
                 self.tensorboard.flush()
 
     def shippable(self) -> dict:
-        """The content of best.pth."""
+        """Return the content of best.pth."""
         return {
             "format": FORMAT,
             **self.about,
@@ -204,7 +204,7 @@ class Run:
             files.write_text(self.output / "log.csv", content.getvalue())
 
     def parts(self) -> dict:
-        """What has a state dict."""
+        """Return what has a state dict, by its name in last.pth."""
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         return parts | ({"ema": self.ema} if self.ema else {})
 
@@ -239,7 +239,7 @@ class Run:
             self.write_log()
 
     def schema(self) -> Schema:
-        """What last.pth must hold for this run."""
+        """Return the schema of what last.pth must hold for this run."""
         ema = {"ema": like(self.ema.state_dict())} if self.ema else {}
         return record(
             {
@@ -256,7 +256,10 @@ class Run:
         )
 
     def moments(self) -> Schema:
-        """The schema of an optimizer's state: none before its first step, then for all weights."""
+        """Return the schema of an optimizer's state: none before its first step, then all weights'.
+
+        It makes a step to find out, so the weights and the state have to be loaded after it.
+        """
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()  # gives the optimizer a state; the weights are overwritten anyway
@@ -312,7 +315,7 @@ def finish(output: Path, data_dir, device) -> None:
 
 
 def changed_options(before: dict, now: dict) -> str:
-    """The options of `now` that a run had otherwise `before`, in words; empty if there are none."""
+    """Return in words which options of `now` a run had otherwise `before`; "" if there are none."""
     changed = [k for k, v in now.items() if before.get(k) != v]
     return ", ".join(f"{option(k)} {before.get(k)} (now {now[k]})" for k in changed)
 

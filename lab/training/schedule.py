@@ -31,20 +31,20 @@ class Stage:
         return max(1, round(self.epochs * per_epoch))
 
     def scaled(self, scale: float) -> "Stage":
-        """The same stage with its sides scaled."""
+        """Return the same stage with its sides scaled."""
         return replace(self, side=int(scale * self.side), img_size=int(scale * self.img_size))
 
     @property
     def window(self) -> int:
-        """Side of what the network sees, in pixels of the 32x32 image."""
+        """Return the side of what the network sees, in pixels of the 32x32 image."""
         return cifar10.SIDE * self.side // self.img_size
 
 
 def parse_resolutions(text: str, shares: bool = False) -> list[Stage]:
-    """Read `64:8,128/256:4,256:0.5`.
+    """Return the stages that a text such as `64:8,128/256:4,256:0.5` names.
 
     That is 8 epochs at 64x64, 4 on 128x128 windows of 256x256, and half a one at 256x256. All but
-    the last must be whole epochs, unless they are `shares` of a time.
+    the last must be whole epochs, unless they are `shares` of a time. BadInput for other texts.
     """
     try:
         stages = []

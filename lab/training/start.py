@@ -17,7 +17,10 @@ from lab.tasks.batches import split
 
 
 def network_settings(pairs: list[str] | None) -> dict:
-    """What `--settings NAME=NUMBER NAME=NUMBER,NUMBER` says, as the registry's networks take it."""
+    """Return what `--settings NAME=NUMBER NAME=NUMBER,NUMBER` says, as {name: number or list}.
+
+    BadInput for other texts, and for num_classes, which the images say.
+    """
     settings = {}
     for pair in pairs or ():
         name, _, value = pair.partition("=")
@@ -32,7 +35,7 @@ def network_settings(pairs: list[str] | None) -> dict:
 
 
 def heads_to_build(name: str, heads: int | None, widened, pretrained: bool) -> int | None:
-    """The attention heads to build the network `name` with, None for its own.
+    """Return the attention heads to build the network `name` with, None for its own.
 
     BadInput if its heads can't be chosen, or if it can't be `widened` or start from timm's weights.
     """
@@ -51,8 +54,11 @@ def fresh_model(
     sides: list[int],
     settings: dict | None = None,
 ) -> nn.Module:
-    """The network `name` with random weights; BadInput if it does not take images of all `sides`,
-    in pixels. `heads` replace its variant's, unless None."""
+    """Return the network `name` with random weights, drawn with `seed`.
+
+    `heads` replace its variant's, unless None. BadInput if it does not take images of all `sides`,
+    in pixels, or does not take its `settings`.
+    """
     torch.manual_seed(seed)
     settings = settings or {}
     if heads is not None:
@@ -72,9 +78,10 @@ def fresh_model(
 
 
 def training_data(task, data_dir, val_size: int | None, n_processes: int):
-    """The images of `task` to train on, and those to choose weights on.
+    """Return the images of `task` to train on, and those to choose weights on.
 
-    The latter are `val_size` of the former, held out, or the task's own if that is None.
+    The latter are `val_size` of the former, held out, or the task's own if that is None. BadInput
+    if that leaves no image to train on, or less than one to each process to choose on.
     """
     data = task.load(data_dir, train=True)
     if val_size is None:
@@ -128,7 +135,10 @@ def load_backbone(backbone: nn.Module, checkpoint: dict, path) -> None:
 
 
 def checkpoint_for(path, task: str, val_size: int | None) -> dict:
-    """A checkpoint that was trained on no image that a run with `val_size` holds out."""
+    """Return the checkpoint at `path`, trained on no image that a run with `val_size` holds out.
+
+    BadInput if it was trained on some of them, or does not say.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint["task"] == task and val_size is not None:  # else nothing of it is held out
         held_out = checkpoint["config"].get("val_size")
@@ -157,7 +167,7 @@ def require_memory(model: nn.Module, batch_size: int, side: int, value_bytes: in
 
 
 def values_kept(model: nn.Module, batch_size: int, side: int) -> int:
-    """How many values a step keeps for its backward pass, at least: the inputs of all layers."""
+    """Return how many values a step keeps, at least, to go backward: the inputs of all layers."""
     inputs = {}
 
     def keep(module, args):

@@ -36,7 +36,10 @@ class Teacher:
         self.device, self.precision = device, precision
 
     def side(self, stage: Stage) -> int:
-        """Pixels a side that it is shown in `stage`: the student's window, in its own images."""
+        """Return the pixels a side that the teacher is shown in `stage`.
+
+        It sees the student's window, in images of its own size.
+        """
         return self.img_size * stage.side // stage.img_size
 
     def require_sides(self, stages: list[Stage]) -> None:
@@ -51,13 +54,16 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor, stage: Stage) -> Tensor:
-        """Its logits float32 [b, K] of images uint8 [b, 3, w, w] on its device."""
+        """Return the teacher's logits float32 [b, K] of images uint8 [b, 3, w, w] on its device."""
         x = to_input(images, self.side(stage))
         with arithmetic(self.device.type, self.precision):
             return self.model(x).float()
 
     def loss(self, logits: Tensor, taught: Tensor, loss: Tensor) -> Tensor:
-        """`loss` of the labels, and the divergence of a student's `logits` from `taught` [b, K]."""
+        """Return the weighted sum of `loss`, that of the labels, and what the teacher adds to it.
+
+        That is the divergence of a student's `logits` [b, K] from those `taught` [b, K].
+        """
         t = self.temperature
         student, teacher = (logits / t).log_softmax(1), (taught / t).log_softmax(1)
         divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
