@@ -252,7 +252,9 @@ def repeat_rows(args) -> int:
         print(printed(row), flush=True)
     if not lines:
         raise BadInput("nothing was measured: the engines of these rows can't run here")
-    print(f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}\n{TOLERANCE}")
+    print(
+        f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}\n{TOLERANCE}"
+    )
     return status
 
 
