@@ -148,7 +148,7 @@ def _openvino(path) -> Iterator[tuple[str, bool, Callable[[], Run]]]:
         return functools.partial(at_once, [compiled.create_infer_request() for _ in range(n)])
 
     def at_once(requests, xs):
-        """Run as many at a time as there are requests.
+        """Run as many batches at a time as there are requests.
 
         No callback of ours runs in the engine's threads: one that waits for Python's lock while
         Python waits for the engine never ends.

@@ -8,7 +8,7 @@ BASE = "base"  # the variant that the others are compared with
 
 
 def ablations_table(benchmarks: list[dict]) -> str:
-    """Return a table for each of `benchmarks`, a line a variant, and how all of it were trained.
+    """Return a table for each of `benchmarks`, a line a variant, and how all were trained.
 
     A line says how large a variant is, and its accuracy over the seeds against the base's.
     """

@@ -160,7 +160,8 @@ def load_rows(folder, checkpoints) -> list[dict]:
     """Return the rows measured with the usual numbers of calibration images and timed calls.
 
     Of CIFAR-10, they are those of shipped weights on all images, at any image size and seed. Of
-    detection and segmentation, they are those on test images at the usual size and seed.
+    detection and segmentation, they are those on test images with seed 0, at the side that the
+    network was trained at.
     """
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
 
