@@ -63,9 +63,10 @@ from ptq.recipe import Recipe
 
 @functools.lru_cache(maxsize=1)  # made once for all engines
 def quantized(subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
-    """The subject's network quantized, as it comes back from its packed file, and how it was made.
+    """Return the subject's network quantized, and how it was made.
 
-    {"network", "batches", "calibration": description of its images, "seconds"}
+    {"network", "batches", "calibration": description of its images, "seconds"}. A network with
+    quantized layers is as it comes back from its packed file.
     """
     began = time.monotonic()
     with named(recipe.name):
@@ -85,7 +86,7 @@ def quantized(subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
 
 
 def measure(subject: Subject, recipe: Recipe, engine, made: dict, runs: int) -> dict:
-    """Load the quantized network that was `made` into the engine, run, judge and time it."""
+    """Load the quantized network that was `made` into the engine; run, judge and time it."""
     began = time.monotonic()
     sample = subject.sample(subject.img_size)
     loaded = engine.load(made["network"], recipe, made["batches"], sample)
@@ -118,8 +119,10 @@ def measure(subject: Subject, recipe: Recipe, engine, made: dict, runs: int) -> 
 
 
 def write_rows(pairs, args) -> int:
-    """The row of each (subject, recipe) on each engine; 1 or 2 if one failed, and the others went
-    on."""
+    """Measure and print the row of each (subject, recipe) on each engine; return an exit code.
+
+    It is 1 or 2 if a row failed; the others went on.
+    """
     done, status = [], 0
     for subject, recipe in pairs:
         n = calibration_images(recipe, args)
@@ -149,20 +152,20 @@ def write_rows(pairs, args) -> int:
 
 
 def calibration_images(recipe: Recipe, args) -> int:
-    """How many images the recipe calibrates on: as many as were asked for, if it does at all."""
+    """Return how many images the recipe calibrates on: as many as were asked for, if it does."""
     if recipe.calibrates and not recipe.calibration_images:
         raise BadInput(f"recipe {recipe.name} has steps that look at images, but calibrates on 0")
     return recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
 
 
 def kept(row: dict) -> str:
-    """What to say of a row that was there already."""
+    """Return what to say of a row that was there already."""
     uncommitted = ", measured by code that was not committed: --force measures again"
     return ", kept" + uncommitted * bool(row.get("dirty"))
 
 
 def quantized_for(engine, subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
-    """What `quantized` gives; EngineMissing, before that work, if the engine can't run it."""
+    """Return what `quantized` gives; EngineMissing, before that work, if `engine` can't run it."""
     if not (recipe.peer or engine in (torch_eager, integer) or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
     engine.version()  # which may be missing
@@ -170,7 +173,7 @@ def quantized_for(engine, subject: Subject, recipe: Recipe, n_calibration: int) 
 
 
 def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
-    """A row that is there already, or one that is measured and written; whether it was there."""
+    """Return a row, and whether it was there already; if not, it is measured and written."""
     same = subject.identity(recipe, engine.NAME, n, args.latency_runs)
     path = row_path(Path(args.output, subject.folder), same)
     if args.rows and any(path.resolve() == Path(shipped).resolve() for shipped in args.rows):
@@ -188,8 +191,10 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
 
 
 def show_predictions(pairs, args) -> None:
-    """Print what each (subject, recipe) on each engine takes the picture of --image for or, where
-    that is no single class, draw it."""
+    """Print what each (subject, recipe) on each engine takes the picture of --image for.
+
+    Where that is no single class, draw it.
+    """
     from lab.pictures import picture_path, write_picture  # matplotlib takes a second to import
 
     drawn = {}
@@ -217,7 +222,7 @@ def show_predictions(pairs, args) -> None:
 
 
 def repeat_rows(args) -> int:
-    """Measure the rows of --from again and set them beside what was shipped; 1 if one differs."""
+    """Measure the rows of --from again, print them beside the shipped; return 1 if one differs."""
     lines, status = [], 0
     for path in args.rows:
         shipped = read_row(path)
@@ -259,7 +264,7 @@ def repeat_rows(args) -> int:
 
 
 def recipe_of_row(subject: Subject, row: dict, path) -> Recipe:
-    """The recipe that a row was measured with; BadInput if today's of that name is another.
+    """Return the recipe that a row was measured with; BadInput if today's of that name is another.
 
     One that has no name here is taken from the row: it was allocated on images, where machines may
     differ, or read from a file.
@@ -274,7 +279,7 @@ def recipe_of_row(subject: Subject, row: dict, path) -> Recipe:
 
 
 def write_exports(pairs, args) -> int:
-    """The network of each (subject, recipe) as files to use; 1 if an engine predicts otherwise."""
+    """Write the network of each (subject, recipe) as files; return 1 if an engine disagrees."""
     for _, recipe in pairs:
         if not recipe.layers:
             raise BadInput(f"--export: recipe {recipe.name} has no quantized layers to write")
@@ -293,7 +298,7 @@ def write_exports(pairs, args) -> int:
 
 
 def write_profiles(pairs, args) -> None:
-    """What each recipe does to each tensor of its subject."""
+    """Write what each recipe does to each tensor of its subject."""
     folders = [profile_folder(*pair, args.output, args.force) for pair in pairs]
     for (subject, recipe), folder in zip(pairs, folders):
         made = functools.partial(quantized, subject, n_calibration=calibration_images(recipe, args))

@@ -57,22 +57,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser for the options of a script with this docstring."""
+    """Return a parser for the options of a script with this docstring."""
     return _Parser(description=doc.split("\n")[0], formatter_class=_Help)
 
 
 def at_least(low: int, high: int = MAX_COUNT) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `low` to `high`."""
+    """Return the type of an option that is a whole number from `low` to `high`."""
     return _number_type(int, lambda n: low <= n <= high, f"a whole number from {low} to {high}")
 
 
 def within(low: float, high: float) -> Callable[[str], float]:
-    """The type of an option that is a number from `low` to `high`, both included."""
+    """Return the type of an option that is a number from `low` to `high`, both included."""
     return _number_type(float, lambda x: low <= x <= high, f"a number from {low} to {high}")
 
 
 def above(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """The type of an option that is a finite number above `low` and at most `high`."""
+    """Return the type of an option that is a finite number above `low` and at most `high`."""
     at_most = f" and at most {high}" if high < math.inf else ""
     in_range = lambda x: low < x <= high and x < math.inf  # noqa: E731
     return _number_type(float, in_range, f"a number above {low}{at_most}")
@@ -95,7 +95,7 @@ seed = at_least(0, 2**63 - 1)  # what torch's generators take
 
 
 def known(names, what: str) -> Callable[[str], str]:
-    """The type of an option that is one of many `names`; close ones are told where it is not."""
+    """Return the type of an option that is one of `names`; its error tells names that are close."""
 
     def read(text: str):
         if text not in names:
@@ -122,7 +122,10 @@ def refused(p, *flags: str, why: str) -> None:
 
 
 def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
-    """The device to compute on: what was asked for, or CUDA if there is any."""
+    """Return the device to compute on: what was asked for, or CUDA if there is any.
+
+    Ends the program in one line if CUDA was asked for and there is none.
+    """
     import torch
 
     if asked_for == "cuda" and not torch.cuda.is_available():
@@ -131,7 +134,7 @@ def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
 
 
 def precision(p: argparse.ArgumentParser, asked_for: str | None, device: str, amp=False) -> str:
-    """What training computes in: what was asked for, or what suits the device.
+    """Return what training computes in: what was asked for, or what suits the device.
 
     With `amp`, that is mixed precision on every device that has instructions for it.
     """
@@ -147,7 +150,7 @@ def precision(p: argparse.ArgumentParser, asked_for: str | None, device: str, am
 
 
 def shortened(value) -> str:
-    """A value as a message shows it."""
+    """Return a value as a message shows it."""
     text = str(value)
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
@@ -156,7 +159,7 @@ def shortened(value) -> str:
 
 
 def exit_on_signals() -> None:
-    """From now on, end at once and in one line on Ctrl-C and SIGTERM.
+    """End at once and in one line on Ctrl-C and SIGTERM, from now on.
 
     For the seconds in which a script imports torch; `command` then takes over.
     """
@@ -180,14 +183,14 @@ def _stopped_by(number: int) -> str:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM only add their number to the list that this gives, to be looked at."""
+    """Give a list to which SIGINT and SIGTERM only add their number, to be looked at."""
     noted = []
     with _handled_by(lambda number, frame: noted.append(number)):
         yield noted
 
 
 def exit_code(signals: list[int]) -> int:
-    """The exit code of a command that these signals stop, the first of them; 0 without any."""
+    """Return the exit code of a command that the first of these signals stops; 0 without any."""
     return 128 + signals[0] if signals else 0
 
 
@@ -222,7 +225,7 @@ def command(main: Callable[[], int | None]):
 
 
 def _run(main) -> tuple[int, str]:
-    """Exit code, and what to say on stderr."""
+    """Run `main`; return its exit code, and what to say on stderr."""
     try:
         with _handled_by(_raise_stopped):
             machine.code()  # what runs is the code of now, whatever is checked out later
@@ -253,7 +256,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _prepare_output() -> None:
-    """No output may end a command: not a closed stream, not a terminal that lacks a character."""
+    """Let no output end a command: not a closed stream, not a terminal that lacks a character."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))

@@ -113,7 +113,7 @@ def _flock(folder: Path) -> Iterator[bool]:
 
 
 def _close_locks() -> None:
-    """In a forked process, so that it does not keep the locks of a parent that has ended."""
+    """Close all locks in a forked process: it must not keep those of a parent that has ended."""
     for descriptor in _locks:
         os.close(descriptor)
     _locks.clear()
@@ -124,7 +124,7 @@ if fcntl:
 
 
 def require_writable(folder) -> None:
-    """Raise BadInput now if files can't be written to `folder` later; makes it if need be."""
+    """Make `folder` if need be; raise BadInput now if files can't be written to it later."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -159,5 +159,5 @@ def read_json(path):
 
 
 def sha256(data) -> str:
-    """Hex digest of a file's content, or of bytes."""
+    """Return the hex digest of a file's content, or of bytes."""
     return hashlib.sha256(data if isinstance(data, bytes) else Path(data).read_bytes()).hexdigest()

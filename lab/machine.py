@@ -19,7 +19,7 @@ except ImportError:  # Windows
 
 
 def provenance() -> dict:
-    """Commit, versions, hardware, command and time, as every run records them."""
+    """Return commit, versions, hardware, command and time, as every run records them."""
     commit, dirty = code()
     return {
         "commit": commit,
@@ -37,7 +37,10 @@ def provenance() -> dict:
 
 @functools.cache
 def code() -> tuple[str | None, bool | None]:
-    """Commit and whether scripts differ from it, as of the first call; None without git."""
+    """Return the commit and whether Python files differ from it; None for both without git.
+
+    It says what was so at the first call.
+    """
 
     def git(*args):
         command = ["git", "-C", Path(__file__).parents[1], *args]
@@ -69,7 +72,7 @@ def wait_for(device_type: str) -> None:
 
 
 def cpu_name() -> str:
-    """Name and widest vector instructions, for example "AMD EPYC, AVX512 with VNNI"."""
+    """Return name and widest vector instructions, for example "AMD EPYC, AVX512 with VNNI"."""
     import torch  # takes seconds, and this module is imported before it
 
     name = platform.processor() or platform.machine()
@@ -81,17 +84,17 @@ def cpu_name() -> str:
 
 
 def has_vnni() -> bool:
-    """Whether the CPU multiplies 8-bit integers without an overflow of the sums of two products."""
+    """Say whether the CPU multiplies 8-bit integers without an overflow of sums of two products."""
     return "vnni" in _cpuinfo()
 
 
 def has_bf16() -> bool:
-    """Whether the CPU has instructions that multiply in BF16: those of AVX-512, AMX or ARM."""
+    """Say whether the CPU has instructions that multiply in BF16: of AVX-512, AMX or ARM."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
 
 
 def memory_bytes() -> float:
-    """The machine's main memory, or infinity where the system does not say."""
+    """Return the bytes of main memory, or infinity where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
@@ -99,7 +102,7 @@ def memory_bytes() -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most main memory that this process has had; 0 where the system does not say."""
+    """Return the most bytes of memory that this process has had; 0 if the system does not say."""
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -27,13 +27,16 @@ CLASSIFIERS_ONLY = ("per_layer", "profile")
 
 
 def flags(*names: str) -> str:
-    """Names of options as they are typed, in a list."""
+    """Return the names of options as they are typed, in a list."""
     *first, last = (f"--{name.replace('_', '-')}" for name in names)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def recipe_name(text: str) -> str:
-    """The type of --recipes: a name in RECIPES, a budget for mixed precision, or a JSON file."""
+    """Return `text` if it is a name in RECIPES, a budget for mixed precision, or a JSON file.
+
+    It is the type of --recipes: ArgumentTypeError for other text.
+    """
     if text.endswith(".json"):
         return text
     if not text.startswith(mixed.PREFIX):
@@ -46,7 +49,7 @@ def recipe_name(text: str) -> str:
 
 
 def parse_args(doc: str):
-    """The options on the command line, checked together; `doc` is the help's text."""
+    """Return the options on the command line, checked together; `doc` is the help's text."""
     p = cli.parser(doc)
     add = p.add_argument_group("what to quantize").add_argument
     add("--checkpoint", nargs="+", metavar="PATH", help="checkpoints to quantize")

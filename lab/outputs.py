@@ -36,7 +36,8 @@ SHOWN_CLASSES = 3  # of a prediction
 def write_reports(pairs, output: str, n_calibration: int | None, workers: int, force: bool) -> None:
     """Write a report per layer of each (subject, recipe); print its most sensitive tensors.
 
-    Calibrated on `n_calibration` images, or on as many as the recipe says.
+    It is calibrated on `n_calibration` images, or on as many as the recipe says. BadInput if there
+    can be no report, or if one is there and `force` does not say to replace it.
     """
     jobs = []
     for subject, recipe in pairs:
@@ -56,7 +57,10 @@ def write_reports(pairs, output: str, n_calibration: int | None, workers: int, f
 
 
 def report_fn(recipe: Recipe):
-    """The function that says how much each single tensor that a recipe quantizes matters."""
+    """Return the function that says how much each single tensor that a recipe quantizes matters.
+
+    BadInput if there is none for the recipe.
+    """
     found = sensitivities if recipe.layers and recipe.calibration_images else None
     if recipe.peer:
         found = getattr(ENGINES[recipe.peer], "sensitivities", None)
@@ -68,9 +72,9 @@ def report_fn(recipe: Recipe):
 
 
 def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: int) -> dict:
-    """The noise in the logits from each single tensor that a recipe quantizes.
+    """Return the noise in the logits from each single tensor that a recipe quantizes.
 
-    `noises` is what `report_fn` gives for the recipe. Calibrated on `n` images.
+    `noises` is what `report_fn` gives for the recipe. It is calibrated on `n` images.
     """
     began = time.monotonic()
     batches, described = subject.calibration_batches(recipe, n)
@@ -92,8 +96,12 @@ def per_layer_report(subject: Subject, recipe: Recipe, noises, n: int, workers: 
 
 
 def answered(subject: Subject, run) -> dict:
-    """What a row says of the answers that `run` gives to the subject's images: their score and,
-    where an answer is one class, the answers themselves and how far their logits are off."""
+    """Return what a row says of the answers that `run` gives to the subject's images.
+
+    That is their score and, where an answer is one class, the answers themselves and how far their
+    logits are off. `run`: images [b, 3, S, S] -> outputs [b, ...]. BadInput if these are not
+    finite.
+    """
     task, classes = TASKS[subject.task], subject.images.classes
     columns = judged(run, subject.images, subject.img_size, task, CPU)
     if not all(column.isfinite().all() for column in columns):
@@ -113,13 +121,13 @@ def answered(subject: Subject, run) -> dict:
 
 @functools.lru_cache(maxsize=1)  # made once for all rows of a subject
 def float_logits(subject: Subject) -> Tensor:
-    """The logits [n, K] of the float network on the first images of a subject."""
+    """Return the logits [n, K] of the float network on the first images of a subject."""
     some, task = subject.images[:NOISE_IMAGES], TASKS[subject.task]
     return judged(subject.network, some, subject.img_size, task, CPU)[0]
 
 
 def prediction_text(logits: Tensor, classes) -> str:
-    """The likeliest classes of one image and their probabilities, from its logits [K]."""
+    """Return the likeliest classes of one image and their probabilities, from its logits [K]."""
     best = logits.softmax(0).topk(min(SHOWN_CLASSES, len(logits)))
     return ", ".join(
         f"{classes[k]} {100 * p:.1f} %" for k, p in zip(best.indices.tolist(), best.values.tolist())
@@ -152,7 +160,7 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
 
 
 def about(subject: Subject) -> dict[str, str]:
-    """What a user of an ONNX file must know of the images that its network takes, as JSON."""
+    """Return what a user of an ONNX file must know of its network's images: {name: JSON}."""
     known = {"classes": list(subject.images.classes)}
     for name in ("normalize", "resize"):  # of photos
         if hasattr(subject.images, name):
@@ -161,8 +169,10 @@ def about(subject: Subject) -> dict[str, str]:
 
 
 def as_simulated(subject: Subject, network, file: Path, workers: int) -> bool:
-    """Print how each engine's predictions with an ONNX file agree with the simulated ones; return
-    whether all do."""
+    """Say whether each engine's predictions with an ONNX file agree with the simulated ones.
+
+    Prints a line for each engine and setting. They agree on PARITY_SHARE of the images or more.
+    """
     images, _ = subject.calibration(PARITY_IMAGES if subject.classifies else PARITY_SCENES)
     batches = EvalBatches(images, subject.img_size, CPU_BATCH)
     (expected,) = over(batches, lambda x, _: [network(x)], workers)

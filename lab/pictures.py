@@ -21,7 +21,7 @@ COLOURS = np.concatenate((PAIRS[::2], PAIRS[1::2]))  # of classes in turn: all t
 
 
 def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
-    """Where the picture of a photo goes; BadInput if there can be none or if it is there."""
+    """Return where the picture of a photo goes; BadInput if there can be none or if it is there."""
     path = Path(output, subject.folder, "pictures", f"{Path(image).stem}.png")
     require_absent(path, force)
     require_writable(path.parent)
@@ -29,7 +29,7 @@ def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
 
 
 def write_picture(path: Path, subject: Subject, image, outputs: dict[str, Tensor]) -> None:
-    """Draw a photo with what each network sees in it, a panel for each; prints the path.
+    """Draw a photo with what each network sees in it, a panel for each; print the path.
 
     `outputs`: {title of the panel: the network's outputs for the photo, [1, ...]}.
     """
@@ -55,7 +55,11 @@ def write_picture(path: Path, subject: Subject, image, outputs: dict[str, Tensor
 
 
 def draw_boxes(axis, outputs: Tensor, height: int, width: int) -> set[int]:
-    """The boxes that a detector is sure of, and which classes these are of."""
+    """Draw the boxes that a detector is sure of; return which classes these are of.
+
+    `outputs`: [1, A, 4 + K + 4], as lab.models.ssdlite gives them. `height`, `width`: the photo's
+    sides in pixels.
+    """
     (found,) = detections(outputs)
     seen = set()
     for x1, y1, x2, y2, _, kind in found[found[:, 4] >= SHOWN_SCORE].tolist():
@@ -66,7 +70,10 @@ def draw_boxes(axis, outputs: Tensor, height: int, width: int) -> set[int]:
 
 
 def draw_classes(axis, outputs: Tensor, height: int, width: int) -> set[int]:
-    """The likeliest class of each pixel, and which classes these are."""
+    """Draw the likeliest class of each pixel; return which classes these are.
+
+    `outputs`: logits [1, K, h, w]. `height`, `width`: the photo's sides in pixels.
+    """
     classes = F.interpolate(outputs, (height, width), mode="bilinear")[0].argmax(0)
     axis.imshow(COLOURS[classes.numpy() % len(COLOURS)], alpha=0.6)
     return set(classes.unique().tolist())

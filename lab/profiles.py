@@ -26,7 +26,7 @@ ENOUGH = 0.5  # of the noise in the outputs is left when a suggestion excepts en
 
 
 def profile_folder(subject: Subject, recipe: Recipe, output: str, force: bool) -> Path:
-    """Where the files of a profile go; BadInput if there can be none or if they are there."""
+    """Return the folder of a profile's files; BadInput if there can be none or if it is there."""
     if not recipe.layers:
         raise BadInput(f"--profile: recipe {recipe.name} has no quantized layers: choose --recipes")
     name = f"{recipe.name}{setting(subject.img_size, subject.seed)}"
@@ -94,12 +94,12 @@ def write_profile(
 def suggest(
     subject: Subject, recipe: Recipe, found: dict, quantized, workers: int, exceptions: str
 ) -> tuple[Recipe, dict]:
-    """A recipe that makes exceptions of the worst tensors, and how it was found.
+    """Return a recipe that makes exceptions of the worst tensors, and how it was found.
 
     There are as many as halve the noise in the outputs on held-out images: the mean square of what
     the recipe changes in them, over their variance in float. The search starts from the number
     that the profile `found` suggests and doubles it until the noise is halved or half of all
-    tensors are exceptions.
+    tensors are exceptions. BadInput if no tensor can be one.
     """
     specs = layer_specs(subject.network, recipe)
     worst = [
@@ -142,7 +142,10 @@ def suggest(
 
 
 def enough(noises: list[float]) -> int:
-    """How many of the first terms of a sum leave ENOUGH of it or less; at least 1."""
+    """Return how many first terms of a sum to take away so that ENOUGH of it or less is left.
+
+    At least 1 of them.
+    """
     left = sum(noises)
     limit = ENOUGH * left
     for n, of_term in enumerate(noises, 1):
@@ -153,7 +156,7 @@ def enough(noises: list[float]) -> int:
 
 
 def held_out_images(subject: Subject):
-    """The training images that the subject's run held out."""
+    """Return the training images that the subject's run held out."""
     if subject.split == "held-out":
         return subject.images
     settings = (subject.data_dir, subject.task, subject.img_size)

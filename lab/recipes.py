@@ -20,7 +20,7 @@ LATENCY_CALLS = 30  # that what a layer takes is averaged over
 
 
 def recipe_of(subject: Subject, name: str) -> Recipe:
-    """The recipe of this name for the subject's network, or the one in this JSON file.
+    """Return the recipe of this name for the subject's network, or the one in this JSON file.
 
     Bits of a mixed one are allocated on some of the images to calibrate on. BadInput if there is no
     such recipe, or none within the budget.
@@ -40,7 +40,10 @@ def recipe_of(subject: Subject, name: str) -> Recipe:
 
 
 def read_recipe(path) -> Recipe:
-    """The recipe in a JSON file, such as `quantize.py --suggest` writes."""
+    """Return the recipe in a JSON file, such as `quantize.py --suggest` writes.
+
+    BadInput if there is none, or one without layers or with a name that files can't have.
+    """
     recipe = checked_recipe(read_json(path), path)
     if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:
         raise BadInput(
@@ -51,7 +54,7 @@ def read_recipe(path) -> Recipe:
 
 
 def checked_recipe(value, path) -> Recipe:
-    """The recipe that is stored as `value` in the file `path`; BadInput if it is none."""
+    """Return the recipe that is stored as `value` in the file `path`; BadInput if it is none."""
     try:
         recipe = Recipe.fromdict(value)
         check_patterns(recipe)
@@ -62,13 +65,16 @@ def checked_recipe(value, path) -> Recipe:
 
 @functools.lru_cache(maxsize=1)  # for many budgets
 def layer_costs(subject: Subject, cost: str, base: str) -> dict:
-    """{name of a layer: {bits: cost}}, as ptq.analysis.mixed takes them."""
+    """Return {name of a layer: {bits: cost}}, as ptq.analysis.mixed takes them."""
     return mixed.layer_costs(subject.network, cost_batches(subject, base), cost, base)
 
 
 @functools.lru_cache(maxsize=1)
 def layer_latencies(subject: Subject, base: str) -> tuple[dict, float]:
-    """{name of a layer: {bits: ms}} on OpenVINO and one thread, and the ms of all else."""
+    """Return {name of a layer: {bits: ms}} on OpenVINO and one thread, and the ms of all else.
+
+    BadInput if OpenVINO is missing.
+    """
     try:
         require("openvino", "onnx", "onnxscript")
     except EngineMissing as missing:
@@ -91,11 +97,17 @@ def layer_latencies(subject: Subject, base: str) -> tuple[dict, float]:
 
 
 def cost_batches(subject: Subject, base: str) -> EvalBatches:
-    """The images that costs are taken from: those that the recipe calibrates on, if it does."""
+    """Return the images that costs are taken from.
+
+    They are as many as the recipe `base` calibrates on, and costs.IMAGES at least.
+    """
     recipe = ptq.RECIPES[base]
     return subject.calibration_batches(recipe, max(recipe.calibration_images, costs.IMAGES))[0]
 
 
 def to_nearest(recipe: Recipe) -> Recipe:
-    """The same formats with every weight at its nearest code: as fast to run, and soon made."""
+    """Return the same formats with every weight at its nearest code.
+
+    The network is as fast to run, and soon made.
+    """
     return replace(recipe, steps=(), units=None)

@@ -23,22 +23,25 @@ def _require(ok: bool, value, where: str, expected: str) -> None:
 
 
 def text(value, where: str) -> None:
-    """A string that can be written to a file: no half of a surrogate pair, which JSON can hold."""
+    """Raise BadInput unless `value` is a string that can be written to a file.
+
+    That is one without half of a surrogate pair, which JSON can hold.
+    """
     ok = isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
     _require(ok, value, where, "text")
 
 
 def flag(value, where: str) -> None:
-    """True or False."""
+    """Raise BadInput unless `value` is True or False."""
     _require(isinstance(value, bool), value, where, "true or false")
 
 
 def anything(value, where: str) -> None:
-    """Any value; for what is only shown or passed on."""
+    """Let any value pass, for what is only shown or passed on."""
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Schema:
-    """A finite int or float within `low` and `high`."""
+    """Return the schema of a finite int or float within `low` and `high`."""
 
     def check(value, where):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -49,7 +52,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Schema:
 
 
 def integer(low: float = -math.inf, high: float = math.inf) -> Schema:
-    """An int within `low` and `high`."""
+    """Return the schema of an int within `low` and `high`."""
 
     def check(value, where):
         ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -65,7 +68,7 @@ def _bounds(low: float, high: float) -> str:
 
 
 def one_of(*values) -> Schema:
-    """One of `values`."""
+    """Return the schema of one of `values`."""
 
     def check(value, where):
         names = ", ".join(map(str, values))
@@ -75,7 +78,7 @@ def one_of(*values) -> Schema:
 
 
 def maybe(schema: Schema) -> Schema:
-    """None, or what `schema` describes."""
+    """Return the schema of None, or what `schema` describes."""
 
     def check(value, where):
         if value is not None:
@@ -85,7 +88,7 @@ def maybe(schema: Schema) -> Schema:
 
 
 def sequence(schema: Schema, length: int | None = None) -> Schema:
-    """A list whose elements `schema` describes, of `length` where that is given."""
+    """Return the schema of a list whose elements `schema` describes, of `length` if given."""
 
     def check(value, where):
         of = "" if length is None else f" of {length}"
@@ -98,7 +101,7 @@ def sequence(schema: Schema, length: int | None = None) -> Schema:
 
 
 def mapping(schema: Schema) -> Schema:
-    """A dict with names as keys, whose values `schema` describes."""
+    """Return the schema of a dict with names as keys, whose values `schema` describes."""
 
     def check(value, where):
         _require(isinstance(value, dict), value, where, "a mapping")
@@ -110,9 +113,9 @@ def mapping(schema: Schema) -> Schema:
 
 
 def record(fields: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
-    """A dict that has each of `fields`, and may have those of `optional`, as schemas describe them.
+    """Return the schema of a dict that has each of `fields`, and may have those of `optional`.
 
-    Others are let pass.
+    Both are {name: schema of the value}. Other names are let pass.
     """
 
     def check(value, where):

@@ -44,8 +44,10 @@ class Subject:
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its rows: one for each run, so that no other run's rows get among
-        those of shipped weights."""
+        """Return the name of the folder of its rows.
+
+        There is one for each run, so that no other run's rows get among those of shipped weights.
+        """
         run = self.path.resolve().parent
         name = run.parent.name if run.name == self.name else run.name  # of runs/mobilevit_xxs: runs
         shipped = run.is_relative_to(Path(__file__).parents[1] / "checkpoints")
@@ -53,21 +55,21 @@ class Subject:
 
     @property
     def classifies(self) -> bool:
-        """Whether its answer to an image is one class."""
+        """Say whether its answer to an image is one class."""
         return TASKS[self.task].objective is classification
 
     @property
     def adapts(self) -> bool:
-        """Whether images have another size than the network was trained at."""
+        """Say whether images have another size than the network was trained at."""
         return self.img_size != self.checkpoint["img_size"]
 
     def sample(self, img_size: int) -> Tensor:
-        """One image [1, 3, S, S] for timing."""
+        """Return one image [1, 3, S, S] for timing."""
         return self.images[:1].inputs(img_size)
 
     @functools.cached_property
     def network(self) -> nn.Module:
-        """The float network, its batch norms adapted to the size of the images."""
+        """Return the float network, its batch norms adapted to the size of the images."""
         if not self.adapts:
             return self.model
         images, _ = self.calibration(ADAPT_IMAGES)
@@ -76,14 +78,15 @@ class Subject:
 
     @functools.cached_property
     def train(self):
-        """The training images."""
+        """Return the training images."""
         images = TASKS[self.task].load(self.data_dir, train=True)
         return as_known(images, self.task, self.checkpoint)
 
     def calibration(self, n: int) -> tuple[object, dict]:
-        """`n` training images, or all if there are fewer, and their description.
+        """Return `n` training images, or all if there are fewer, and their description.
 
-        They are drawn with `seed`, as many of each class where an image has one class.
+        They are drawn with `seed`, as many of each class where an image has one class. Images that
+        the run held out are not among them. The description is {"n", "seed", "indices_sha256"}.
         """
         none = torch.zeros(len(self.train), dtype=torch.int64)
         labels = self.train.labels if self.classifies else none
@@ -96,14 +99,17 @@ class Subject:
         return self.train[chosen[order]], {"n": n, "seed": self.seed, "indices_sha256": digest}
 
     def calibration_batches(self, recipe, n: int) -> tuple[EvalBatches | None, dict]:
-        """What `recipe` calibrates on, `n` images in all, and their description."""
+        """Return what `recipe` calibrates on, `n` images in all, and their description.
+
+        None and {"n": 0} if `n` is 0.
+        """
         if n == 0:
             return None, {"n": 0}
         images, described = self.calibration(n)
         return EvalBatches(images, self.img_size, recipe.calibration_batch), described
 
     def origin(self, recipe) -> dict:
-        """What a result says of the network, its images and the recipe."""
+        """Return what a result says of the network, its images and the recipe."""
         return {
             "model": self.name,
             "task": self.task,
@@ -114,7 +120,7 @@ class Subject:
         }
 
     def identity(self, recipe, engine: str, n_calibration: int, latency_runs: int) -> dict:
-        """What makes a row the same row: asked for again, it need not be measured again."""
+        """Return what makes a row the same row: asked for again, it need not be measured again."""
         return self.origin(recipe) | {
             "engine": engine,
             "seed": self.seed,
@@ -127,8 +133,10 @@ class Subject:
 
 @contextlib.contextmanager
 def named(recipe: str):
-    """Turn an error into a BadInput that names the recipe: weights or calibration images that do
-    not suit it, or a package that it lacks."""
+    """Turn an error into a BadInput that names the recipe.
+
+    The reason is weights or calibration images that do not suit it, or a package that it lacks.
+    """
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -147,13 +155,14 @@ def load_subject(
     weights_of: str | None = None,
     heads: int | None = None,
 ) -> Subject:
-    """The checkpoint at `path` with the images of its task, or of `task`, at its size or another.
+    """Return the checkpoint at `path` with the images of its task, or of `task`.
 
-    `held_out`: judge on the images that its run chose the weights on, not on the test images.
-    `n_images`: only the first so many. `seed`: of the choice of calibration images. `weights_of`:
-    the file holds mere weights of the network of this name, ours or another project's, with `heads`
-    attention heads if not the usual number. BadInput if the checkpoint or the images are no good or
-    do not fit each other.
+    `img_size`: side of the images in pixels, if not the one that it was trained at. `held_out`:
+    judge on the images that its run chose the weights on, not on the test images. `n_images`: only
+    the first so many. `seed`: of the choice of calibration images. `weights_of`: the file holds
+    mere weights of the network of this name, ours or another project's, with `heads` attention
+    heads if not the usual number. BadInput if the checkpoint or the images are no good or do not
+    fit each other.
     """
     path = Path(path)
     if weights_of:
@@ -196,13 +205,18 @@ def load_subject(
 
 
 def held_out_size(checkpoint: dict, task: str) -> int | None:
-    """How many training images of `task` a checkpoint's run held out; None if it had its own to
-    choose weights on, was trained on another task, or does not say."""
+    """Return how many training images of `task` a checkpoint's run held out.
+
+    None if it had its own to choose weights on, was trained on another task, or does not say.
+    """
     return checkpoint["config"].get("val_size") if task == checkpoint["task"] else None
 
 
 def as_known(images, task: str, checkpoint: dict):
-    """`images` of `task` with pixels and labels as the checkpoint's network knows them."""
+    """Return `images` of `task` with pixels and labels as the checkpoint's network knows them.
+
+    BadInput if the network tells other classes apart.
+    """
     ours, theirs = images.classes, tuple(checkpoint["classes"])
     if len(ours) != len(theirs):
         raise BadInput(f"{task} has {len(ours)} classes, the network tells {len(theirs)} apart")

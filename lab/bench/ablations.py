@@ -56,11 +56,12 @@ def ablations(
     runs: str,
     jobs: int,
 ) -> dict:
-    """Accuracy on held-out images of the base and of `variants`, keys of VARIANTS, for each seed.
+    """Train the base and `variants`, keys of VARIANTS, with each seed; return how they are judged.
 
+    What is judged is accuracy in percent on held-out images. Also prints a table.
     `epochs` are those of a run on images of one side. `runs` is the folder of the runs' folders: a
     run that has its metrics.json stays as it is, whatever device made it, and one that was stopped
-    goes on. `jobs`: runs side by side.
+    goes on. `jobs`: runs side by side. BadInput for an image size that does not fit the patches.
     """
     names = [name for name in VARIANTS if name in (BASE, *variants)]
     multiple = 32 * (4 if "patch-4" in names else 2)
@@ -120,7 +121,7 @@ def ablations(
 
 
 def steps_per_epoch(n_images: int, batch_size: int, multi_scale: bool) -> int:
-    """Training steps in which each of `n_images` comes once, at most."""
+    """Return the number of training steps in which each of `n_images` comes once, at most."""
     sampler = Sampler(n_images, batch_size, seed=0, multi_scale=multi_scale)
     if not sampler.rounds:
         raise BadInput(f"--batch-size {batch_size} is too large for {n_images} images")
@@ -128,7 +129,7 @@ def steps_per_epoch(n_images: int, batch_size: int, multi_scale: bool) -> int:
 
 
 def schedule(epochs: float, img_size: int) -> dict:
-    """Options of train.py for a run of so many epochs, with one validation at its end."""
+    """Return options of train.py for a run of so many epochs, with one validation at its end."""
     return {
         "resolutions": f"{img_size}:{epochs:.9g}",
         "warmup-epochs": f"{WARM_UP * epochs:.9g}",
@@ -137,14 +138,17 @@ def schedule(epochs: float, img_size: int) -> dict:
 
 
 def to_train(options: str, given: dict, folder: Path) -> list[str]:
-    """What train.py is told to train in `folder`, or to go on there."""
+    """Return what train.py is told to train in `folder`, or to go on there."""
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     resume = ["--resume"] if (folder / "last.pth").exists() else []
     return [*options.split(), *flags, "--output", str(folder), *resume]
 
 
 def finished(folder: Path, arguments: list[str]) -> bool:
-    """Whether `folder` has the metrics.json of this run, on any device; BadInput if of another."""
+    """Say whether `folder` has the metrics.json of this run, on any device.
+
+    BadInput if it has that of another run.
+    """
     if not (folder / "metrics.json").exists():
         return False
     found, asked = read_metrics(folder)["config"], vars(parse_args("", arguments))
@@ -182,7 +186,7 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
 
 
 def macs(config: dict, n_classes: int, img_size: int) -> int:
-    """Multiply-accumulates for an image of the network that a run's `config` names."""
+    """Count multiply-accumulates for an image of the network that a run's `config` names."""
     model = build(config["model"], num_classes=n_classes, **network_settings(config["settings"]))
     layers, _ = count(model.eval(), torch.zeros(1, 3, img_size, img_size))
     return sum(layer.macs for layer in layers.values())

@@ -66,9 +66,9 @@ SHIPPED = (  # files that the pages of the campaign are made of
 
 
 def abuse(n_inputs: int, n_kills: int, seed: int) -> dict:
-    """Try so many inputs, drawn with `seed`, and kills; prints each fault as it is found.
+    """Try so many inputs, drawn with `seed`, and kills; print each fault as it is found.
 
-    {"kinds": {kind: {"inputs", "faults"}}, "faults": [a line for each], "seed", "wall_s"}
+    Returns {"kinds": {kind: {"inputs", "faults"}}, "faults": [a line for each], "seed", "wall_s"}.
     """
     if not hasattr(os, "fork"):
         raise BadInput("this system can't fork processes, so the campaign can't run here")
@@ -102,7 +102,7 @@ def abuse(n_inputs: int, n_kills: int, seed: int) -> dict:
 
 
 def drawn_inputs(n: int, seed: int, stand: Path) -> list[Input]:
-    """`n` inputs, all kinds taking turns; the same for the same seed."""
+    """Return `n` inputs, all kinds taking turns; the same for the same seed."""
     kinds = []
     for i, make in enumerate(KINDS):
         rng = random.Random(f"{seed}, {i}")
@@ -113,8 +113,10 @@ def drawn_inputs(n: int, seed: int, stand: Path) -> list[Input]:
 
 
 def be_small() -> None:
-    """From now on, in this process and its children, the synthetic task has few images, and
-    training saves after every step."""
+    """Give the synthetic task few images, and let training save after every step, from now on.
+
+    This holds for this process and its children.
+    """
     task = TASKS["synthetic"]
     whole = task.load
     task.load = lambda data_dir, train: whole(data_dir, train)[:N_IMAGES]
@@ -122,7 +124,10 @@ def be_small() -> None:
 
 
 def prepare(stand: Path) -> dict[str, float]:
-    """Fill `stand` with the intact files that are to be spoilt; seconds of each command for it."""
+    """Fill `stand` with the intact files that are to be spoilt.
+
+    Returns how many seconds each command for it takes, {"training", "quantize"}.
+    """
     stand.mkdir()
     seconds = {}
     for kind, argv in (
@@ -143,7 +148,7 @@ def _require(outcome: Outcome) -> None:
 
 
 def _write_weights(stand: Path) -> None:
-    """A packed file, weights of a network with two classes, and photos of these."""
+    """Write a packed file, weights of a network with two classes, and photos of these."""
     model, _ = model_from_checkpoint(stand / "run" / "best.pth")
     recipe = ptq.recipe("w8a8", model)
     batches = [(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), None)]
@@ -158,7 +163,7 @@ def _write_weights(stand: Path) -> None:
 
 
 def _write_tree(tree: Path) -> None:
-    """A part of the shipped results, and the pages that follow from it."""
+    """Write a part of the shipped results, and the pages that follow from it."""
     docs = [str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")]
     for name in (*SHIPPED, *docs):
         is_page = name.endswith(".md")
@@ -178,7 +183,7 @@ def _receive(tasks) -> None:
 
 
 def _done(i: int) -> tuple[str, int, list[str]]:
-    """Do a task in a folder of its own: its kind, how many inputs it was, its faults."""
+    """Do a task in a folder of its own; return its kind, how many inputs it was, and its faults."""
     with tempfile.TemporaryDirectory() as folder:
         return _tasks[i](Path(folder))
 
@@ -211,7 +216,7 @@ def outcome_of(given: Input, folder: Path) -> Outcome:
 
 
 def fault_of(given: Input, outcome: Outcome, folder: Path) -> str | None:
-    """What is wrong with the way in which a malformed input ended; None if nothing is."""
+    """Say what is wrong with the way in which a malformed input ended; None if nothing is."""
     if outcome.code == 0 and given.may_pass:
         return None
     if outcome.code != 2:

@@ -32,7 +32,7 @@ class Outcome:
 
 
 def script(name: str):
-    """The module of a script of this project, such as "train.py".
+    """Return the module of a script of this project, such as "train.py".
 
     Imported by name while the program runs, as nothing else in lab hangs on the scripts.
     """
@@ -40,7 +40,10 @@ def script(name: str):
 
 
 def command(argv) -> Callable[[], None]:
-    """A function that runs a script of this project with its options, `argv` with its name."""
+    """Return a function that runs a script of this project with its options.
+
+    `argv`: the name of the script, then the options.
+    """
 
     def run():
         sys.argv = [str(arg) for arg in argv]
@@ -50,7 +53,7 @@ def command(argv) -> Callable[[], None]:
 
 
 def library(function: Callable[[], object]) -> Callable[[], None]:
-    """A function of the library that ends as a command: what it refuses is one line, code 2."""
+    """Return `function` so that it ends as a command: what it refuses is one line, exit code 2."""
 
     def run():
         try:
@@ -63,9 +66,10 @@ def library(function: Callable[[], object]) -> Callable[[], None]:
 
 
 def forked(function: Callable[[], object], folder: Path, env=(), kill_after_s=None) -> Outcome:
-    """Run `function` in a forked process; its output goes through files in `folder`.
+    """Run `function` in a forked process and return how it ended.
 
-    `env`: variables to set. `kill_after_s`: end it then by SIGKILL.
+    Its output goes through files in `folder`. `env`: variables to set. `kill_after_s`: end it then
+    by SIGKILL.
     """
     out, err = folder / "stdout", folder / "stderr"
     sys.stdout.flush()
@@ -85,7 +89,10 @@ def forked(function: Callable[[], object], folder: Path, env=(), kill_after_s=No
 
 
 def become(function: Callable[[], object], out: Path, err: Path, env: dict[str, str]):
-    """Go on as a process that runs `function` alone, with its output in files, and ends with it."""
+    """Go on as a process that runs `function` alone and ends with it.
+
+    Its output goes to the files `out` and `err`.
+    """
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="replace") for number in (1, 2))
@@ -108,7 +115,7 @@ def become(function: Callable[[], object], out: Path, err: Path, env: dict[str, 
 
 
 def _wait(pid: int, seconds: float) -> int | None:
-    """The status of a process, or None if it has not ended after so many seconds."""
+    """Return the status of a process, or None if it has not ended after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)

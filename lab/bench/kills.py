@@ -29,13 +29,16 @@ TIMES = ("images_per_s", "peak_memory_mb", "seconds")  # columns of a log that d
 
 
 def quantize(stand: Path) -> tuple:
-    """The command for several rows of the run in `stand`."""
+    """Return the command for several rows of the run in `stand`."""
     few = ("--test-images", "100", "--latency-runs", "2", "--workers", "1")
     return "quantize.py", "--checkpoint", stand / "run" / "best.pth", "--recipes", *RECIPES, *few
 
 
 def killed(run: Callable[[], None], place: str, n: int) -> Callable[[], None]:
-    """`run`, which kills itself at the n-th time that it comes to `place`, one of PLACES."""
+    """Return `run` so that it kills itself when it comes to `place` for the n-th time.
+
+    `place`: one of PLACES. One to be killed "at random" does not kill itself: `forked` ends it.
+    """
     calls = 0
 
     def die_at_last(*_):
@@ -77,9 +80,10 @@ def killed(run: Callable[[], None], place: str, n: int) -> Callable[[], None]:
 
 
 def journeys(kills: int, seed: int) -> list[tuple[str, list]]:
-    """(kind, [(place, n), ...]) for `kills` kills in all: four in five are of training runs.
+    """Return [(kind, [(place, n), ...]), ...] for `kills` kills in all.
 
-    `n`: which time at the place; for one at random, a share of the usual duration in percent.
+    Four in five are of training runs. `n`: which time at the place; for one at random, a share of
+    the usual duration in percent.
     """
     rng, drawn = random.Random(f"{seed}, kills"), []
     n_rows = -(-kills // 5)
@@ -129,7 +133,7 @@ def _resume(kind: str, output: Path) -> tuple[str, ...]:
 
 
 def described(outcome: Outcome) -> str:
-    """An end that should have been another, in a line."""
+    """Return a line that describes an end that should have been another."""
     last = (outcome.err.strip().splitlines() or ["nothing on stderr"])[-1]
     if outcome.code == HANGS:
         return "hangs"
@@ -137,7 +141,7 @@ def described(outcome: Outcome) -> str:
 
 
 def not_whole(kind: str, output: Path) -> list[str]:
-    """A line for each file under `output` that can't be read to its end."""
+    """Return a line for each file under `output` that can't be read to its end."""
     faults = []
     readers = {".pth": read_tensors, ".json": read_json if kind == "training" else read_row}
     for path in output.rglob("*"):
@@ -155,7 +159,10 @@ def missing(output: Path) -> list[str]:
 
 
 def differences(undisturbed: Path, output: Path) -> list[str]:
-    """A line for each file of a run that differs from the undisturbed run's in more than times."""
+    """Return a line for each file of a run that differs from the undisturbed run's.
+
+    Times and the commit may differ.
+    """
     faults = []
     for name in ("best.pth", "last.pth"):
         ours, theirs = (flat(read_tensors(folder / name)) for folder in (undisturbed, output))
@@ -177,7 +184,7 @@ def differences(undisturbed: Path, output: Path) -> list[str]:
 
 
 def flat(value, path=()) -> dict[tuple, object]:
-    """{path: value} of everything in nested dicts and lists."""
+    """Return {path: value} of everything in nested dicts and lists."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {p: v for key, part in items for p, v in flat(part, (*path, key)).items()}

@@ -41,7 +41,7 @@ def nested(depth: int) -> list:
 
 
 def places(value, path=()) -> Iterator[tuple]:
-    """Where something stands in nested dicts and lists; of a list, the first element alone."""
+    """Yield the path of each part of nested dicts and lists; of a list, the first element alone."""
     if path:
         yield path
     if isinstance(value, dict):
@@ -59,7 +59,7 @@ def at(value, path):
 
 
 def changed(value, path, new):
-    """A copy of nested dicts and lists with `new` at `path`; nothing else is copied."""
+    """Return a copy of nested dicts and lists with `new` at `path`; nothing else is copied."""
     key, *rest = path
     copy = dict(value) if isinstance(value, dict) else list(value)
     if rest:
@@ -72,7 +72,7 @@ def changed(value, path, new):
 
 
 def wrong_values(good) -> list:
-    """Values of which none can be right where `good` is."""
+    """Return values of which none can be right where `good` is."""
     if isinstance(good, bool):
         return [None, "yes", 2, MISSING]
     if isinstance(good, int | float):
@@ -87,7 +87,7 @@ def wrong_values(good) -> list:
 
 
 def wrong_fields(value) -> list[tuple]:
-    """(place, a value that is wrong there) of everything in nested dicts and lists."""
+    """Return (place, a value that is wrong there) of everything in nested dicts and lists."""
     return [(path, wrong) for path in places(value) for wrong in wrong_values(at(value, path))]
 
 
@@ -132,18 +132,21 @@ def write_changed(good, place: tuple, wrong, path: Path) -> None:
 
 
 def in_words(place: tuple, wrong) -> str:
-    """What `changed` does, for the name of an input."""
+    """Say what `changed` does, for the name of an input."""
     return f"{'.'.join(map(str, place))} is {shown(wrong)}"
 
 
 def given(command, path: Path) -> list:
-    """A command with the path of the spoilt file in its place."""
+    """Return a command with the path of the spoilt file in its place."""
     return [path if word == HERE else word for word in command]
 
 
 def of_file(kind: str, name: str, write, run, file: str = "bad.pth", **more) -> Input:
-    """An input of one file that `write(path)` makes. `run`: the command that reads it, with HERE
-    in its place, or a function from its path to a function."""
+    """Return an input of one file that `write(path)` makes.
+
+    `run`: the command that reads it, with HERE in its place, or a function from its path to a
+    function.
+    """
 
     def make(folder):
         path = folder / file

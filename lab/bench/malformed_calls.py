@@ -27,7 +27,7 @@ def photos(rng: random.Random, stand: Path) -> Iterator[Input]:
         return Input(kind, name, make, **more)
 
     def each(make):
-        """A change of all pictures of a class: which of them are looked at is drawn."""
+        """Return a change of all pictures of a class: which of them are looked at is drawn."""
 
         def change(folder):
             for path in list((folder / "cat").iterdir()):

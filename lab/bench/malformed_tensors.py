@@ -155,7 +155,7 @@ def archives(rng: random.Random, stand: Path) -> Iterator[Input]:
         path.write_bytes(flipped)
 
     def compare(path):
-        """Either the file is refused, or it gives the same tensors and values."""
+        """Read the file, which must be refused or give the same tensors and values."""
         ours, theirs = load_checkpoint(good), load_checkpoint(path)
         states = ours.pop("state_dict"), theirs.pop("state_dict")
         equal = states[0].keys() == states[1].keys()
@@ -268,7 +268,7 @@ def foreign(rng: random.Random, stand: Path) -> Iterator[Input]:
 
 
 def refused_by_methods(rng: random.Random, stand: Path) -> Iterator[Input]:
-    """What shows while a network is quantized: numbers that overflow, batches that are none."""
+    """Yield what shows while a network is quantized: numbers that overflow, what is no batch."""
     kind = "weights and batches that overflow"
 
     def quantizing(name, recipe, batches):

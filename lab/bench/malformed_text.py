@@ -57,7 +57,7 @@ OPEN = {"noise", "weights", "inputs", "activations", "latency_ms", "ms", "images
 
 
 def _of_tree(kind, name, stand: Path, file: str, write, run=None, **more) -> Input:
-    """An input of the tree that plots.py reads, with one file that `write(path)` spoils.
+    """Return an input of the tree that plots.py reads, with one file that `write(path)` spoils.
 
     `run(tree)` is what is then to be run: by default the command that says whether pages agree
     with the tree, 1 if a table has changed. Weights and pages, which stay so, are links.
@@ -78,7 +78,7 @@ def _of_tree(kind, name, stand: Path, file: str, write, run=None, **more) -> Inp
 
 
 def tree_files(kind: str, rng: random.Random, stand: Path) -> Iterator[Input]:
-    """Files of FILES that are spoilt as a whole, and JSON files with one wrong field."""
+    """Yield files of FILES that are spoilt as a whole, and JSON files with one wrong field."""
     for file, how in itertools.product(FILES[kind], SPOILT):
         # plots.py does without a missing file, but a run with metrics must have the others.
         if how != "nothing at all" or file.endswith(("config.json", "log.csv")):
@@ -97,7 +97,7 @@ def tree_files(kind: str, rng: random.Random, stand: Path) -> Iterator[Input]:
 
 
 def _another(path: tuple, wrong) -> bool:
-    """Whether such a change makes another good file: of another recipe, or of fewer entries."""
+    """Say whether such a change makes another good file: of another recipe, or of fewer entries."""
     in_recipe = "recipe" in path or "recipes" in path
     if in_recipe and ("layers" in path[:-1] or path[-1] in ("calibration_batch", "units", "type")):
         return True
@@ -128,7 +128,7 @@ def logs(rng: random.Random, stand: Path) -> Iterator[Input]:
 
 
 def structure(text: str) -> list[str]:
-    """What gives a page its form: its markers, fences, headings, and whether tables are tables."""
+    """Return what gives a page its form: its markers, and how its fences and headings begin."""
     kept = []
     for line in text.splitlines():
         kept += [f"{edge}:{name}" for edge, name in MARKER.findall(line)]
@@ -138,7 +138,7 @@ def structure(text: str) -> list[str]:
 
 
 def text_for_pages(rng: random.Random, stand: Path) -> Iterator[Input]:
-    """Text that would break or fill a page if it got there as it stands."""
+    """Yield text that would break or fill a page if it got there as it stands."""
 
     def compare(tree):
         found = load_results(tree / "results", tree / "checkpoints")
@@ -204,7 +204,7 @@ def runs_to_resume(rng: random.Random, stand: Path) -> Iterator[Input]:
 
 
 def rows_to_repeat(rng: random.Random, stand: Path) -> Iterator[Input]:
-    """Rows that quantize.py is to measure again."""
+    """Yield rows that quantize.py is to measure again."""
     path = next((stand / "rows").rglob("fp32*.json"))
     good = read_json(path)
     again = ("quantize.py", "--from", HERE, "--test-images", "20", "--workers", "1", *OUT)

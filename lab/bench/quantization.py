@@ -38,10 +38,11 @@ PROFILED = (
 
 
 def engines(checkpoint, names, n_calls: int) -> dict:
-    """Milliseconds an image of every method on every engine, all called in turn on one thread.
+    """Time an image of every method on every engine, in ms, all called in turn on one thread.
 
     `checkpoint`: path of the network. `names`: recipes. `n_calls`: timed calls of each. "faults" in
     the result has a line for each method that failed on an engine.
+    BadInput if nothing can be timed.
     """
     model, described, batches, example = on_noise(checkpoint)
     runs, versions, recipes, faults = {}, {}, {}, []
@@ -75,9 +76,10 @@ def engines(checkpoint, names, n_calls: int) -> dict:
 
 
 def profile(checkpoint, n_calls: int) -> dict:
-    """Where OpenVINO spends a call, type by type of its nodes, for some methods in turn.
+    """Measure where OpenVINO spends a call, type by type of its nodes, for some methods in turn.
 
-    `checkpoint`: path of the network. `n_calls`: calls over which times are averaged.
+    `checkpoint`: path of the network. `n_calls`: calls over which times, in ms, are averaged.
+    BadInput if nothing can be profiled.
     """
     model, described, batches, example = on_noise(checkpoint)
     networks, recipes = {}, {}
@@ -109,10 +111,10 @@ def profile(checkpoint, n_calls: int) -> dict:
 
 
 def tensorrt(checkpoint, n_calls: int) -> dict:
-    """Milliseconds an image of FP32 and of 8 bits on TensorRT, and of FP32 in torch on the same
-    GPU, all called in turn. Images come from the CPU and logits go back to it.
+    """Time an image of FP32 and of 8 bits on TensorRT, in ms, and of FP32 in torch on the same GPU.
 
-    `checkpoint`: path of the network. `n_calls`: timed calls of each.
+    All are called in turn. Images come from the CPU and logits go back to it.
+    `checkpoint`: path of the network. `n_calls`: timed calls of each. BadInput without TensorRT.
     """
     try:
         engine_version = tensorrt_gpu.version()
@@ -134,7 +136,7 @@ def tensorrt(checkpoint, n_calls: int) -> dict:
 
 
 def recipes_for(model, names):
-    """The recipes of these names for `model`; a line for each that does not suit it."""
+    """Yield the recipes of these names for `model`; print a line for each that does not suit it."""
     for name in names:
         try:
             yield ptq.recipe(name, model)
@@ -143,9 +145,9 @@ def recipes_for(model, names):
 
 
 def on_noise(path) -> tuple:
-    """A checkpoint's network, its name and image size, and what to calibrate and run it on.
+    """Return a checkpoint's network, its name and image size, and what to calibrate and run it on.
 
-    That is one batch of eight images of noise, and one of them.
+    That is one batch of eight images [8, 3, S, S] of noise, and the first of them [1, 3, S, S].
     """
     model, checkpoint = model_from_checkpoint(path)
     described = {"model": checkpoint["model"], "img_size": checkpoint["img_size"]}

@@ -24,12 +24,12 @@ ROUNDS = {"cpu": 5, "cuda": 3}  # of each contender, taking turns
 
 
 def train(model: str, img_size: int, batch_size: int, precision: str, device: str, seconds: float):
-    """Training throughput, data included, each contender for `seconds` in every round.
+    """Measure training images/s, data included, of each contender for `seconds` in every round.
 
-    Of our network; of timm's of the same architecture in the same loop; of our network in the
-    published script's loop (its loader, contiguous tensors, an optimizer that is not fused, on a
-    CPU in FP32); and of ours with one thing changed. On a GPU also compiled, with Muon, and with
-    half and twice the batch.
+    The contenders are our network; timm's of the same architecture in the same loop; our network
+    in the published script's loop (its loader, contiguous tensors, an optimizer that is not fused,
+    on a CPU in FP32); and ours with one thing changed. On a GPU ours is also compiled, trained with
+    Muon, and with half and twice the batch. BadInput without timm.
     """
     try:
         import timm
@@ -100,7 +100,10 @@ def loader(
     seconds: float,
     data_dir: str,
 ) -> dict:
-    """Images/s that one loader process makes, and that the network takes."""
+    """Return the images/s that one loader process makes, and that the network takes.
+
+    `seconds`: how long each augmentation and the training are measured.
+    """
     images = TASKS["cifar10"].load(data_dir, train=True)
     made = {}
     torch_threads = torch.get_num_threads()
@@ -142,7 +145,7 @@ def muon(model):
 
 
 def muon_of_timm(model):
-    """The same rule, one matrix after the other."""
+    """Return timm's Muon: the same rule, one matrix after the other."""
     from timm.optim import Muon
 
     return Muon(weight_groups(model, 0.05), lr=1e-3, nesterov=True)
@@ -157,10 +160,10 @@ def trainer(
     optimizer=fused,
     compiled=False,
 ) -> Callable[[], None]:
-    """A training step: the loop that all contenders share.
+    """Return a function that does one training step: the loop that all contenders share.
 
-    `batches` yields (input, labels) on the device; `context()` is that of the forward pass;
-    `optimizer` makes one for a model.
+    `batches` yields (input [b, 3, S, S], labels [b]) on the device; `context()` is that of the
+    forward pass; `optimizer` makes one for a model.
     """
     model = model.train().to(device, memory_format=memory_format)
     update = optimizer(model)
@@ -195,7 +198,10 @@ def images_per_s(step, batch_size: int, device: str, seconds: float) -> float:
 
 
 def our_batches(img_size: int, batch_size: int, device: str):
-    """Batches as train.py makes them, augmented at 32x32 and resized on the device; without end."""
+    """Yield batches without end as train.py makes them.
+
+    Images are augmented at 32x32 pixels and resized on the device.
+    """
     images = TASKS["synthetic"].load(None, train=True)  # as fast as any others
     loader = torch.utils.data.DataLoader(
         TrainBatches(batch, images, batch_size, 0, Augmentation("autoaugment")),
@@ -210,8 +216,10 @@ def our_batches(img_size: int, batch_size: int, device: str):
 
 
 def published_batches(img_size: int, batch_size: int, device: str):
-    """Batches as the published script makes them: image by image with PIL, at the input's size, by
-    two loader processes; without end."""
+    """Yield batches without end as the published script makes them.
+
+    Two loader processes make them image by image with PIL, at the input's size.
+    """
     to_input = transforms.Compose(
         [
             transforms.ToPILImage(),

@@ -18,7 +18,10 @@ class EngineMissing(Exception):
 
 
 def require(*packages: str) -> list:
-    """The imported packages, the engine's own first; EngineMissing if one is not installed."""
+    """Import packages, the engine's own first, and return them in this order.
+
+    EngineMissing if one is not installed or can't be imported.
+    """
     try:
         return [importlib.import_module(name) for name in packages]
     except ModuleNotFoundError as error:

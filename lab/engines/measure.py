@@ -12,13 +12,14 @@ CPU_BATCH = 25  # images to evaluate at a time; their activations then fit the c
 
 
 def predict(run, batches, workers=1) -> tuple[Tensor, Tensor]:
-    """Logits [N, K] and labels [N], on the CPU, of `run` over a sequence of (input, labels)."""
+    """Return logits [N, K] and labels [N], on the CPU, of `run` over (input, labels) batches."""
     return over(batches, lambda x, labels: (run(x).float(), labels), workers)
 
 
 def over(batches, act: Callable, workers=1) -> tuple[Tensor, ...]:
-    """The tensors that `act(input, labels)` gives of a batch, joined over all batches, on the CPU.
+    """Return the tensors that `act(input, labels)` gives, each joined over all batches, on the CPU.
 
+    `batches`: a sequence of (input [b, 3, S, S], labels [b]). `act` gives tensors of b rows each.
     On a CPU, `workers` threads with one core each take batches in turn: on small batches that
     beats all cores sharing each operator.
     """

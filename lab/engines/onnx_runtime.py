@@ -27,7 +27,7 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` exported, loaded and run in FP32 where it is not quantized."""
+    """Return `model` exported and loaded; what is not quantized runs in FP32."""
     require("onnxruntime", "onnx", "onnxscript")
     from ptq.export import to_onnx
 

@@ -25,13 +25,16 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` exported, compiled and run in FP32 where it is not quantized."""
+    """Return `model` exported and compiled; what is not quantized runs in FP32."""
     network, size_bytes = exported(model, example)
     return loaded(network, size_bytes)
 
 
 def exported(model, example) -> tuple:
-    """`model` as a network of OpenVINO for one image, and the bytes of its ONNX file."""
+    """Return `model` as a network of OpenVINO for one image, and the bytes of its ONNX file.
+
+    `example`: [b, 3, S, S], whose S is the network's.
+    """
     openvino, *_ = require("openvino", "onnx", "onnxscript")
     from ptq.export import to_onnx
 
@@ -81,7 +84,7 @@ def channels_last(network):
 
 
 def _images(x) -> list:
-    """[b, 3, S, S] -> b arrays [1, S, S, 3], without a copy if `x` is channels-last."""
+    """Return images [b, 3, S, S] as b arrays [1, S, S, 3], not copied if `x` is channels-last."""
     return list(x.permute(0, 2, 3, 1).contiguous().numpy()[:, None])
 
 
@@ -102,10 +105,10 @@ def one_thread(precision: str) -> dict:
 def executed_products(compiled) -> dict[str, dict[str, int]]:
     """Count the convolutions and matrix products of a compiled model, in integers and in float.
 
-    {"int8": {kind: number}, "float": {...}}. Those are in integers whose input is: a node's own
-    precision is that of the narrowest thing that it takes in, be it weights that meet floats. Of
-    attention, which is one node, the first product is in integers if q and k are, the second if v
-    is as well.
+    {"int8": {kind: number}, "float": {...}}. A product is in integers if its input is. A node's own
+    precision does not tell: it is that of the narrowest thing that the node takes in, which may be
+    weights that meet floats. Attention is one node with two products. The first is in integers if q
+    and k are, the second if v is as well.
     """
     numbers = {"int8": Counter(), "float": Counter()}
 
@@ -151,8 +154,8 @@ def operators_ms(networks: dict, example, n: int) -> dict[str, dict[str, float]]
 def layers_ms(files: dict, example, n: int) -> dict:
     """Return how many milliseconds a call of each network spends in the product of each layer.
 
-    `files`: {key: ONNX file of ptq.export}. {key: {name of a layer, or NO_LAYER for all else: ms}},
-    means of `n` calls.
+    `files`: {key: ONNX file of ptq.export}. The result is {key: {name of a layer: ms}}, with
+    NO_LAYER as the name of all else. Times are means of `n` calls.
     """
     from ptq.export import nodes_of_layers
 

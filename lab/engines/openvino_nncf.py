@@ -26,16 +26,16 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def recommended(nncf, network, images, **how):
-    """Quantize as NNCF does it by default."""
+    """Return `network` quantized as NNCF does it by default."""
     return nncf.quantize(network, images, **how)
 
 
 def quantized(quantize: Callable, model, calibration, example):
     """Return what `quantize(nncf, network, images, **how)` makes of `model`, an OpenVINO network.
 
-    `images`: a data set of NNCF that holds (image, label) pairs, every one of `calibration`, a
-    sequence of (input, labels). `how`: what NNCF recommends for transformers, and for accuracy full
-    bias correction.
+    `calibration`: a sequence of (input [b, 3, S, S], labels [b]). `images`: a data set of NNCF that
+    holds all its (image, label) pairs. `how`: what NNCF recommends for transformers and, for
+    accuracy, full bias correction.
     """
     nncf, _ = require("nncf", "openvino")
     nncf.set_log_level(logging.ERROR)

@@ -14,7 +14,7 @@ def load(model, recipe, calibration, example) -> Loaded:
     """Return `model` quantized in 8 bits or float, judged on the images that it calibrates on."""
 
     def judge(compiled, shown) -> tuple[float, list[float]]:
-        """Return the share of the images that are right, and which."""
+        """Return the share of the images that are right, and for each a 1.0 if it is, else 0.0."""
         right = [float(compiled(image)[0].argmax() == label) for image, label in shown]
         return sum(right) / len(right), right
 

@@ -47,7 +47,7 @@ class Parity:
 
     @property
     def share(self) -> float | None:
-        """The share of images that came out as expected, None if none was run."""
+        """Return the share of images that came out as expected, None if none was run."""
         return self.same / self.images if self.passes else None
 
 
@@ -56,9 +56,12 @@ def check(
 ) -> list[Parity]:
     """Run the file at `path`, its batch left open, on one image and on `batch` images at a time.
 
-    `inputs`: tensors [b, 3, S, S]. `expected`: the classes [N], logits [N, K], or outputs of more
-    dimensions, such as those of pixels, that were simulated on them. Several streams run only the
-    first `few` images, `passes` times over.
+    Returns a Parity for each engine, setting and number of images at a time. An engine that is
+    missing or can't read the file has one, with the reason.
+
+    `inputs`: tensors [b, 3, S, S]. `expected`: what was simulated on them. These are classes [N],
+    logits [N, K], or outputs of more dimensions, such as those of pixels. Several streams run only
+    the first `few` images, `passes` times over.
     """
     expected = expected.argmax(1) if expected.dim() == 2 else expected
     results = []
@@ -80,7 +83,7 @@ def check(
 
 
 def in_words(result: Parity) -> str:
-    """A result as a line for people."""
+    """Return a result as a line for people."""
     if result.share is None:
         return f"{result.engine}: not checked, {result.reason}"
     where = ", ".join(filter(None, (result.engine, result.setting, f"batch {result.batch}")))
@@ -93,7 +96,7 @@ def in_words(result: Parity) -> str:
 def _right(
     load: Callable[[], Run], inputs: Sequence[Tensor], expected: Tensor, size: int
 ) -> tuple[int, str]:
-    """How many images come out as expected, `size` at a time, and why if they can't be run."""
+    """Return how many images come out as expected, `size` at a time, and why if they don't run."""
     try:
         outputs = torch.from_numpy(np.concatenate(load()(_batches(inputs, len(expected), size))))
     except Exception as error:  # those of ONNX Runtime have no base of their own
@@ -102,10 +105,11 @@ def _right(
 
 
 def as_expected(outputs: Tensor, expected: Tensor) -> Tensor:
-    """Say which images came out as expected: bool [N].
+    """Say of each image whether it came out as expected: bool [N].
 
-    They got the expected class [N] or, where outputs have more dimensions [N, ...], outputs with
-    little noise. Outputs that are not finite are never as expected.
+    Where the class [N] is expected, logits `outputs` [N, K] must have their largest value there.
+    Outputs of more dimensions [N, ...] must have little noise. What is not finite is never as
+    expected.
     """
     if expected.dim() == 1:
         return (outputs.argmax(1) == expected) & outputs.isfinite().all(1)
@@ -114,7 +118,7 @@ def as_expected(outputs: Tensor, expected: Tensor) -> Tensor:
 
 
 def _batches(inputs: Sequence[Tensor], n: int, size: int) -> list[np.ndarray]:
-    """The first `n` images as arrays [size, 3, S, S], the last of each input maybe smaller."""
+    """Return the first `n` images as arrays [size, 3, S, S], the last of an input maybe smaller."""
     batches = []
     for x in inputs:
         batches += [part.contiguous().numpy() for part in x[:n].split(size)] if n > 0 else []
@@ -123,14 +127,14 @@ def _batches(inputs: Sequence[Tensor], n: int, size: int) -> list[np.ndarray]:
 
 
 def _onnx_runtime(path) -> Iterator[tuple[str, bool, Callable[[], Run]]]:
-    """Its one setting: what it is called, whether it has several streams, and how to load it."""
+    """Yield ONNX Runtime's one setting: its name, whether several streams, and how to load it."""
     with tempfile.TemporaryDirectory() as folder:  # the engine leaves a file beside its own
         run = onnx_runtime.loaded(Path(shutil.copy(path, folder))).run
         yield "", False, lambda: lambda xs: [run(torch.from_numpy(x)).numpy() for x in xs]
 
 
 def _openvino(path) -> Iterator[tuple[str, bool, Callable[[], Run]]]:
-    """Its settings, as above. ValueError if the file can't be read."""
+    """Yield the settings of OpenVINO, as above. ValueError if the file can't be read."""
     openvino, *_ = require("openvino")
     core = openvino.Core()
     try:
@@ -144,8 +148,11 @@ def _openvino(path) -> Iterator[tuple[str, bool, Callable[[], Run]]]:
         return functools.partial(at_once, [compiled.create_infer_request() for _ in range(n)])
 
     def at_once(requests, xs):
-        """As many at a time as there are requests. No callback of ours runs in the engine's
-        threads: one that waits for Python's lock while Python waits for the engine never ends."""
+        """Run as many batches at a time as there are requests.
+
+        No callback of ours runs in the engine's threads: one that waits for Python's lock while
+        Python waits for the engine never ends.
+        """
         outputs = []
         for i in range(0, len(xs), len(requests)):
             running = list(zip(requests, xs[i : i + len(requests)]))

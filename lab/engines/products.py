@@ -8,7 +8,10 @@ from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 
 def quantized_products(network: nn.Module) -> dict[str, int]:
-    """{"Conv", "MatMul": how many have both factors quantized} of a network from ptq.quantize."""
+    """Count the products of a network from ptq.quantize that have both factors quantized.
+
+    {"Conv": convolutions, "MatMul": matrix products}, a kind without any left out.
+    """
     counts = Counter()
     for module in network.modules():
         if isinstance(module, QuantizedLayer):

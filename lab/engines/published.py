@@ -22,9 +22,9 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` with the values of the published format that has the recipe's name.
+    """Return `model` with the values of the published format that has the recipe's name.
 
-    BadInput if a value is too large for it.
+    BadInput if a value is too large for FP16.
     """
     model = copy.deepcopy(model).eval()
     return {"fp16": _float16, "int4-percentile": _int4}[recipe.name](model)
@@ -56,7 +56,7 @@ def _int4(model) -> Loaded:
 
 
 def percentile_levels(x: Tensor) -> Tensor:
-    """`x` [C, ...] on 2**BITS evenly spaced levels between two percentiles of each channel.
+    """Return `x` [C, ...] on 2**BITS evenly spaced levels between two percentiles of each channel.
 
     The grid starts at the lower percentile and need not contain 0. A channel whose percentiles
     coincide becomes that one value.

@@ -25,15 +25,15 @@ ENGINES = {engine.NAME: engine for engine in OURS + ON_GPU + PEERS}
 
 
 def engines_for(recipe, names=tuple(engine.NAME for engine in OURS)) -> list:
-    """The peer that a recipe names, or else the engines with these names."""
+    """Return the peer that a recipe names, alone, or else the engines with these names."""
     return [ENGINES[recipe.peer]] if recipe.peer else [ENGINES[name] for name in names]
 
 
 def row_kind(recipe, engine) -> str:
     """Return the kind of an engine's rows: "simulated", "integer" or "measured".
 
-    Simulated are those where floats stand in for numbers of few bits, integer those where integers
-    alone compute, but not fast.
+    In simulated rows floats stand in for numbers of few bits. In integer rows integers alone
+    compute, but not fast.
     """
     if engine is integer:
         return "integer"

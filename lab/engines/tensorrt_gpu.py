@@ -21,7 +21,10 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` exported and built into an engine for up to CPU_BATCH images at a time."""
+    """Return `model` exported and built into an engine for up to CPU_BATCH images at a time.
+
+    EngineMissing if TensorRT or the GPU is missing, or if TensorRT does not take the formats.
+    """
     trt = _tensorrt()
     from ptq.export import tensorrt_fault, to_onnx
 
@@ -35,7 +38,10 @@ def load(model, recipe, calibration, example) -> Loaded:
     context, alone = engine.create_execution_context(), threading.Lock()
 
     def run(x: Tensor) -> Tensor:
-        """Images and logits on the CPU: copies there and back are a part of the time."""
+        """Return the logits of `x`, both on the CPU.
+
+        Copies to the GPU and back are a part of the time.
+        """
         with alone:  # a context computes one batch at a time
             images = x.contiguous().cuda()
             context.set_input_shape("images", tuple(images.shape))
@@ -50,7 +56,7 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def built(path: Path, shape) -> bytes:
-    """Return the engine that TensorRT builds from an ONNX file for images of a shape.
+    """Return the engine that TensorRT builds from an ONNX file for images of `shape`, (3, S, S).
 
     It takes 1 to CPU_BATCH images and is tuned for one. ValueError if TensorRT refuses the file.
     """
@@ -74,7 +80,7 @@ def built(path: Path, shape) -> bytes:
 
 
 def _tensorrt():
-    """The package; EngineMissing without it or without a GPU."""
+    """Return the package; EngineMissing without it or without a GPU."""
     if not torch.cuda.is_available():
         raise EngineMissing("TensorRT needs an NVIDIA GPU, and torch sees none")
     return require("tensorrt", "onnx", "onnxscript")[0]

@@ -13,5 +13,5 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """The network as it stands, with the values that the recipe gave it."""
+    """Return the network as it stands, with the values that the recipe gave it."""
     return Loaded(model, size_bytes(model, recipe))

@@ -28,10 +28,10 @@ def version() -> str:
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """`model` converted with the default settings of QCONFIG.
+    """Return `model` converted with the default settings of QCONFIG.
 
-    `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. Raises
-    EngineMissing where torch no longer has torch.ao.quantization or its INT8 kernels.
+    `calibration`: a sequence of (input [b, 3, S, S], labels), its labels unused. EngineMissing
+    where torch no longer has torch.ao.quantization or its INT8 kernels.
     """
     prepared = calibrated(model, calibration, example)
     from torch.ao.quantization.quantize_fx import convert_fx
@@ -47,8 +47,8 @@ def load(model, recipe, calibration, example) -> Loaded:
 def sensitivities(model, recipe, calibration, outputs) -> dict:
     """Return the noise of all "weights" and "activations" that FX quantizes.
 
-    As `ptq.analysis.sensitivity.noises` gives it; an activation has the name of the layer or
-    operation that gives it. ValueError for weights that are not finite.
+    It has the form that `ptq.analysis.sensitivity.noises` gives. An activation has the name of the
+    layer or operation that gives it. ValueError for weights that are not finite.
     """
     check_values(model)
     network = calibrated(model, calibration, calibration[0][0][:1])
@@ -89,7 +89,10 @@ class Switch(nn.Module):
 
 
 def calibrated(model, calibration, example):
-    """`model` with observers that have seen `calibration`, ready to be converted."""
+    """Return a copy of `model` with observers that have seen `calibration`, ready to be converted.
+
+    EngineMissing as for `load`.
+    """
     try:
         from torch.ao.quantization import get_default_qconfig_mapping
         from torch.ao.quantization.quantize_fx import prepare_fx
@@ -152,6 +155,6 @@ class FastHistograms(TorchFunctionMode):
 
 
 def in_memory_order(x):
-    """A channels-last tensor as the contiguous one that it is in memory; others as they are."""
+    """Return channels-last `x` [b, C, H, W] as a contiguous [b, H, W, C], others as they are."""
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x.permute(0, 2, 3, 1) if channels_last else x

@@ -71,7 +71,10 @@ def load(model, recipe, calibration, example) -> Loaded:
 
 
 def products(model, matched) -> dict[str, dict[str, int]]:
-    """Convolutions and matrix products in integers and in float; attention's two are in float."""
+    """Count convolutions and matrix products in integers and in float, attention's two in float.
+
+    {"int8": {kind: number}, "float": {...}}. `matched`: {name in MATCHED: number}, of Inductor.
+    """
     kinds = {"Conv": {nn.Conv2d: 1}, "MatMul": {nn.Linear: 1, AttentionCore: 2}}
     total = {k: sum(n.get(type(m), 0) for m in model.modules()) for k, n in kinds.items()}
     int8 = {kind: matched[name] for name, kind in MATCHED.items()}

@@ -8,8 +8,10 @@ BASE = "base"  # the variant that the others are compared with
 
 
 def ablations_table(benchmarks: list[dict]) -> str:
-    """A line a variant: its size, and its accuracy over the seeds against the base's. Then how all
-    were trained."""
+    """Return a table for each of `benchmarks`, a line a variant, and how all were trained.
+
+    A line says how large a variant is, and its accuracy over the seeds against the base's.
+    """
     return "\n\n".join(map(table_of, benchmarks)) or markdown([])
 
 
@@ -38,7 +40,7 @@ def table_of(bench: dict) -> str:
 
 
 def difference(found: list[float], base: list[float]) -> str:
-    """How far the means are apart; none where the two ranges overlap."""
+    """Return how many points the means are apart, "none" where the two ranges overlap."""
     if max(found) >= min(base) and min(found) <= max(base):
         return "none"
     return f"{statistics.mean(found) - statistics.mean(base):+.2f}"

@@ -62,9 +62,10 @@ SCHEMAS = {
 
 
 def load_benchmarks(results, rows: list[dict]) -> dict[str, list[dict]]:
-    """{kind: benchmarks of that kind} under `results`; the kind is the first word of a file's name.
+    """Return {kind: benchmarks of that kind} under `results`.
 
-    Speeds of recipes that no row has as they were timed are left out: these have changed since.
+    The kind is the first word of a file's name. Speeds of recipes that no row has as they were
+    timed are left out: these have changed since. BadInput for a file that does not fit its kind.
     """
     found = {kind: [] for kind in SCHEMAS}
     for path in sorted(Path(results, "benchmarks").glob("*.json")):
@@ -96,7 +97,7 @@ def check_names(kind: str, bench: dict, path) -> None:
 
 
 def up_to_date(kind: str, bench: dict, rows: list[dict]) -> dict:
-    """The benchmark without the times of recipes that differ from those of all rows."""
+    """Return the benchmark without the times of recipes that differ from those of all rows."""
     field = {"engines": "latency_ms", "profile": "ms"}.get(kind)
     if field is None:
         return bench

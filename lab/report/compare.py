@@ -12,11 +12,12 @@ TOLERANCE = (
 
 
 def compare_rows(shipped: dict, measured: dict, labels: list[int]) -> tuple[dict[str, str], bool]:
-    """A line of a table, shipped value before measured one, and whether they agree.
+    """Return a line of a table, shipped value before measured one, and whether the two agree.
 
-    They are compared on the images that were measured, with these `labels`, which are the first of
-    the shipped row's: accuracy within POINTS, all but CHANGED_PCT of the predictions the same, size
-    within SIZE_PCT. Rows without predictions are of the same images. Speed is shown, not judged.
+    They are compared on the images that were measured, the first of the shipped row's, whose
+    `labels` these are. They agree if accuracy is within POINTS, all but CHANGED_PCT of the
+    predictions are the same, and size is within SIZE_PCT. Rows without predictions are of the same
+    images. Speed is shown, not judged.
     """
     n = measured["n_images"]
     shipped_pct, changed_pct, changed = accuracy(shipped), 0.0, "-"

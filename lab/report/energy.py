@@ -8,13 +8,16 @@ SIMULATED = "torch-eager"
 
 
 def energy_mj(row: dict, prices: str = "horowitz") -> float | None:
-    """Modelled energy of an image in mJ, None where a row has none."""
+    """Return the modelled energy of an image in mJ, None where a row has none."""
     found = row.get("energy")
     return found[prices]["total"] / PJ_PER_MJ if found else None
 
 
 def energy_table(rows: list[dict]) -> str:
-    """A line a recipe whose formats are known: accuracy, bytes, and energy by two models."""
+    """Return a table of accuracy, bytes and energy by two models.
+
+    A line is a recipe whose formats are known.
+    """
     lines = []
     for row in in_order([r for r in rows if r["engine"] == SIMULATED and r.get("energy")]):
         of_prices, baseline = row["energy"], baseline_of(row, rows)

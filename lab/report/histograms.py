@@ -10,8 +10,10 @@ SHEET_ROWS, SHEET_COLUMNS = 6, 4  # histograms on one sheet
 
 
 def write_histograms(profile: dict, folder: Path) -> list[Path]:
-    """Sheets of histograms as PNG, worst tensors first: filled in float, a line once quantized, by
-    the logarithm of the counts."""
+    """Write sheets of histograms as PNG into `folder`, worst tensors first; return their paths.
+
+    Values in float fill an area, quantized ones are a line. Heights are logarithms of counts.
+    """
     tensors, per_sheet = profile["tensors"], SHEET_ROWS * SHEET_COLUMNS
     paths = []
     for first in range(0, len(tensors), per_sheet):

@@ -19,7 +19,7 @@ RECIPES = {
 
 
 def neighbours_table(rows: list[dict]) -> str:
-    """A line a network, method and width: what was published, and our rows on test images."""
+    """Return a table of what was published beside our rows: a line a network, method and width."""
     simulated = {
         (row["model"], row["recipe"]["name"]): row for row in rows if row["engine"] == SIMULATED
     }

@@ -52,9 +52,9 @@ MARKER = re.compile(r"<!-- (begin|end):(.*?) -->")
 
 
 def filled_page(text: str, blocks: dict[str, str], path) -> str:
-    """`text` with what stands between <!-- begin:NAME --> and <!-- end:NAME --> replaced.
+    """Return `text` with what stands between <!-- begin:NAME --> and <!-- end:NAME --> replaced.
 
-    BadInput if a page has other markers than those of `blocks`.
+    `blocks`: {NAME: what is to stand there}. BadInput if a page has other markers than those.
     """
     expected = [(edge, name) for name in blocks for edge in ("begin", "end")]
     if sorted(MARKER.findall(text)) != sorted(expected):
@@ -71,7 +71,10 @@ def filled_page(text: str, blocks: dict[str, str], path) -> str:
 
 
 def filled_pages(found: Results, folder) -> dict[Path, tuple[str, str]]:
-    """{page: its text, its text with every block filled} for the pages under `folder`."""
+    """Return {page: (its text, its text with every block filled)} for the pages under `folder`.
+
+    BadInput if one can't be read.
+    """
     pages = {}
     for name, blocks in PAGES.items():
         path = Path(folder, name)
@@ -85,7 +88,7 @@ def filled_pages(found: Results, folder) -> dict[Path, tuple[str, str]]:
 
 
 def fill_pages(found: Results, folder) -> None:
-    """Rewrite the tables of all pages; prints the path of each."""
+    """Rewrite the tables of all pages and print the path of each."""
     for path, (_, filled) in filled_pages(found, folder).items():
         write_text(path, filled)
         print(path)

@@ -31,12 +31,12 @@ def number(digits: int) -> Callable[[float], str]:
 
 
 def short(value: float) -> str:
-    """Three digits that count."""
+    """Return a number with three digits that count."""
     return f"{value:.3g}"
 
 
 def share(value: float) -> str:
-    """In percent, and 0 only where there is none."""
+    """Return a share in percent, and 0 only where there is none."""
     return "0" if value == 0 else f"{100 * value:.3g}"
 
 
@@ -74,7 +74,7 @@ INFINITE = ("qsnr_db", "cumulative_db", "worst_channel_db")  # where nothing was
 
 
 def cell_text(name: str, tensor: dict) -> str:
-    """What the table shows of a tensor in a column."""
+    """Return what the table shows of a tensor in a column."""
     value = COLUMNS[name].value(tensor)
     if value is not None:
         return COLUMNS[name].text(value)
@@ -83,7 +83,10 @@ def cell_text(name: str, tensor: dict) -> str:
 
 
 def csv_text(profile: dict) -> str:
-    """A line a tensor, worst first; columns are COLUMNS and what its section shows besides."""
+    """Return the table of a profile as CSV: a line a tensor, worst first.
+
+    Columns are COLUMNS and what a tensor's section shows besides.
+    """
     more = ("bits", "n_scales", "n_values", "n_codes", "min", "max", "mean", "sigma")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -97,7 +100,7 @@ def csv_text(profile: dict) -> str:
 
 
 def printed_profile(profile: dict) -> str:
-    """The lines that quantize.py prints for a profile: accuracies, and the worst tensors."""
+    """Return the lines that quantize.py prints for a profile: accuracies, and the worst tensors."""
     scores = ", ".join(
         f"{which} {of_network['top1_pct']:.2f} % ({profile['n_changed'][which]} changed)"
         for which, of_network in profile["scores"].items()

@@ -17,7 +17,7 @@ WORSE_IF_LESS = (*INFINITE, "cosine", "codes_used")  # sorting by these begins w
 
 
 def page(profile: dict) -> str:
-    """The page of a profile, the content of its JSON file."""
+    """Return the page, as HTML, of a profile: the content of its JSON file."""
     tensors = profile["tensors"]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"What {profile['recipe']['name']} does to {profile['model']}"),
@@ -89,7 +89,7 @@ def section(i: int, tensor: dict) -> str:
 
 
 def facts_of(tensor: dict) -> list[tuple[str, str]]:
-    """What a section says in words besides the table."""
+    """Return what a tensor's section says in words besides the table, as (title, text) pairs."""
     local, cumulative = tensor["local"], tensor["cumulative"]
     facts = [
         ("Format", tensor["format"]),
@@ -123,7 +123,7 @@ def db(value: float | None) -> str:
 
 
 def ends(pair: list | None, text, n: int) -> str:
-    """The least and the largest of some values, once if they are the same."""
+    """Return the least and the largest of `n` values as text, one number if they are the same."""
     if pair is None:
         return "–"
     both = text(pair[0]) if pair[0] == pair[1] else " to ".join(map(text, pair))
@@ -131,13 +131,13 @@ def ends(pair: list | None, text, n: int) -> str:
 
 
 def heights(counts: list[int]) -> list[float]:
-    """Counts as heights, by their logarithm so that rare values show."""
+    """Return counts as heights, by their logarithm so that rare values show."""
     top = math.log1p(max(counts)) or 1.0
     return [round(HEIGHT * 0.95 * math.log1p(count) / top, 1) for count in counts]
 
 
 def steps(counts: list[int]) -> str:
-    """The path along the tops of bars of width 1."""
+    """Return the path along the tops of bars of width 1, as SVG."""
     return "".join(f"V{HEIGHT - height:g}h1" for height in heights(counts))
 
 
@@ -180,7 +180,7 @@ def figure(drawing: str, width: int, label: str, title: str, low: str, high: str
 
 
 def table(columns: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table of cells in HTML, the first of each line its name."""
+    """Return a table of cells in HTML, the first of each line its name."""
     heads = "".join(f'<th scope="col">{column}</th>' for column in columns)
     rows = "".join(
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
@@ -202,7 +202,7 @@ def blocks_table(blocks: list[dict]) -> str:
 
 
 def bars(pair: tuple[float | None, float | None], longest: float) -> str:
-    """Bars below one another; a whole one where nothing was lost."""
+    """Return two bars, one below the other, as SVG; a whole one where nothing was lost."""
     rects = ""
     for y, kind, value in zip((0, 5), ("own", "all"), pair):
         width = 100 if value is None else max(100 * value / longest, 0)

@@ -30,28 +30,31 @@ class Results:
 
     @property
     def protocol(self) -> list[dict]:
-        """The rows of the published protocol."""
+        """Return the rows of the published protocol."""
         return [row for row in self.rows if in_protocol(row)]
 
     @property
     def measured(self) -> list[dict]:
-        """The other rows that an engine computed in the numbers of the recipe."""
+        """Return the other rows that an engine computed in the numbers of the recipe."""
         return [r for r in self.rows if not in_protocol(r) and r["kind"] != "simulated"]
 
     @property
     def simulated(self) -> list[dict]:
-        """The other rows in which floats stood in for numbers of few bits."""
+        """Return the other rows in which floats stood in for numbers of few bits."""
         return [r for r in self.rows if not in_protocol(r) and r["kind"] == "simulated"]
 
     @property
     def ablation(self) -> list[dict]:
-        """The simulated rows on held-out images, and FP32's."""
+        """Return the simulated rows on held-out images, and FP32's."""
         usual = {"split": "held-out", "adapt_images": None, "engine": "torch-eager"}
         return [row for row in self.every_row if usual.items() <= row.items()]
 
     @property
     def input_sizes(self) -> list[dict]:
-        """The rows of a sweep over input sides, of models with several and on one kind of CPU."""
+        """Return the rows of a sweep over input sides, on one kind of CPU.
+
+        They are of the models that have rows at several sides.
+        """
         usual = {"split": "test", "engine": "openvino", "seed": PUBLISHED["seed"]}
         swept = [row for row in self.every_row if usual.items() <= row.items()]
         swept = [row for row in swept if row["recipe"]["name"] in SIZE_SWEEP]
@@ -59,25 +62,28 @@ class Results:
         return on_usual_cpu(in_order([row for row in swept if row["model"] in several]))
 
     def rows_of(self, task: str) -> list[dict]:
-        """The rows of detection or segmentation."""
+        """Return the rows of `task`, "detection" or "segmentation"."""
         return [row for row in self.task_rows if row["task"] == task]
 
     def runs_of(self, task: str) -> list[dict]:
-        """The runs of detection or segmentation."""
+        """Return the runs of `task`, "detection" or "segmentation"."""
         return [run for run in self.task_runs if run["task"] == task]
 
     def speeds(self, vnni: bool) -> list[dict]:
-        """The benchmarks of engines on CPUs with VNNI, or on those without."""
+        """Return the benchmarks of engines on CPUs with VNNI, or on those without."""
         return [bench for bench in self.benchmarks["engines"] if has_vnni(bench) == vnni]
 
     @property
     def operators(self) -> dict | None:
-        """The benchmark of OpenVINO's operations on a CPU with VNNI."""
+        """Return the benchmark of OpenVINO's operations on a CPU with VNNI, None without one."""
         return next((b for b in self.benchmarks["profile"] if has_vnni(b) and b["ms"]), None)
 
 
 def load_results(results, checkpoints) -> Results:
-    """What the folders of result files and of training runs hold."""
+    """Return what the folders of result files and of training runs hold.
+
+    BadInput for a file that does not hold what it should.
+    """
     rows, runs = load_rows(results, checkpoints), load_runs(checkpoints)
     every_row = [row for row in rows if has_predictions(row)]
     model = REPORTED["model"]

@@ -28,12 +28,12 @@ LABELLED = {"fp32": ("center", (0, 8)), "w8a8": ("left", (7, -3)), "w4": ("cente
 
 
 def lost(row, rows) -> float:
-    """Points of accuracy that a row has less than FP32 in torch, which is one of `rows`."""
+    """Return how many points of accuracy a row has less than FP32 in torch, one of `rows`."""
     return accuracy(tables.baseline_of(row, rows)) - accuracy(row)
 
 
 def headline(found: Results):
-    """Accuracy lost against speed-up: ours and what others would use, a panel a MobileViT."""
+    """Draw accuracy lost against speed-up: ours and what others would use, a panel a MobileViT."""
     rows = [row for row in found.rows if tables.method(row) in HEADLINE]
     rows = tables.on_usual_cpu([row for row in rows if row["model"] in tables.MODELS])
     rows = [row for row in rows if tables.baseline_of(row, found.rows)]
@@ -60,7 +60,7 @@ def headline(found: Results):
 
 
 def set_losses(axes, losses: list[float]) -> None:
-    """The axis of losses: as long as the largest one, or broken behind LOSS_SHOWN points.
+    """Make the axis of losses as long as the largest one, or break it behind LOSS_SHOWN points.
 
     What is gained, a loss below zero, lies above its zero.
     """
@@ -83,14 +83,17 @@ def draw_loss(axis, row, loss: float) -> None:
 
 
 def mark(key) -> dict:
-    """The look of a method of HEADLINE; FP32's mark is hollow, so that one beneath it shows."""
+    """Return the look of a method of HEADLINE.
+
+    FP32's mark is hollow, so that one beneath it shows.
+    """
     label, colour, marker = HEADLINE[key]
     size = {"ms": 11, "mfc": "none", "mew": 1.8} if key[0] == "fp32" else {"ms": 8}
     return {"label": label, "color": colour, "marker": marker, "linestyle": "none"} | size
 
 
 def headline_finding(shown, rows) -> str:
-    """What the panels have in common, if the same method is fastest in all of them."""
+    """Say what the panels have in common, if the same method is fastest in all of them."""
     fastest = [
         max((r for r in shown if r["model"] == m), key=tables.speed_up) for m in models_of(shown)
     ]
@@ -105,7 +108,7 @@ def headline_finding(shown, rows) -> str:
 
 
 def methods(found: Results):
-    """Accuracy, size and latency of the published methods, and what was published of them."""
+    """Draw accuracy, size and latency of the published methods, with what was published of them."""
     rows = {(row["model"], row["recipe"]["name"]): row for row in found.protocol}
     models = models_of(found.protocol)
     if not models:
@@ -146,19 +149,19 @@ def methods(found: Results):
 
 
 def values(row) -> tuple:
-    """What PANELS show of a row; None instead of a time where floats stood in for few bits."""
+    """Return what PANELS show of a row; None for the time where floats stood in for few bits."""
     time_pct = 100 / tables.speed_up(row) if row["kind"] == "measured" else None
     return accuracy(row), row["size_bytes"] / MB, time_pct
 
 
 def published_values(model: str, recipe: str) -> tuple:
-    """What PANELS show of a published method; None for what was not published."""
+    """Return what PANELS show of a published method; None for what was not published."""
     pct, mb, ms = tables.PUBLISHED.get((model, recipe), (None, None, None))
     return pct, mb, ms and 100 * ms / tables.PUBLISHED[model, "fp32"][2]
 
 
 def methods_finding(rows, models) -> str:
-    """How much the published 8 and 4 bits lose on our weights."""
+    """Say how much the published INT8, INT4 and FP16 lose on our weights."""
     losses = {
         recipe: [
             accuracy(rows[model, "fp32"]) - accuracy(rows[model, recipe])
@@ -178,8 +181,10 @@ def methods_finding(rows, models) -> str:
 
 
 def pareto(found: Results):
-    """Accuracy against size of each MobileViT: FP32 and our recipes on engines; grey: the published
-    methods."""
+    """Draw accuracy against size of each MobileViT, FP32 and our recipes on engines.
+
+    The published methods are grey.
+    """
     rows = [row for row in found.rows if row["model"] in tables.MODELS]
     measured = [row for row in rows if row["kind"] == "measured" and row["recipe"]["layers"]]
     models = models_of(measured)
@@ -225,7 +230,7 @@ def pareto(found: Results):
 
 
 def pareto_finding(ours, rows) -> str:
-    """What 4-bit weights give and take."""
+    """Say what 4-bit weights save in size and cost in accuracy."""
     w4 = [r for r in ours if r["recipe"]["name"] == "w4" and tables.baseline_of(r, rows)]
     if not w4:
         return "Accuracy against the size of the file"
@@ -239,7 +244,7 @@ def pareto_finding(ours, rows) -> str:
 
 
 def confusion(found: Results):
-    """Which classes the first model's FP32 takes for which, in percent of the true class."""
+    """Draw which classes the first model's FP32 takes for which, in percent of the true class."""
     row = next((row for row in tables.in_order(found.rows) if tables.is_baseline(row)), None)
     if row is None:
         return None
@@ -262,7 +267,7 @@ def confusion(found: Results):
 
 
 def confusion_finding(row, counts) -> str:
-    """The two classes that are taken for each other most often."""
+    """Name the two classes that are taken for each other most often."""
     pairs = np.tril(counts + counts.T, -1)
     b, a = np.unravel_index(pairs.argmax(), pairs.shape)
     name, classes = short_name(row["model"]), row["classes"]
@@ -275,7 +280,7 @@ def confusion_finding(row, counts) -> str:
 
 
 def input_sizes(found: Results):
-    """Accuracy against speed at several sides of the input image, a line a recipe."""
+    """Draw accuracy against speed at several sides of the input image, a line a recipe."""
     rows = found.input_sizes
     if not rows:
         return None
@@ -297,7 +302,7 @@ def input_sizes(found: Results):
 
 
 def sizes_finding(rows) -> str:
-    """What w8a8 gains at every side, if it loses nothing."""
+    """Say what w8a8 gains at every side, if it loses less than 0.2 points at each."""
     pairs = [(of["fp32"], of["w8a8"]) for of in tables.by_side(rows).values() if len(of) == 2]
     gains = [tables.speed_up(b) / tables.speed_up(a) for a, b in pairs]
     if gains and min(gains) > 1 and all(accuracy(b) > accuracy(a) - 0.2 for a, b in pairs):

@@ -89,7 +89,7 @@ USUAL_SIDE = 256  # pixels; file names tell others
 
 
 def read_row(path) -> dict:
-    """A row that quantize.py wrote; BadInput says which field is not as it should be."""
+    """Return a row that quantize.py wrote; BadInput says which field is not as it should be."""
     row = read_json(path)
     ROW(row, str(path))
     if METRICS.keys().isdisjoint(row["score"]):
@@ -107,30 +107,33 @@ def read_row(path) -> dict:
 
 
 def metric(row: dict) -> str:
-    """Which of METRICS the row is judged by."""
+    """Return the name in METRICS of what the row is judged by."""
     return next(name for name in METRICS if name in row["score"])
 
 
 def has_predictions(row: dict) -> bool:
-    """Whether the answer to an image is one class, so that answers can be counted and compared."""
+    """Say whether the answer to an image is one class: such answers can be counted and compared."""
     return metric(row) == ACCURACY
 
 
 def setting(img_size: int, seed: int) -> str:
-    """What a file's name says of image size and seed where they are not the usual ones."""
+    """Return what a file's name says of image size and seed where they are not the usual ones."""
     size = "" if img_size == USUAL_SIDE else f"-{img_size}"
     return size + (f"-seed{seed}" if seed else "")
 
 
 def row_path(folder: Path, identity: dict) -> Path:
-    """Where the row of this identity lies in the folder of its network."""
+    """Return the path of the row of this identity in `folder`, that of its network."""
     name = f"{identity['recipe']['name']}{setting(identity['img_size'], identity['seed'])}"
     ablation = "ablation" if identity["split"] == "held-out" else ""
     return folder / ablation / f"{name}@{identity['engine']}.json"
 
 
 def reusable_row(path: Path, identity: dict) -> dict | None:
-    """The row at `path`, None if there is none; BadInput if it is of other weights or settings."""
+    """Return the row at `path`, None if there is none.
+
+    BadInput if it is of other weights or settings than `identity`, or no row.
+    """
     if not path.exists():
         return None
     row = read_row(path)
@@ -144,18 +147,22 @@ def reusable_row(path: Path, identity: dict) -> dict | None:
 
 
 def comparable(value):
-    """A field of a row to be compared: a recipe may change its title and stay the same recipe."""
+    """Return a field of a row to be compared, a recipe without its title, which may change."""
     return {k: v for k, v in value.items() if k != "title"} if isinstance(value, dict) else value
 
 
 def row_files(folder) -> list[Path]:
-    """The files of all rows, also of those that are not shown."""
+    """Return the files of all rows, also of those that are not shown."""
     return sorted((*Path(folder).glob("*/*@*.json"), *Path(folder).glob("*/ablation/*@*.json")))
 
 
 def load_rows(folder, checkpoints) -> list[dict]:
-    """The rows measured in the usual way: those of shipped CIFAR-10 weights on all images, at any
-    image size and seed, and those of detectors and segmenters on test images."""
+    """Return the rows measured with the usual numbers of calibration images and timed calls.
+
+    Of CIFAR-10, they are those of shipped weights on all images, at any image size and seed. Of
+    detection and segmentation, they are those on test images with seed 0, at the side that the
+    network was trained at.
+    """
     shipped = {sha256(path) for path in Path(checkpoints).glob("*/best.pth")}
 
     def belongs(row):
@@ -168,16 +175,16 @@ def load_rows(folder, checkpoints) -> list[dict]:
 
 
 def is_full(row: dict) -> bool:
-    """Whether a row was measured on all images of CIFAR-10."""
+    """Say whether a row was measured on all images of CIFAR-10."""
     return row["task"] == "cifar10" and row["n_images"] == FULL[row["split"]]
 
 
 def is_usual(row: dict) -> bool:
-    """Whether a row was measured with the usual numbers of calibration images and calls."""
+    """Say whether a row was measured with the usual numbers of calibration images and calls."""
     usual = {"calibration_images": row["recipe"]["calibration_images"], "latency_runs": 100}
     return all(row[name] == value for name, value in usual.items())
 
 
 def is_published(row: dict) -> bool:
-    """Whether a row belongs in the main tables."""
+    """Say whether a row belongs in the main tables."""
     return all(row[name] == value for name, value in PUBLISHED.items())

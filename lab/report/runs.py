@@ -38,12 +38,12 @@ REPORT = record(
 
 
 def load_runs(folder) -> list[dict]:
-    """All finished runs under `folder`, of any task."""
+    """Return all finished runs under `folder`, of any task."""
     return [load_run(path.parent) for path in sorted(Path(folder).glob("*/metrics.json"))]
 
 
 def load_run(folder: Path) -> dict:
-    """The metrics.json of a run with its log, the command that repeats it, and the runs before.
+    """Return the metrics.json of a run with its log, the command that repeats it, and runs before.
 
     Those are the runs that its weights came from. They lie in `folder`/history/run1, run2 and so
     on, and are the field "before", oldest first.
@@ -63,7 +63,7 @@ def load_run(folder: Path) -> dict:
 
 
 def read_metrics(folder: Path) -> dict:
-    """The metrics.json of a finished run; BadInput says which field is not as it should be."""
+    """Return the metrics.json of a finished run; BadInput says which field is wrong."""
     metrics = read_json(folder / "metrics.json")
     record(METRICS)(metrics, str(folder / "metrics.json"))
     if classifies(metrics):
@@ -72,12 +72,12 @@ def read_metrics(folder: Path) -> dict:
 
 
 def classifies(metrics: dict) -> bool:
-    """Whether a run is judged by accuracy."""
+    """Say whether a run is judged by accuracy."""
     return metrics["task"] not in ("detection", "segmentation")
 
 
 def read_log(path: Path, accuracies: bool) -> list[dict]:
-    """The lines of a log.csv as numbers; BadInput for anything else."""
+    """Return the lines of a log.csv as numbers; BadInput for anything else."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
@@ -93,7 +93,10 @@ def read_log(path: Path, accuracies: bool) -> list[dict]:
 
 
 def load_report(results, checkpoints, model: str, recipe: str) -> dict | None:
-    """The report per layer of a recipe on shipped weights, or on weights that they came from."""
+    """Return the report per layer of a recipe on shipped weights, or on weights they came from.
+
+    None without such a report, or if another number of images than the recipe's calibrated it.
+    """
     path = Path(results, model, "per-layer", f"{recipe}.json")
     if not path.exists():
         return None

@@ -66,7 +66,7 @@ OTHERS = ("all others", "")
 
 
 def classes_table(rows: list[dict]) -> str:
-    """Per class and model: recall (accuracy on its images) and precision, of the FP32 rows."""
+    """Return a table of FP32's recall (accuracy on its images) and precision: a line a class."""
     rows = in_order([row for row in rows if is_baseline(row)])
     classes = rows[0]["classes"] if rows else []
     rows = [row for row in rows if row["classes"] == classes]
@@ -91,12 +91,12 @@ def percent_text(part: int, whole: int) -> str:
 
 
 def run_chain(run: dict) -> list[dict]:
-    """The runs that the weights of a run came from, oldest first, then the run."""
+    """Return the runs that the weights of a run came from, oldest first, then the run."""
     return [*run["before"], run]
 
 
 def training_table(runs: list[dict]) -> str:
-    """A line a training run, from its metrics.json."""
+    """Return a table of training runs and those before them: a line a run."""
     lines = []
     for i, run in (part for last in runs for part in enumerate(run_chain(last))):
         config, model = run["config"], run["model"]
@@ -125,7 +125,7 @@ def training_table(runs: list[dict]) -> str:
 
 
 def commands_block(runs: list[dict]) -> str:
-    """For every training run: the command, the line it prints, the time it took."""
+    """Return the command of every training run, with the line that it prints and its time."""
     blocks = (
         f"```bash\n{code(run['command'])}\n"
         f"# {code(run['printed'])}, after {run['train_s'] / 60:.0f} min\n```"
@@ -139,9 +139,9 @@ def commands_block(runs: list[dict]) -> str:
 
 
 def noises_of(report: dict) -> list[tuple[float, str, str]]:
-    """(noise in the logits, kind, name) of each tensor that a report quantizes alone, most first.
+    """Return (noise in the logits, kind, name) of each tensor that a report quantizes alone.
 
-    A kind is "weight", "input" or "activation".
+    The largest noise comes first. A kind is "weight", "input" or "activation".
     """
     return sorted(
         (
@@ -154,9 +154,9 @@ def noises_of(report: dict) -> list[tuple[float, str, str]]:
 
 
 def per_layer_table(report: dict | None) -> str:
-    """The tensors that change the logits most when they alone are quantized.
+    """Return a table of the tensors that change the logits most when they alone are quantized.
 
-    Then what all others do together, and what all do.
+    Then comes what all others do together, and what all do.
     """
     if report is None:
         return markdown([])
@@ -174,7 +174,7 @@ def per_layer_table(report: dict | None) -> str:
 
 
 def by_recipe(rows: list[dict]) -> dict[str, list[dict]]:
-    """{recipe: its rows}, in the order of ABLATION."""
+    """Return {recipe: its rows}, in the order of ABLATION."""
     found = {}
     for row in rows:
         found.setdefault(row["recipe"]["name"], []).append(row)
@@ -182,7 +182,10 @@ def by_recipe(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def ablation_table(rows: list[dict]) -> str:
-    """Accuracy on held-out images, mean and deviation over seeds of calibration: a line a step."""
+    """Return a table of accuracy on held-out images: a line a step.
+
+    Of several seeds of calibration, it has the mean and standard deviation.
+    """
     lines = []
     for model in models_of(rows):
         recipes = by_recipe([row for row in rows if row["model"] == model])
@@ -204,7 +207,7 @@ def ablation_table(rows: list[dict]) -> str:
 
 
 def mean_text(values: list[float], digits: int) -> str:
-    """Mean and, of several, standard deviation."""
+    """Return the mean and, of several values, their standard deviation."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -213,9 +216,10 @@ def mean_text(values: list[float], digits: int) -> str:
 
 
 def speed_table(benches: list[dict]) -> str:
-    """Latencies from lab.bench engines, in milliseconds and as shares of FP32's, for each model.
+    """Return a table of latencies from lab.bench engines, in ms and as shares of FP32's.
 
-    A line a method and engine, the fastest of the first model first. A table for each kind of CPU.
+    A line is a method and engine, the fastest of the first model first. There are columns for each
+    model, and a table for each kind of CPU.
     """
     kinds = {cpu_kind(bench) for bench in benches}
     if len(kinds) > 1:
@@ -242,7 +246,7 @@ def speed_table(benches: list[dict]) -> str:
 
 
 def library(engine: str) -> str:
-    """The engine that runs networks in FP32 by the same library."""
+    """Return the engine that runs networks in FP32 by the same library."""
     runner = RUNS_ON.get(engine, engine)
     return "torch-eager" if runner == "torch" else runner
 
@@ -252,7 +256,7 @@ def share(part: float | None, whole: float | None) -> str:
 
 
 def node_times(nodes: dict[str, float]) -> dict[tuple[str, str], float]:
-    """Milliseconds of one call by (kind of NODES, arithmetic), and those of OTHERS."""
+    """Return milliseconds of one call by (kind of NODES, arithmetic), and those of OTHERS."""
     kinds = {node: kind for kind, types in NODES.items() for node in types}
     times = {}
     for key, ms in nodes.items():
@@ -264,9 +268,9 @@ def node_times(nodes: dict[str, float]) -> dict[tuple[str, str], float]:
 
 
 def profile_table(bench: dict | None) -> str:
-    """Milliseconds that OpenVINO spends in its types of nodes.
+    """Return a table of the milliseconds that OpenVINO spends in its types of nodes.
 
-    A line a type and its arithmetic, a column a method.
+    A line is a type and its arithmetic, a column a method.
     """
     if bench is None:
         return markdown([])
@@ -284,7 +288,7 @@ def profile_table(bench: dict | None) -> str:
 
 
 def benchmarks_table(benchmarks: dict[str, list[dict]]) -> str:
-    """A line a comparison of lab.bench train and loader."""
+    """Return a table with a line a comparison of lab.bench train and loader."""
     lines = []
 
     def add(benchmark, ours, against, ratio):
@@ -311,7 +315,7 @@ def benchmarks_table(benchmarks: dict[str, list[dict]]) -> str:
 
 
 def abuse_table(benchmarks: list[dict]) -> str:
-    """A line a kind of malformed input or kill of lab.bench abuse, and one for all together."""
+    """Return a table of lab.bench abuse: a line a kind of malformed input or kill, and a sum."""
     counts = {name: kind for bench in benchmarks for name, kind in bench["kinds"].items()}
     if counts:
         counts["together"] = {w: sum(k[w] for k in counts.values()) for w in ("inputs", "faults")}

@@ -23,8 +23,10 @@ SHOWN_MS = 0.45  # a part of a bar that is wide enough for its number
 
 
 def training_curves(found: Results):
-    """Held-out error over minutes of training, through all runs that led to shipped weights, with
-    the accuracy of the chosen epoch."""
+    """Draw held-out error over minutes of training, a panel a run, with the runs before it.
+
+    The chosen epoch has its accuracy.
+    """
     if not found.runs:
         return None
     chains = [run_chain(run) for run in found.runs]
@@ -52,12 +54,12 @@ def training_curves(found: Results):
 
 
 def size_of(row) -> tuple[int, int]:
-    """Sides in pixels of an epoch's images and of the windows that it trained on."""
+    """Return the sides in pixels of an epoch's images and of the windows that it trained on."""
     return int(row["img_size"]), int(row["window"])
 
 
 def draw_chain(axis, chain, shades) -> None:
-    """Epochs as marks at their ends, a line for each run, a band for each size of its images."""
+    """Draw epochs as marks at their ends, a line for each run, a band for each size of images."""
     end, bands = 0.0, []
     for run in chain:
         points = []
@@ -80,7 +82,7 @@ def draw_chain(axis, chain, shades) -> None:
 
 
 def training_finding(chains, minutes) -> str:
-    """How far the best MobileViT, or else the best network, came, in what time, on what."""
+    """Say how far the best MobileViT, or else the best network, came, in what time, on what."""
 
     def merit(i: int) -> tuple[bool, float]:
         return chains[i][-1]["model"] in tables.MODELS, chains[i][-1]["val_accuracy_pct"]
@@ -96,7 +98,7 @@ def training_finding(chains, minutes) -> str:
 
 
 def layers(found: Results):
-    """The tensors whose quantization alone changes the logits most, a panel a recipe."""
+    """Draw the tensors whose quantization alone changes the logits most, a panel a recipe."""
     reports = {name: report for name, report in found.reports.items() if report}
     if not reports:
         return None
@@ -127,7 +129,7 @@ def layers(found: Results):
 
 
 def layers_finding(reports) -> str:
-    """How large a part of all single noises the largest ones make."""
+    """Say how large a part of all single noises the largest ones make."""
     parts = []
     for name, report in reports.items():
         noises = [noise for noise, *_ in noises_of(report)]
@@ -139,7 +141,7 @@ def layers_finding(reports) -> str:
 
 
 def milliseconds(found: Results):
-    """Where OpenVINO spends one call, operation by operation, a bar a method."""
+    """Draw where OpenVINO spends one call, operation by operation, a bar a method."""
     bench = found.operators
     if bench is None:
         return None
@@ -172,7 +174,7 @@ def milliseconds(found: Results):
 
 
 def milliseconds_finding(bench, bars) -> str:
-    """What integers save in linear layers and in dense convolutions."""
+    """Say what integers save in linear layers and in dense convolutions."""
 
     def spent(name, kind):
         return sum(ms for (of, _), ms in bars[name].items() if of == kind)
@@ -188,7 +190,7 @@ def milliseconds_finding(bench, bars) -> str:
 
 
 def waterfall(found: Results):
-    """Held-out accuracy from plain rounding to w4, a bar for what each step adds."""
+    """Draw held-out accuracy from plain rounding to w4, a bar for what each step adds."""
     models = models_of(found.ablation)
     recipes = by_recipe([r for r in found.ablation if r["model"] == models[0]]) if models else {}
     steps = [name for name in STEPS if name in recipes]

@@ -37,7 +37,10 @@ plt.rcParams |= {
 
 
 def canvas(rows: int, columns: int, height_in: float, finding: str, **how):
-    """A figure with `finding`, a sentence, above its axes; the axes are an array."""
+    """Return a figure with `finding`, a sentence, above its axes, and the axes [rows, columns].
+
+    `how`: more for plt.subplots, such as sharey.
+    """
     how |= {"squeeze": False, "layout": "constrained"}
     fig, axes = plt.subplots(rows, columns, figsize=(WIDTH_IN, height_in), **how)
     n_lines = -(-len(finding) // TITLE_WIDTH)
@@ -55,7 +58,7 @@ def note(axis, text: str, at, offset_points=(0, 0), **how) -> None:
 
 
 def colours(names) -> dict[str, str]:
-    """{name: its colour}; the palette starts anew where it is not enough."""
+    """Return {name: its colour}; the palette starts anew where it is not enough."""
     return {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
 
 

@@ -53,20 +53,22 @@ WORDS = {  # columns that hold no numbers
 
 
 def cell(value) -> str:
-    """Text from a file for a Markdown table: on one line, and nothing in it is markup."""
+    """Return text from a file for a Markdown table: on one line, and nothing in it is markup."""
     text = " ".join(str(value).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`|*\[\]])", r"\\\1", text)
 
 
 def code(value) -> str:
-    """Text from a file for a line of code, within backticks or a code fence."""
+    """Return text from a file for a line of code, within backticks or a code fence."""
     return " ".join(str(value).split()).replace("`", "'").replace("<!--", "< !--")
 
 
 def markdown(lines: list[dict]) -> str:
-    """A Markdown table of lines {column: text that `cell` or this module made}; where they differ
-    in their columns, one after the other."""
+    """Return a Markdown table of lines {column: text that `cell` or this module made}.
+
+    Lines with other columns get a table of their own, one after the other.
+    """
     if not lines:
         return "No results yet."
     tables = {}
@@ -81,7 +83,7 @@ def markdown(lines: list[dict]) -> str:
 
 
 def order(name: str, known) -> tuple[int, str]:
-    """Sorts names as in `known`; others follow by name."""
+    """Return a key that sorts names as in `known`; others follow by name."""
     known = list(known)
     return known.index(name) if name in known else len(known), name
 
@@ -91,7 +93,7 @@ def model_order(model: str) -> tuple[int, str]:
 
 
 def short_name(model: str) -> str:
-    """A model as figures and columns call it: XXS for mobilevit_xxs."""
+    """Return a model as figures and columns call it: XXS for mobilevit_xxs."""
     return model.removeprefix("mobilevit_").upper() if model in MODELS else model
 
 
@@ -100,7 +102,7 @@ def title_of(recipe: str) -> str:
 
 
 def in_order(rows: list[dict]) -> list[dict]:
-    """By model from small to large, then measured before simulated, then as in TITLES."""
+    """Sort rows by model from small to large, by image size, by kind, then as in TITLES."""
 
     def key(row):
         return (
@@ -119,18 +121,18 @@ def models_of(rows: list[dict]) -> list[str]:
 
 
 def accuracy(row: dict) -> float:
-    """In percent; of a detector or a segmenter, what it is judged by instead."""
+    """Return in percent the accuracy or, of a detector or segmenter, what it is judged by."""
     return row["score"][metric(row)]
 
 
 def baseline_of(row: dict, rows: list[dict]) -> dict | None:
-    """The FP32 row of the same checkpoint in torch."""
+    """Return the FP32 row of the same checkpoint in torch, None if it is not among `rows`."""
     same = (r for r in rows if r["checkpoint_sha256"] == row["checkpoint_sha256"])
     return next((r for r in same if is_baseline(r)), None)
 
 
 def method(row: dict) -> tuple[str, str]:
-    """What was done, and by which engine."""
+    """Return what was done, and by which engine."""
     return row["recipe"]["name"], row["engine"]
 
 
@@ -139,21 +141,21 @@ def is_baseline(row: dict) -> bool:
 
 
 def in_protocol(row: dict) -> bool:
-    """Whether it is one of the published re-implementation's four rows, all of classifiers."""
+    """Say whether it is one of the published re-implementation's four rows, all of classifiers."""
     recipe, engine = method(row)
     ran = engine.startswith("torch") or engine == "published"
     return recipe in TITLES and ran and has_predictions(row)
 
 
 def changed_predictions(row: dict, baseline: dict) -> int:
-    """Images whose predicted class differs between two rows of the same images."""
+    """Count the images whose predicted class differs between two rows of the same images."""
     return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
 
 
 def simulated_row(row: dict, rows: list[dict]) -> dict | None:
-    """The row of the same recipe on the same images, simulated in torch on the same kind of CPU.
+    """Return the row of the same recipe on the same images, simulated; None if there is none.
 
-    GPTQ's codes depend on the CPU, so rows are compared within one kind of CPU.
+    GPTQ's codes depend on the CPU, so it is one from a CPU of the same name.
     """
 
     def setting(of):
@@ -165,12 +167,12 @@ def simulated_row(row: dict, rows: list[dict]) -> dict | None:
 
 
 def agreement_pct(row: dict, other: dict) -> float:
-    """Share of images on which two rows predict the same."""
+    """Return the percentage of images on which two rows predict the same."""
     return 100 - 100 * changed_predictions(row, other) / row["n_images"]
 
 
 def speed_up(row: dict) -> float:
-    """How many times as fast as FP32 in torch at the side that the network was trained for.
+    """Return how many times as fast as FP32 in torch at the side the network was trained for.
 
     The two were timed in turn.
     """
@@ -178,7 +180,7 @@ def speed_up(row: dict) -> float:
 
 
 def cpu_kind(row: dict) -> str:
-    """The instructions of a row's CPU. Speed-ups compare only between rows of one kind."""
+    """Return the instructions of a row's CPU. Speed-ups compare only between rows of one kind."""
     return row["cpu"].rpartition(", ")[2]
 
 
@@ -187,13 +189,13 @@ def has_vnni(row: dict) -> bool:
 
 
 def on_usual_cpu(rows: list[dict]) -> list[dict]:
-    """The rows from the kind of CPU that most are from."""
+    """Return the rows from the kind of CPU that most are from."""
     counts = Counter(map(cpu_kind, rows))
     return [row for row in rows if cpu_kind(row) == max(counts, key=counts.get)]
 
 
 def by_side(rows: list[dict]) -> dict[tuple[str, int], dict[str, dict]]:
-    """{(model, side of the image): {recipe: row}}, in the order of `rows`."""
+    """Return {(model, side of the image): {recipe: row}}, in the order of `rows`."""
     found = {}
     for row in rows:
         found.setdefault((row["model"], row["img_size"]), {})[row["recipe"]["name"]] = row
@@ -201,7 +203,7 @@ def by_side(rows: list[dict]) -> dict[tuple[str, int], dict[str, dict]]:
 
 
 def arithmetic(row: dict) -> str:
-    """In which numbers the row's network computed."""
+    """Say in which numbers the row's network computed."""
     if row["kind"] != "measured":
         return "FP32, simulated" if row["kind"] == "simulated" else "integers alone"
     products = row["products"]
@@ -214,13 +216,13 @@ def arithmetic(row: dict) -> str:
 
 
 def in_int8(products: dict) -> dict[str, tuple[int, int]]:
-    """{kind of PRODUCTS: how many an engine computed in INT8, of how many}."""
+    """Return {kind of PRODUCTS: (how many an engine computed in INT8, of how many)}."""
     int8, floats = ([products[key].get(k, 0) for k in PRODUCTS] for key in ("int8", "float"))
     return {kind: (n, n + m) for kind, n, m in zip(PRODUCTS, int8, floats)}
 
 
 def products_text(products: dict) -> str:
-    """What an engine computed in integers, and why it did not compute the rest so."""
+    """Say what an engine computed in integers, and why it did not compute the rest so."""
     counts = in_int8(products)
     text = ", ".join(f"{n} of {of} {PRODUCTS[kind]}" for kind, (n, of) in counts.items())
     if "asked" not in products:
@@ -240,7 +242,7 @@ def published_text(model: str, recipe: str) -> str:
 
 
 def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
-    """One row as {column: text}, compared with the FP32 row among `all_rows`."""
+    """Return one row as {column: text}, compared with the FP32 row among `all_rows`."""
     baseline = baseline_of(row, all_rows)
     delta = smaller = faster = "baseline"
     if baseline is None:
@@ -270,10 +272,10 @@ def result_line(row: dict, all_rows: list[dict]) -> dict[str, str]:
 
 
 def results_table(rows: list[dict], all_rows: list[dict]) -> str:
-    """Metric, size and latency, each against the FP32 row among `all_rows`: a line a row.
+    """Return a table of metric, size and latency, each against the FP32 row among `all_rows`.
 
-    Rows of the published protocol also have the published figures; they don't mix with others in
-    one table.
+    A line is a row. Those of the published protocol also have the published figures; they don't
+    mix with others in one table.
     """
     lines = []
     for row in in_order(rows):
@@ -289,9 +291,10 @@ def results_table(rows: list[dict], all_rows: list[dict]) -> str:
 
 
 def headline_table(rows: list[dict]) -> str:
-    """The few rows and columns that most readers want; speed-ups on one kind of CPU.
+    """Return a table of the few rows and columns that most readers want.
 
-    These are the rows of HEADLINE, in that order, of each MobileViT that has others than FP32's.
+    These are the rows of HEADLINE, in that order, of each MobileViT that has others than BASELINE.
+    Speed-ups are on one kind of CPU.
     """
     shown = [row for row in rows if method(row) in HEADLINE and row["model"] in MODELS]
     shown.sort(key=lambda row: (model_order(row["model"]), HEADLINE.index(method(row))))
@@ -309,19 +312,19 @@ def headline_table(rows: list[dict]) -> str:
 
 
 def simulated_table(rows: list[dict], all_rows: list[dict]) -> str:
-    """Simulated rows, without what only an engine's can say."""
+    """Return a table of simulated rows, without what only an engine's can say."""
     lines = [result_line(row, all_rows) for row in in_order(rows)]
     return markdown([{name: line[name] for name in SIMULATED_COLUMNS} for line in lines])
 
 
 def task_table(rows: list[dict]) -> str:
-    """Metric, size and speed of detectors or segmenters: a line a row."""
+    """Return a table of metric, size and speed of detectors or segmenters: a line a row."""
     lines = [result_line(row, rows) for row in in_order(rows)]
     return markdown([{k: v for k, v in line.items() if k not in NOT_OF_TASKS} for line in lines])
 
 
 def sizes_table(rows: list[dict]) -> str:
-    """Accuracy and speed of a sweep over input sides: a line a side."""
+    """Return a table of accuracy and speed over input sides: a line a model and side."""
     lines = []
     for (model, side), by_recipe in by_side(rows).items():
         line = {"Model": cell(model), "Side": str(side)}
@@ -334,7 +337,7 @@ def sizes_table(rows: list[dict]) -> str:
 
 
 def printed(row: dict) -> str:
-    """The line that quantize.py prints for a row."""
+    """Return the line that quantize.py prints for a row."""
     if has_predictions(row):
         judged = f"{accuracy(row):.2f} % ({row['n_correct']} of {row['n_images']})"
     else:

@@ -18,7 +18,7 @@ SAME_BYTES = 1.01  # sizes that differ by no more than this factor count as equa
 
 
 def series_of(row: dict) -> str | None:
-    """The line or kind of points that a row belongs to in the figure."""
+    """Return the line or kind of points that a row belongs to in the figure, None if to none."""
     name, engine = row["recipe"]["name"], row["engine"]
     if "logit_noise" not in row:
         return None
@@ -32,7 +32,7 @@ def series_of(row: dict) -> str | None:
 
 
 def tradeoffs(found: Results):
-    """Noise in the logits by size and energy, a line a way to choose widths, a row a model."""
+    """Draw noise in the logits by size and energy: a line a way to choose widths, a row a model."""
     rows = [row for row in found.rows if series_of(row)]
     models = models_of([r for r in rows if re.fullmatch(MIXED, r["recipe"]["name"])])
     if not models:
@@ -70,9 +70,10 @@ def series_order(row: dict) -> tuple:
 
 
 def gains(rows: list[dict]) -> list[float]:
-    """How many times less noise the best mixed recipe of no more bytes has than each width.
+    """Return how many times less noise the best mixed recipe has than each width, at its bytes.
 
-    The least and the largest width are left out: mixed recipes lie between them.
+    A mixed recipe counts if its file is at most SAME_BYTES times as large. The least and the
+    largest width are left out: mixed recipes lie between them.
     """
     found = []
     rows = [row for row in rows if series_of(row)]
@@ -92,7 +93,7 @@ def gains(rows: list[dict]) -> list[float]:
 
 
 def finding(rows: list[dict]) -> str:
-    """What a width for each layer gives at the bytes of one for all."""
+    """Say what a width for each layer gives at the bytes of one for all."""
     times = gains(rows)
     if not times:
         return "Noise in the logits by size and energy, by how widths are chosen"
