@@ -5,8 +5,8 @@
     python plots.py --check     # write nothing; exit 1 if a table differs from the results
     python plots.py --results runs/results --checkpoints runs --figures runs/figures  # of your own
 
-Prints the path of every file written. Rows of weights that are not in --checkpoints, of fewer than
-all images or of other settings are left out, and so are runs on other data than CIFAR-10.
+Prints the path of every file written. Rows of CIFAR-10 are left out if they are of weights that are
+not in --checkpoints, of fewer than all images or of other settings; so are runs on other data.
 """
 
 from pathlib import Path

@@ -23,7 +23,7 @@ from lab.models.checkpoint import read_tensors
 from lab.report.rows import read_row
 
 KILLS_A_JOURNEY = 4
-PLACES = ("before a rename", "after a rename", "inside a write", "inside torch.save", "at random")
+PLACES = ("before a rename", "after a rename", "inside a write", "after torch.save", "at random")
 RECIPES = ("fp32", "fp16", "w4-nearest")
 TIMES = ("images_per_s", "peak_memory_mb", "seconds")  # columns of a log that differ between runs
 
@@ -72,7 +72,7 @@ def killed(run: Callable[[], None], place: str, n: int) -> Callable[[], None]:
         elif place == "inside a write":
             around(Path, "write_bytes", before=half)
             around(Path, "write_text", before=half)
-        elif place == "inside torch.save":
+        elif place == "after torch.save":
             around(torch, "save", after=die_at_last)
         run()
 
