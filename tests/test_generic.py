@@ -2,6 +2,7 @@
 
 import onnxruntime
 import pytest
+import small_vits
 import timm
 import torch
 from small import draw
@@ -42,7 +43,7 @@ def own():
 NETWORKS = {
     "timm mobilevit_xxs": (lambda: timm.create_model("mobilevit_xxs", num_classes=7), 64),
     "resnet18": (lambda: build("resnet18", num_classes=7), 32),
-    "vit_cifar": (lambda: build("vit_cifar", num_classes=7), 32),
+    "vit_cifar of two layers": (small_vits.ours, 32),
     "own Sequential": (own, 64),
 }
 
