@@ -135,7 +135,7 @@ def test_layers_whose_weights_are_read_elsewhere_stay_in_float():
 
 BASELINES = {
     "own Sequential": NETWORKS["own Sequential"],
-    "vit_cifar": NETWORKS["vit_cifar"],
+    "vit_cifar": NETWORKS["vit_cifar of two layers"],
     "mobilevit_xxs": (lambda: MobileViT("xxs"), 64),
 }
 
