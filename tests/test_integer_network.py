@@ -115,6 +115,14 @@ def test_no_operator_sees_a_float_and_both_ways_give_the_same_bits(quantized):
         fast(codes + 200)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("products", [torch.int64, torch.float64])
+def test_an_empty_batch_gives_as_many_logits_as_in_float(quantized, products):
+    integer, x = ptq.integer_network(quantized, products), draw(2, 3, 32, 32)[:0]
+    logits = integer.decode(integer(integer.encode(x)))
+    assert logits.shape == quantized(x).shape == (0, 10)
+
+
 def in_float64(quantized):
     network = copy.deepcopy(quantized).double()
     for module in network.modules():

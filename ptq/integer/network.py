@@ -153,7 +153,7 @@ def translated(
             constant = Constant(attrgetter(name)(network))
             return [], constant, constant.codes
         if node.op == "call_module":
-            inputs = [*node.args, *node.kwargs.values()]
+            inputs = tensors(node)
             module = network.get_submodule(name)
             operator, codes = layer_form(module, [known[n] for n in inputs], products)
             return inputs, operator, codes
@@ -177,7 +177,8 @@ def name_of(node: torch.fx.Node) -> str:
 
 
 def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
-    return [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
+    given = (*node.args, *node.kwargs.values())
+    return [arg for arg in given if isinstance(arg, torch.fx.Node)]
 
 
 def layer_form(
