@@ -21,14 +21,14 @@ from ptq.analysis.costs import first_images, sampled_loss
 from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
 from ptq.graph import hooked, never_ran
+from ptq.integer.layers import IntegerSoftmaxCore
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods.fq_vit import LogSoftmaxCore
 from ptq.pipeline import float_twin, layer_specs
 from ptq.recipe import LayerSpec, Recipe
 
 IMAGES = 64  # that are looked at
 CHANNEL_AXIS = {nn.Conv2d: 1, nn.Linear: -1, nn.LayerNorm: -1}  # of a layer's inputs
-CORES = (QuantizedAttentionCore, LogSoftmaxCore)
+CORES = (QuantizedAttentionCore, IntegerSoftmaxCore)
 CORE_AXIS = {"q": -1, "k": -1, "v": -1, "scores": 1, "attention": 1}  # channels, or heads
 
 
@@ -270,7 +270,7 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
     return found
 
 
-def attention(core: LogSoftmaxCore, q: Tensor, k: Tensor) -> Tensor:
+def attention(core: IntegerSoftmaxCore, q: Tensor, k: Tensor) -> Tensor:
     """Return the softmax [..., N, N] that a core multiplies with v, as the core computes it."""
     v, core.inputs["v"] = core.inputs["v"], nn.Identity()
     try:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
-from ptq.integer.norm import LayerNormTable, layer_norm, layer_norm_table
+from ptq.integer.norm import LayerNormTable, layer_norm
 from ptq.integer.rescale import (
     Dyadic,
     OutOfRange,
@@ -194,17 +194,14 @@ class Table(nn.Module):
 class Norm(nn.Module):
     """A layer norm [..., C] from the codes of its input's format to those of its output's."""
 
-    def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes):
+    def __init__(self, layer: nn.Module, x: Codes):
         super().__init__()
-        self.input, self.bits = Requantize(x, layer.input), layer.input.format.width
-        out, scale = layer.output, self.input.scales[0]
-        table = layer_norm_table(*parameters, layer.layer.eps, scale, float(out.scale))
+        self.input = Requantize(x, layer.input)
+        table, *self.limits, self.bits = layer.constants()
         self.register_buffer("gain", table.gain)
         self.register_buffer("offset", table.offset)
         self.shift, self.epsilon = table.shift, table.epsilon
-        zero_point = int(out.zero_point)
-        self.limits = out.format.qmin - zero_point, out.format.qmax - zero_point
-        self.codes = Codes(float(out.scale), max(-self.limits[0], self.limits[1]))
+        self.codes = Codes(float(layer.output.scale), max(-self.limits[0], self.limits[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         table = LayerNormTable(self.gain, self.offset, self.shift, self.epsilon)
