@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ptq.layers import LAYERS, QuantizedLayer, Quantizer, kinds_of, quantized
+from ptq.kinds import LAYERS, kinds_of, quantized
+from ptq.layers import QuantizedLayer, Quantizer
 from ptq.methods import STEPS
 from ptq.methods.norms import make_norms_positive, untie
 from ptq.observers import OBSERVERS

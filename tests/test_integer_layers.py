@@ -13,7 +13,8 @@ from mobilevit import AttentionCore
 from ptq import packing
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange
-from ptq.layers import IntegerLayer, QuantizedAttentionCore, Quantizer, quantized
+from ptq.kinds import quantized
+from ptq.layers import IntegerLayer, QuantizedAttentionCore, Quantizer
 from ptq.methods import fq_vit, ibert
 from ptq.methods.norms import replace_norms
 from ptq.recipe import LayerSpec, Recipe

@@ -15,7 +15,7 @@ from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange, published
 from ptq.integer.activations import log2_powers, log2_softmax
 from ptq.integer.layers import IntegerNorm, IntegerSoftmaxCore, check_spec
-from ptq.layers import LAYERS, Quantizer
+from ptq.layers import Quantizer
 from ptq.observers import Histogram, MinMax
 from ptq.recipe import LayerSpec
 
@@ -159,7 +159,3 @@ class LogSoftmaxCore(IntegerSoftmaxCore):
         if isinstance(self.attention, Uniform):
             return super().integer_softmax()
         return partial(log2_powers, format=self.attention), 2 ** (self.attention.zero - 1)
-
-
-LAYERS["fq-vit-norm"] = {nn.LayerNorm: PowerOfTwoNorm}
-LAYERS["fq-vit-core"] = {AttentionCore: LogSoftmaxCore}

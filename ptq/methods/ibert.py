@@ -11,7 +11,6 @@ from types import NoneType
 
 from torch import Tensor, nn
 
-from mobilevit import AttentionCore
 from ptq.formats import Uniform
 from ptq.integer import published
 from ptq.integer.activations import gelu, silu
@@ -23,7 +22,7 @@ from ptq.integer.layers import (
     check_spec,
     norm_with_channel_scales,
 )
-from ptq.layers import LAYERS, Quantizer
+from ptq.layers import Quantizer
 from ptq.recipe import LayerSpec
 
 
@@ -77,8 +76,3 @@ class IBertActivation(IntegerActivation):
         if self.published:
             return published.i_silu(codes, scale, 8), scale / 2**8
         return silu(codes, scale, FRACTION), scale / 2**FRACTION
-
-
-LAYERS["i-bert-norm"] = {nn.LayerNorm: IBertNorm}
-LAYERS["i-bert-core"] = {AttentionCore: IBertCore}
-LAYERS["i-bert-act"] = {nn.SiLU: IBertActivation, nn.GELU: IBertActivation}

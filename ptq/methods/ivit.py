@@ -10,7 +10,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mobilevit import AttentionCore
 from ptq.integer import published
 from ptq.integer.activations import shift_silu, shift_softmax
 from ptq.integer.layers import (
@@ -21,7 +20,7 @@ from ptq.integer.layers import (
     check_spec,
     norm_with_channel_scales,
 )
-from ptq.layers import LAYERS, Quantizer
+from ptq.layers import Quantizer
 from ptq.recipe import LayerSpec
 
 
@@ -68,8 +67,3 @@ class ShiftNorm(IntegerNorm):
     def as_published(self, codes: Tensor) -> Tensor:
         normalised = published.shift_layer_norm(codes)
         return norm_with_channel_scales(normalised, *self.weight_and_bias())
-
-
-LAYERS["i-vit-norm"] = {nn.LayerNorm: ShiftNorm}
-LAYERS["i-vit-core"] = {AttentionCore: ShiftmaxCore}
-LAYERS["i-vit-act"] = {nn.SiLU: ShiftActivation, nn.GELU: ShiftActivation}
