@@ -91,7 +91,9 @@ class Both:
             if getattr(module, "inplace", False):  # what went into a block is needed after it
                 module.inplace = False
         specs = layer_specs(model, recipe)
-        self.tensors = [t for name in specs for t in watched(model, quantized, name, specs[name])]
+        self.tensors = [
+            t for name in specs for t in watched_tensors(model, quantized, name, specs[name])
+        ]
         if not self.tensors:
             raise ValueError(f"recipe {recipe.name} quantizes no tensor")
         self.block_of = {t.layer: block_of(model, t.layer) for t in self.tensors}
@@ -247,7 +249,9 @@ class Both:
         }
 
 
-def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) -> list[Watched]:
+def watched_tensors(
+    model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec
+) -> list[Watched]:
     """Return the tensors that a layer's `spec` quantizes, with their grids in `quantized`."""
     layer, found = quantized.get_submodule(name), []
     axis = CHANNEL_AXIS.get(type(model.get_submodule(name)))
