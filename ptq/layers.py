@@ -147,7 +147,8 @@ class QuantizedAttentionCore(nn.Module):
         return self.inputs["attention"](scores.softmax(-1)) @ self.inputs["v"](v)
 
 
-def _layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> nn.Module:
+def product_layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> QuantizedLayer:
+    """Return what computes as `spec` asks; ValueError for a layer that can't."""
     if isinstance(layer, nn.Conv2d):
         if layer.padding == "valid":
             layer.padding = (0, 0)
@@ -163,41 +164,17 @@ def owns_weight(layer: nn.Module) -> bool:
     return "weight" in layer._parameters
 
 
-def _core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
+def product_core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
+    """Return an attention core that rounds what its products take in, if `spec` asks for it."""
     if not spec.input:
         return core
     return QuantizedAttentionCore(spec.input, spec.input_observer, spec.attention)
 
 
-def _pointwise(module: nn.Module, spec: LayerSpec) -> nn.Module:
+def pointwise_layer(module: nn.Module, spec: LayerSpec) -> nn.Module:
+    """Return a layer that computes in float on rounded inputs, if `spec` asks for it."""
     return nn.Sequential(_quantizer(spec), module) if spec.input else module
 
 
 def _quantizer(spec: LayerSpec) -> Quantizer | None:
     return Quantizer(spec.input, spec.input_observer) if spec.input else None
-
-
-# {kind: {type of module: function of a module and its LayerSpec that gives what takes its place}}.
-# A method that brings layers of its own adds them here.
-LAYERS = {
-    "product": {nn.Conv2d: _layer, nn.Linear: _layer, AttentionCore: _core},
-    "pointwise": {nn.LayerNorm: _pointwise, nn.SiLU: _pointwise},
-}
-
-
-def kinds_of(module: nn.Module) -> set[str]:
-    """Return the kinds of LAYERS that a module belongs to."""
-    return {kind for kind, types in LAYERS.items() if _entry(types, module)}
-
-
-def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
-    """Return what takes the place of `module`, as `spec` asks; ValueError if its kind can't."""
-    return _entry(LAYERS[spec.kind], module)(module, spec)
-
-
-def _entry(types: dict, module: nn.Module):
-    """Return the entry for a module; None for a subclass with a forward of its own."""
-    for kind, entry in types.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return entry
-    return None

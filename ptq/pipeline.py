@@ -5,15 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ptq.layers import (
-    COMPUTED,
-    LAYERS,
-    IntegerLayer,
-    QuantizedLayer,
-    Quantizer,
-    kinds_of,
-    quantized,
-)
+from ptq.kinds import LAYERS, kinds_of, quantized
+from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer
 from ptq.methods import STEPS
 from ptq.methods.norms import make_norms_positive, untie
 from ptq.observers import OBSERVERS

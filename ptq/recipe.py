@@ -19,7 +19,7 @@ LATER = {"later": True}
 class LayerSpec:
     """How the layers of a kind whose module name matches `pattern` in full are quantized.
 
-    A format that is None leaves its tensor in float. `kind` is a key of ptq.layers.LAYERS:
+    A format that is None leaves its tensor in float. `kind` is a key of ptq.kinds.LAYERS:
     "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
     of q, k and v, and `attention` that of the softmax: by default that of q without a sign.
     "pointwise" are layer norms and SiLU: they compute in float on inputs of that format and keep

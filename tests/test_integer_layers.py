@@ -13,7 +13,8 @@ from mobilevit import AttentionCore
 from ptq import packing
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange
-from ptq.layers import IntegerLayer, QuantizedAttentionCore, Quantizer, quantized
+from ptq.kinds import quantized
+from ptq.layers import IntegerLayer, QuantizedAttentionCore, Quantizer
 from ptq.methods import fq_vit, ibert
 from ptq.methods.norms import replace_norms
 from ptq.recipe import LayerSpec, Recipe
@@ -134,7 +135,7 @@ def test_tokens_without_variance_get_the_bias_or_a_named_error():
     with pytest.raises(OutOfRange, match="a token has no variance"):
         layer(torch.zeros(1, 1, 32))
     spec = LayerSpec(".*", input=Uniform(16), kind="i-bert-norm", published=True)
-    layer = calibrated(ibert.IntegerNorm(norm, spec), x)
+    layer = calibrated(ibert.IBertNorm(norm, spec), x)
     with pytest.raises(OutOfRange, match="a token has no variance"):
         layer(torch.zeros(1, 1, 32))
     norm.weight[3] = 0
@@ -203,7 +204,7 @@ def test_activations_from_a_table_of_codes_are_those_of_each_code():
     for layer in (nn.SiLU(), nn.GELU()):
         for format in (Uniform(8), UNSIGNED):
             spec = LayerSpec("", input=format, kind="i-bert-act")
-            built = calibrated(ibert.IntegerActivation(layer, spec), draw(50, 7))
+            built = calibrated(ibert.IBertActivation(layer, spec), draw(50, 7))
             x = 2 * draw(50, 7, seed=1)
             codes = built.input.integers(x)
             y, scale = built.integers(codes, float(built.input.scale))

@@ -115,6 +115,14 @@ def test_no_operator_sees_a_float_and_both_ways_give_the_same_bits(quantized):
         fast(codes + 200)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("products", [torch.int64, torch.float64])
+def test_an_empty_batch_gives_as_many_logits_as_in_float(quantized, products):
+    integer, x = ptq.integer_network(quantized, products), draw(2, 3, 32, 32)[:0]
+    logits = integer.decode(integer(integer.encode(x)))
+    assert logits.shape == quantized(x).shape == (0, 10)
+
+
 def in_float64(quantized):
     network = copy.deepcopy(quantized).double()
     for module in network.modules():
@@ -212,7 +220,7 @@ def test_attention_spread_evenly_over_many_tokens_fits_its_register():
     """Its softmax is far below 1, so its levels are far finer than its 8 bits reach."""
     unsigned = Uniform(8, symmetric=False)
     spec = LayerSpec("", input=Uniform(8), attention=unsigned, kind="i-bert-core")
-    core = ibert.IntegerCore(AttentionCore(), spec)
+    core = ibert.IBertCore(AttentionCore(), spec)
     tensors = [size * draw(1, 1, 512, 4, seed=i) for i, size in enumerate((0.1, 0.1, 1))]
     for quantizer in core.inputs.values():
         quantizer.observe()
@@ -261,6 +269,7 @@ class Odd(nn.Module):
         (small_network, "w8a8", "stem.act: a SiLU in float has no integer form"),
         (residual, "w4-nearest", "stem takes in the image in float"),
         (transformer, "i-bert-published", "norm1: published arithmetic"),
+        (transformer, "i-vit-published", "norm1: published arithmetic"),
         (lambda: Odd(lambda x: 2 * x), "w8a8", "mul: has no integer form"),
         (lambda: Odd(lambda x: x + 1), "w8a8", "add: has an integer form only for two tensors"),
         (lambda: Odd(lambda x: torch.add(x, x, alpha=2)), "w8a8", "add: has an integer form only"),

@@ -89,3 +89,22 @@ def test_weights_with_scales_of_input_channels_are_refused():
     quantized = ptq.quantize(network, ptq.Recipe("turned", layers=(spec,)), images)
     with pytest.raises(ValueError, match="several scales for one channel"):
         ptq.integer_network(quantized)
+
+
+class Attends(nn.Module):
+    """Attention of torch behind a linear layer, called with settings beside its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return self.attention(x, x, value=x, need_weights=False)[0]
+
+
+def test_a_layer_that_is_called_with_settings_is_refused_by_name():
+    network, images = Attends().eval(), [(draw(16, 5, 8), None)]
+    quantized = ptq.quantize(network, ptq.recipe("w8a8", network), images)
+    with pytest.raises(ValueError, match="^attention: a MultiheadAttention in float"):
+        ptq.integer_network(quantized)

@@ -270,7 +270,7 @@ def test_noise_of_a_weight_that_is_hardly_rounded_is_hardly_any():
     start = ptq.recipe("w4a8", model)
     names = [name for name, spec in layer_specs(model, start).items() if spec.weight]
     recipes = {bits: with_bits(model, start, dict.fromkeys(names, bits), "r") for bits in (4, 16)}
-    costs = costs_module.noise(model, recipes, [(draw(8, 3, 32, 32), None)])
+    costs = costs_module.noise_costs(model, recipes, [(draw(8, 3, 32, 32), None)])
     assert len(costs) == len(names) > 10
     for cost in costs.values():
         assert cost[16] < 1e-4 * cost[4]

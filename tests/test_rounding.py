@@ -10,7 +10,7 @@ from small import Idle, draw
 from torch import nn
 
 import ptq
-from ptq import layers
+from ptq import kinds
 from ptq.formats import Uniform
 from ptq.layers import QuantizedLayer
 from ptq.methods import adaround
@@ -205,7 +205,7 @@ def test_places_of_a_linear_layer_may_lie_in_rows_and_columns(monkeypatch):
     x, found = correlated(16, 2, 8, 6), []  # more channels than rows
     for inputs in (x, x.flatten(1, 2)):
         torch.manual_seed(0)
-        unit = layers.quantized(nn.Linear(6, 64), spec)
+        unit = kinds.quantized(nn.Linear(6, 64), spec)
         adaround.reconstruct(unit, inputs, unit.layer(inputs).detach(), 8)
         found.append(unit.codes)
     assert torch.equal(*found)

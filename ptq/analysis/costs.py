@@ -13,14 +13,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptq.analysis.compare import logits_of
-from ptq.analysis.sensitivity import noises, set_tensor
+from ptq.analysis.compare import logits_of, noise
+from ptq.analysis.sensitivity import set_tensor
 from ptq.graph import hooked, never_ran, norms_after
 from ptq.methods.gptq import hessians, round_weights
 from ptq.methods.nearest import layers_to_round, nearest_codes
@@ -33,7 +32,7 @@ NOISE_IMAGES = 16  # for each layer and width one call of the network on all of 
 
 
 @torch.no_grad()
-def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
+def noise_costs(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     """Return the noise in the network's outputs over their variance, one weight rounded at a time.
 
     Where the recipes shift norms, the batch norm behind the layer is shifted with it: what rounding
@@ -49,23 +48,15 @@ def noise(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
         before[norm] = moments(*inputs)
 
     with hooked(network, {norm: norm for norm in norms.values()}, see):
-        network(x)
-
-    @contextlib.contextmanager
-    def alone(name: str, value: Tensor):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(set_tensor(network.get_submodule(name).weight, value))
-            if name in norms:
-                norm = network.get_submodule(norms[name])
-                stack.enter_context(following(norm, before[norms[name]]))
-            yield
-
+        expected = logits_of(network(x))
     costs = defaultdict(dict)
     for bits, values in rounded.items():
-        contexts = {name: partial(alone, name, value) for name, value in values.items()}
-        found = noises(network, lambda network: logits_of(network(x)), {"weights": contexts})
-        for name, cost in found["noise"]["weights"].items():
-            costs[name][bits] = cost
+        for name, value in values.items():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(set_tensor(network.get_submodule(name).weight, value))
+                if norm := norms.get(name):
+                    stack.enter_context(following(network.get_submodule(norm), before[norm]))
+                costs[name][bits] = noise(logits_of(network(x)), expected)
     return dict(costs)
 
 
@@ -93,7 +84,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
+def fisher_costs(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     """Return sum_i F_i (w_i - Q(w)_i)^2 / 2, the expected rise of the loss to second order.
 
     F_i is the mean of squared gradients of the cross-entropy at labels that are drawn from what the
@@ -125,7 +116,7 @@ def fisher(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
 
 
 @torch.no_grad()
-def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
+def nuclear_costs(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     """Return the nuclear norm of a layer's output times the squared error that rounding makes.
 
     Liu et al., "Post-Training Quantization for Vision Transformer", NeurIPS 2021, section 3.4. The
@@ -154,7 +145,7 @@ def nuclear(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dict:
     return costs
 
 
-COSTS = {"noise": noise, "fisher": fisher, "nuclear": nuclear}
+COSTS = {"noise": noise_costs, "fisher": fisher_costs, "nuclear": nuclear_costs}
 
 
 def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.layers import kinds_of
+from ptq.kinds import kinds_of
 from ptq.pipeline import layer_specs
 from ptq.recipe import LayerSpec, Recipe, by_names
 

@@ -23,14 +23,14 @@ from ptq.analysis.costs import first_images, sampled_loss
 from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
 from ptq.graph import hooked, never_ran
+from ptq.integer.layers import IntegerSoftmaxCore
 from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods.fq_vit import LogSoftmaxCore
 from ptq.pipeline import float_twin, layer_specs
 from ptq.recipe import LayerSpec, Recipe
 
 IMAGES = 64  # that are looked at
 CHANNEL_AXIS = {nn.Conv2d: 1, nn.Linear: -1, nn.LayerNorm: -1}  # of a layer's inputs
-CORES = (QuantizedAttentionCore, LogSoftmaxCore)
+CORES = (QuantizedAttentionCore, IntegerSoftmaxCore)
 CORE_AXIS = {"q": -1, "k": -1, "v": -1, "scores": 1, "attention": 1}  # channels, or heads
 
 
@@ -93,7 +93,9 @@ class Both:
             if getattr(module, "inplace", False):  # what went into a block is needed after it
                 module.inplace = False
         specs = layer_specs(model, recipe)
-        self.tensors = [t for name in specs for t in watched(model, quantized, name, specs[name])]
+        self.tensors = [
+            t for name in specs for t in watched_tensors(model, quantized, name, specs[name])
+        ]
         if not self.tensors:
             raise ValueError(f"recipe {recipe.name} quantizes no tensor")
         self.block_of = {t.layer: block_of(model, t.layer) for t in self.tensors}
@@ -255,7 +257,9 @@ class Both:
         }
 
 
-def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) -> list[Watched]:
+def watched_tensors(
+    model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec
+) -> list[Watched]:
     """Return the tensors that a layer's `spec` quantizes, with their grids in `quantized`."""
     layer, found = quantized.get_submodule(name), []
     axis = CHANNEL_AXIS.get(type(model.get_submodule(name)))
@@ -278,7 +282,7 @@ def watched(model: nn.Module, quantized: nn.Module, name: str, spec: LayerSpec) 
     return found
 
 
-def attention(core: LogSoftmaxCore, q: Tensor, k: Tensor) -> Tensor:
+def attention(core: IntegerSoftmaxCore, q: Tensor, k: Tensor) -> Tensor:
     """Return the softmax [..., N, N] that a core multiplies with v, as the core computes it."""
     v, core.inputs["v"] = core.inputs["v"], nn.Identity()
     try:

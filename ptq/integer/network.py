@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.graph import Tracer
+from ptq.integer.layers import IntegerActivation, IntegerNorm, IntegerSoftmaxCore
 from ptq.integer.operators import (
     Attention,
     Codes,
@@ -22,9 +23,6 @@ from ptq.integer.operators import (
 )
 from ptq.integer.rescale import OutOfRange, fits
 from ptq.layers import QuantizedLayer, Quantizer
-from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm, parameters
-from ptq.methods.ibert import IntegerActivation, IntegerCore, IntegerNorm
-from ptq.methods.ivit import ShiftActivation, ShiftmaxCore
 from ptq.methods.norms import fold_norms
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
@@ -153,7 +151,7 @@ def translated(
             constant = Constant(attrgetter(name)(network))
             return [], constant, constant.codes
         if node.op == "call_module":
-            inputs = [*node.args, *node.kwargs.values()]
+            inputs = tensors(node)
             module = network.get_submodule(name)
             operator, codes = layer_form(module, [known[n] for n in inputs], products)
             return inputs, operator, codes
@@ -177,7 +175,8 @@ def name_of(node: torch.fx.Node) -> str:
 
 
 def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
-    return [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
+    given = (*node.args, *node.kwargs.values())
+    return [arg for arg in given if isinstance(arg, torch.fx.Node)]
 
 
 def layer_form(
@@ -186,7 +185,7 @@ def layer_form(
     """Return the integer operator of a layer and the codes that it gives."""
     if type(layer) in SAME:
         return layer, inputs[0]
-    form = FORMS.get(type(layer))
+    form = next((form for kind, form in FORMS.items() if isinstance(layer, kind)), None)
     if form is None:
         raise ValueError(
             f"a {type(layer).__name__} in float has no integer form: a batch norm has to follow a "
@@ -219,7 +218,7 @@ def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> At
 
 
 def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
-    return Norm(norm, parameters(norm.layer, norm.output.scale.device), *inputs)
+    return Norm(norm, *inputs)
 
 
 def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:
@@ -259,12 +258,8 @@ def cat_form(node: torch.fx.Node, inputs: list[Codes]) -> Concatenation:
 FORMS: dict[type, Callable] = {
     QuantizedLayer: product_form,
     IntegerActivation: table_form,
-    ShiftActivation: table_form,
-    IntegerCore: core_form,
-    LogSoftmaxCore: core_form,
-    ShiftmaxCore: core_form,
+    IntegerSoftmaxCore: core_form,
     IntegerNorm: norm_form,
-    PowerOfTwoNorm: norm_form,
     nn.AdaptiveAvgPool2d: pool_form,
 }
 FUNCTIONS = {

@@ -7,6 +7,7 @@ here reaches 2**31.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
-from ptq.integer.norm import LayerNormTable, layer_norm, layer_norm_table
+from ptq.integer.norm import LayerNormTable, layer_norm
 from ptq.integer.rescale import (
     Dyadic,
     OutOfRange,
@@ -128,7 +129,8 @@ def patches(x: Tensor, groups: int, padding, kernel, stride, dilation) -> Tensor
     for axis, k, step, gap in zip((2, 3), kernel, stride, dilation):
         x = x.unfold(axis, gap * (k - 1) + 1, step)[..., ::gap]
     x = x.permute(0, 1, 4, 5, 2, 3)  # [B, C, H', W', k, k] -> [B, C, k, k, H', W']
-    return x.reshape(len(x), groups, -1, *x.shape[-2:])
+    each = math.prod(x.shape[1:4]) // groups  # not -1, which an empty batch leaves open
+    return x.reshape(len(x), groups, each, *x.shape[-2:])
 
 
 class Product(nn.Module):
@@ -170,7 +172,7 @@ class Product(nn.Module):
         else:
             x = patches(x.to(self.dtype), *self.window)
             sums = integer_product(self.weight, x.flatten(3), self.largest, self.dtype)
-            sums = sums.view(len(x), -1, *x.shape[3:])
+            sums = sums.view(len(x), len(self.bias), *x.shape[3:])
         return self.output(sums) + self.bias
 
 
@@ -192,17 +194,14 @@ class Table(nn.Module):
 class Norm(nn.Module):
     """A layer norm [..., C] from the codes of its input's format to those of its output's."""
 
-    def __init__(self, layer: nn.Module, parameters: tuple[Tensor, Tensor], x: Codes):
+    def __init__(self, layer: nn.Module, x: Codes):
         super().__init__()
-        self.input, self.bits = Requantize(x, layer.input), layer.input.format.width
-        out, scale = layer.output, self.input.scales[0]
-        table = layer_norm_table(*parameters, layer.layer.eps, scale, float(out.scale))
+        self.input = Requantize(x, layer.input)
+        table, *self.limits, self.bits = layer.constants()
         self.register_buffer("gain", table.gain)
         self.register_buffer("offset", table.offset)
         self.shift, self.epsilon = table.shift, table.epsilon
-        zero_point = int(out.zero_point)
-        self.limits = out.format.qmin - zero_point, out.format.qmax - zero_point
-        self.codes = Codes(float(out.scale), max(-self.limits[0], self.limits[1]))
+        self.codes = Codes(float(layer.output.scale), max(-self.limits[0], self.limits[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         table = LayerNormTable(self.gain, self.offset, self.shift, self.epsilon)
@@ -281,8 +280,8 @@ class Mean(nn.Module):
         self.axes, self.keep = axes, keep
 
     def forward(self, x: Tensor) -> Tensor:
-        total = x.sum(self.axes, keepdim=self.keep)
-        return round_divide(total, x.numel() // total.numel())
+        count = math.prod(x.shape[axis] for axis in self.axes)
+        return round_divide(x.sum(self.axes, keepdim=self.keep), count)
 
 
 class Constant(nn.Module):

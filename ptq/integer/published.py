@@ -135,7 +135,8 @@ def shift_exp(codes: Tensor, scale: float, n: int) -> Tensor:
     halvings = -p // one
     line = p + one * halvings + 2 * one
     # Codes above 0, which Shiftmax never has, would leave 64 bits: what divides by this has 31.
-    shift = (n - halvings).clamp(max=62 - int(line.max()).bit_length())
+    largest = int(line.max()) if line.numel() else 0
+    shift = (n - halvings).clamp(max=62 - largest.bit_length())
     return fits((line << shift) >> 1, 62, "ShiftExp")
 
 

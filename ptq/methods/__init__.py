@@ -2,22 +2,10 @@
 
 Each is a function (model, reference, batches, recipe) -> None that changes `model`, the network
 with quantized layers (ptq.layers), in place. `reference` is the same network in float, `batches`
-the calibration images, or None.
+the calibration images, or None. Layers that a method brings along are in the table of ptq.kinds.
 """
 
-from ptq.methods import (
-    adaround,
-    biases,
-    calibrate,
-    equalize,
-    fq_vit,  # noqa: F401 -- adds kinds of layers
-    gptq,
-    ibert,  # noqa: F401 -- adds kinds of layers
-    ivit,  # noqa: F401 -- adds kinds of layers
-    nearest,
-    norms,
-    ranking,
-)
+from ptq.methods import adaround, biases, calibrate, equalize, gptq, nearest, norms, ranking
 
 STEPS = {
     "nearest": nearest.nearest,

@@ -6,7 +6,6 @@ Lin et al., "FQ-ViT: Post-Training Quantization for Fully Quantized Vision Trans
 
 from collections.abc import Callable
 from functools import partial
-from types import NoneType, UnionType
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.integer import OutOfRange, published
-from ptq.integer.activations import log2_powers, log2_softmax, softmax
-from ptq.integer.norm import layer_norm, layer_norm_table
-from ptq.layers import LAYERS, IntegerLayer, Quantizer
+from ptq.integer.activations import log2_powers, log2_softmax
+from ptq.integer.layers import IntegerNorm, IntegerSoftmaxCore, check_spec
+from ptq.layers import Quantizer
 from ptq.observers import Histogram, MinMax
 from ptq.recipe import LayerSpec
 
@@ -98,46 +97,20 @@ class PowerOfTwoQuantizer(Quantizer):
         return self.scale, self.zero_point, self.shifts
 
 
-def parameters(norm: nn.LayerNorm, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a layer norm's weight and bias [C], 1 and 0 where it has none."""
-    ones = torch.ones(norm.normalized_shape, device=device)
-    weight = ones if norm.weight is None else norm.weight.detach()
-    return weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
-
-
-class PowerOfTwoNorm(IntegerLayer):
+class PowerOfTwoNorm(IntegerNorm):
     """A layer norm of [..., C] in integers between a PowerOfTwo input and a uniform output."""
 
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
         check_spec(layer, spec, input=PowerOfTwo, output=Uniform)
-        super().__init__()
-        self.layer, self.published = layer, spec.published
         channels = layer.normalized_shape[-1]
-        self.input = PowerOfTwoQuantizer(spec.input, channels, spec.published)
-        self.output = Quantizer(spec.output, spec.input_observer)
+        super().__init__(layer, spec, PowerOfTwoQuantizer(spec.input, channels, spec.published))
 
-    def simulate(self, x: Tensor) -> Tensor:
-        return self.output(self.layer(self.input(x)))
-
-    def compute(self, x: Tensor) -> Tensor:
-        if not self.published:
-            return integer_norm(x, self.layer, self.input, self.output)
+    def as_published(self, codes: Tensor) -> Tensor:
         scale, out_scale = float(self.input.scale), float(self.output.scale)
-        weights = parameters(self.layer, x.device)
-        y = published_norm(self.input.integers(x), scale, *weights, out_scale)
-        return self.output(y.float())
+        return self.output(fq_vit_norm(codes, scale, *self.weight_and_bias(), out_scale).float())
 
 
-def integer_norm(x: Tensor, norm: nn.LayerNorm, input: Quantizer, output: Quantizer) -> Tensor:
-    """Normalise [..., C] by `ptq.integer.norm`, from the codes of `input` to those of `output`."""
-    scales = float(input.scale), float(output.scale)
-    table = layer_norm_table(*parameters(norm, x.device), norm.eps, *scales)
-    limits = (end - int(output.zero_point) for end in (output.format.qmin, output.format.qmax))
-    y = layer_norm(input.integers(x), table, *limits, input.format.width)
-    return y * output.scale
-
-
-def published_norm(
+def fq_vit_norm(
     codes: Tensor, scale: float, weight: Tensor, bias: Tensor, out_scale: float
 ) -> Tensor:
     """Normalise integers [..., C] in units of `scale` as FQ-ViT's code does; float64 values.
@@ -159,103 +132,30 @@ def published_norm(
     return ((factor.sign() * multiplier * codes + offset) / 2**shift).round() * out_scale
 
 
-class LogSoftmaxCore(IntegerLayer):
-    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.
+class LogSoftmaxCore(IntegerSoftmaxCore):
+    """An attention core whose softmax gives powers of two, or even levels.
 
-    `coded`: the tensors with quantizers. The softmax puts out codes of `attention`: powers of two,
-    which make shifts of the product with v, or even levels of 1 / (a whole number).
+    Powers of two make shifts of the product with v.
     """
 
-    coded = ("q", "k", "v", "scores")
     formats_of_softmax = Log2 | Uniform
 
     def __init__(self, core: AttentionCore, spec: LayerSpec):
-        check_spec(core, spec, attention=self.formats_of_softmax)
-        super().__init__()
-        self.attention, self.published = spec.attention, spec.published
-        formats = dict.fromkeys(self.coded, spec.input)
-        if isinstance(self.attention, Uniform) and not self.published:
-            formats["attention"] = self.attention
-        observer = spec.input_observer
-        self.inputs = nn.ModuleDict({k: Quantizer(fmt, observer) for k, fmt in formats.items()})
-        self.softmax = nn.Softmax(-1)
-
-    def simulate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = self.products(q, k)
-        if "scores" in self.inputs:
-            scores = self.inputs["scores"](scores)
-        attention = self.softmax(scores)
-        if "attention" in self.inputs:
-            attention = self.inputs["attention"](attention)
-        return attention @ self.inputs["v"](v)
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = self.weights(*self.scores(q, k))
-        return weights.to(v.dtype) @ self.inputs["v"](v)
-
-    def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the scores q k^T / sqrt(d/h) of rounded q and k, as values."""
-        return self.inputs["q"](q) @ self.inputs["k"](k).mT * q.shape[-1] ** -0.5
-
-    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-        """Return the scores as integers, and their scale."""
-        quantizer = self.inputs["scores"]
-        return quantizer.integers(self.products(q, k)), float(quantizer.scale)
+        super().__init__(core, spec)
+        theirs = Log2(spec.attention.bits, "3/2", zero_code=False)
+        if spec.published and spec.attention != theirs:
+            raise ValueError("FQ-ViT's code has powers of two, rounds at 3/2 and has no code of 0")
 
     def weights(self, scores: Tensor, scale: float) -> Tensor:
-        """Return the softmax of integers in units of `scale`, as values."""
-        if isinstance(self.attention, Log2):  # decoded, as 64 bits do not hold 2**127
-            if self.published:
-                codes = published.log_int_softmax(scores, scale, self.attention.bits)
-            else:
-                codes = log2_softmax(scores, scale, self.attention)
-            return self.attention.decode(codes)
-        softmax, one = self.integer_softmax()
-        return softmax(scores, scale).double() / one
+        if isinstance(self.attention, Uniform):
+            return super().weights(scores, scale)
+        if self.published:
+            codes = published.log_int_softmax(scores, scale, self.attention.bits)
+        else:
+            codes = log2_softmax(scores, scale, self.attention)
+        return self.attention.decode(codes)  # as 64 bits do not hold 2**127
 
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
-        """Return a function of scores and their scale to integers, and the integer that is 1."""
-        if isinstance(self.attention, Log2):
-            return partial(log2_powers, format=self.attention), 2 ** (self.attention.zero - 1)
-        return even_softmax(softmax, self.inputs["attention"])
-
-
-def even_softmax(softmax: Callable, attention: Quantizer) -> tuple[Callable, int]:
-    """Return `softmax` in units of 1 / levels, and levels: the nearest to the quantizer's scale."""
-    levels = max(round(1 / float(attention.scale)), 1)
-    return partial(softmax, levels=levels, qmax=attention.format.qmax), levels
-
-
-def check_spec(
-    layer: nn.Module,
-    spec: LayerSpec,
-    input: type = Uniform,
-    attention: type | UnionType = NoneType,
-    output: type = NoneType,
-) -> None:
-    """Raise ValueError unless `spec` has formats of these types for a layer's tensors, no others.
-
-    Inputs have one scale, a softmax has no sign, and layer norms go over the last axis.
-    """
-    for tensor, types in (("input", input), ("attention", attention), ("output", output)):
-        format = getattr(spec, tensor)
-        if not isinstance(format, types):
-            raise ValueError(f"{spec.kind} layers can't have {format} as format of their {tensor}")
-    if isinstance(spec.input, Uniform) and spec.input.granularity != "tensor":
-        raise ValueError(f"{spec.kind} layers need one scale for their input")
-    if isinstance(spec.attention, Uniform) and spec.attention.symmetric:
-        raise ValueError("a softmax takes a format without a sign")
-    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
-        raise ValueError("layer norms compute in integers only over the last axis")
-
-
-def _core(core: AttentionCore, spec: LayerSpec) -> LogSoftmaxCore:
-    layer = LogSoftmaxCore(core, spec)
-    theirs = Log2(spec.attention.bits, "3/2", zero_code=False)
-    if spec.published and spec.attention != theirs:
-        raise ValueError("FQ-ViT's code has powers of two, rounds at 3/2 and has no code of 0")
-    return layer
-
-
-LAYERS["fq-vit-norm"] = {nn.LayerNorm: PowerOfTwoNorm}
-LAYERS["fq-vit-core"] = {AttentionCore: _core}
+        if isinstance(self.attention, Uniform):
+            return super().integer_softmax()
+        return partial(log2_powers, format=self.attention), 2 ** (self.attention.zero - 1)

@@ -10,26 +10,28 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mobilevit import AttentionCore
-from ptq.formats import Uniform
 from ptq.integer import published
 from ptq.integer.activations import shift_silu, shift_softmax
-from ptq.layers import LAYERS
-from ptq.methods.fq_vit import LogSoftmaxCore, even_softmax
-from ptq.methods.ibert import FRACTION, IntegerActivation, IntegerNorm
+from ptq.integer.layers import (
+    FRACTION,
+    IntegerActivation,
+    IntegerNorm,
+    IntegerSoftmaxCore,
+    check_spec,
+    norm_with_channel_scales,
+)
+from ptq.layers import Quantizer
 from ptq.recipe import LayerSpec
 
 
-class ShiftmaxCore(LogSoftmaxCore):
-    """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax by shifts, to even levels."""
-
-    formats_of_softmax = Uniform
+class ShiftmaxCore(IntegerSoftmaxCore):
+    """An attention core whose softmax is one by shifts."""
 
     def integer_softmax(self) -> tuple[Callable[[Tensor, float], Tensor], int]:
         if self.published:
             bits = self.attention.bits
             return partial(published.shiftmax, bits=bits), 2 ** (bits - 1)
-        return even_softmax(shift_softmax, self.inputs["attention"])
+        return self.to_even_levels(shift_softmax)
 
 
 class ShiftActivation(IntegerActivation):
@@ -59,12 +61,9 @@ class ShiftNorm(IntegerNorm):
     def __init__(self, layer: nn.LayerNorm, spec: LayerSpec):
         if not spec.published:
             raise ValueError(f"{spec.kind} layers are as published: refined, they are i-bert-norm")
-        super().__init__(layer, spec)
+        check_spec(layer, spec)
+        super().__init__(layer, spec, Quantizer(spec.input, spec.input_observer))
 
-    def normalised(self, codes: Tensor) -> Tensor:
-        return published.shift_layer_norm(codes)
-
-
-LAYERS["i-vit-norm"] = {nn.LayerNorm: ShiftNorm}
-LAYERS["i-vit-core"] = {AttentionCore: ShiftmaxCore}
-LAYERS["i-vit-act"] = {nn.SiLU: ShiftActivation, nn.GELU: ShiftActivation}
+    def as_published(self, codes: Tensor) -> Tensor:
+        normalised = published.shift_layer_norm(codes)
+        return norm_with_channel_scales(normalised, *self.weight_and_bias())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.layers import kinds_of
+from ptq.kinds import kinds_of
 from ptq.recipe import LayerSpec, Recipe, by_names
 from ptq.recipes.fq_vit import INTEGER
 from ptq.recipes.mobilevit import CORES, DEPTHWISE

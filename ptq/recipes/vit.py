@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ptq.formats import Uniform
-from ptq.layers import kinds_of
+from ptq.kinds import kinds_of
 from ptq.pipeline import chosen
 from ptq.recipe import LayerSpec, Recipe, by_names
 from ptq.recipes.generic import in_torch_attention
