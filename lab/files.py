@@ -128,6 +128,8 @@ def require_writable(folder) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+    except FileExistsError as error:
+        raise BadInput(f"cannot write to {shortened(folder)}: it is no folder") from error
     except OSError as error:
         raise BadInput(f"cannot write to {shortened(folder)}: {error.strerror or error}") from error
 

@@ -258,6 +258,10 @@ def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint
         "quantize.py", "--checkpoint", checkpoint, "--output", tmp_path / "file" / "results",
         says="cannot write to",
     )  # fmt: skip
+    fails_with_one_line(
+        "quantize.py", "--checkpoint", checkpoint, "--output", tmp_path / "file",
+        says="file: it is no folder",
+    )  # fmt: skip
 
 
 def test_rows_are_valid_json_with_their_provenance(swept):

@@ -59,7 +59,9 @@ def registered(name: str) -> str:
     """
     if full_name(name) not in MODELS:
         alike = ", ".join(get_close_matches(name, (*MODELS, *SHORT), cutoff=0))
-        raise argparse.ArgumentTypeError(f"no network is called {name}; names like it: {alike}")
+        raise argparse.ArgumentTypeError(
+            f"no network is called {name}; names like it: {alike}; ptq.quantize takes any network"
+        )
     return full_name(name)
 
 
