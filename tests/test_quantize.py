@@ -260,7 +260,7 @@ def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint
     )  # fmt: skip
     fails_with_one_line(
         "quantize.py", "--checkpoint", checkpoint, "--output", tmp_path / "file",
-        says="file: it is no folder",
+        says="it is no folder",
     )  # fmt: skip
 
 
