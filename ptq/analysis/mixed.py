@@ -11,6 +11,7 @@ from math import ceil
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from ptq.analysis.costs import COSTS
@@ -170,7 +171,9 @@ def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
         steps=("nearest", "calibrate", *(s for s in recipe.steps if s in BIASES_FOLLOW)),
         units=None,
     )
-    return size_bytes(quantize(model, fast, [next(iter(batches))]), recipe)
+    x, *_ = next(iter(batches))
+    two = torch.rand((2, *x.shape[1:]), generator=torch.Generator().manual_seed(0))  # any will do
+    return size_bytes(quantize(model, fast, [(two.to(x), None)]), recipe)
 
 
 def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> tuple[dict, float]:
