@@ -254,14 +254,9 @@ def test_export_writes_files_that_load(checkpoint, tmp_path):
 
 def test_an_unwritable_output_is_one_line_before_anything_is_measured(checkpoint, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--output", tmp_path / "file" / "results",
-        says="cannot write to",
-    )  # fmt: skip
-    fails_with_one_line(
-        "quantize.py", "--checkpoint", checkpoint, "--output", tmp_path / "file",
-        says="it is no folder",
-    )  # fmt: skip
+    for place, says in (("file/results", "cannot write to"), ("file", "it is no folder")):
+        to = ("--output", tmp_path / place)
+        fails_with_one_line("quantize.py", "--checkpoint", checkpoint, *to, says=says)
 
 
 def test_rows_are_valid_json_with_their_provenance(swept):
