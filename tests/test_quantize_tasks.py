@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails_with_one_line, run
-from PIL import Image
+from PIL import ExifTags, Image
 from test_coco import annotated
 from test_segmentation import NAMES, picture
 
 from lab import files
+from lab.cli import BadInput
 from lab.models import build
 from lab.models.checkpoint import save_checkpoint
 from lab.models.foreign import as_checkpoint, family_of
@@ -63,6 +64,20 @@ def made(request, tmp_path_factory):
     checkpoint = as_checkpoint(network, name, family_of(name).layouts[0], images.classes)
     save_checkpoint(path, checkpoint | {"img_size": SIDE})
     return task, folder, path
+
+
+@pytest.mark.parametrize(
+    "task, write", [("detection", write_scenes), ("segmentation", write_masks)]
+)
+def test_a_picture_that_viewers_turn_is_refused(task, write, tmp_path):
+    """What is annotated lies on it as it is stored."""
+    write(tmp_path)
+    file = TASKS[task].load(tmp_path, train=True).files[2]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down: the size stays
+    Image.open(file).save(file, exif=exif)
+    with pytest.raises(BadInput, match=f"{file.name}: its EXIF says to turn it"):
+        TASKS[task].load(tmp_path, train=True)
 
 
 def of(made):
