@@ -27,7 +27,7 @@ $(BEST):
 
 minutes: $(BEST)
 	$(PY) train.py --task synthetic --img-size 64 --minutes 0.3 --batch-size 32 \
-	    --warmup-epochs 0.2 --augment none --optimizer muon --teacher $(BEST) --output $(OUT)/timed
+	    --warmup-epochs 0.02 --augment none --optimizer muon --teacher $(BEST) --output $(OUT)/timed
 
 engines: $(BEST)
 	$(BENCH) engines --recipes w8a8 int8-fx --checkpoint $(BEST) --latency-runs 3
