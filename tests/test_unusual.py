@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from small import draw
+from small_vits import SIDE, of_transformers
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -189,6 +190,16 @@ def test_versions_of_modules_come_back_from_a_packed_file(tmp_path):
     again, _ = ptq.load(tmp_path / "a.safetensors", network)
     x = draw(2, 3, 32, 32)
     torch.testing.assert_close(again(x), quantized(x))
+
+
+@pytest.mark.parametrize("cost", ["noise", "fisher"])
+def test_outputs_that_hold_logits_are_taken_in_profiles_and_costs(cost):
+    torch.manual_seed(0)
+    network = ptq.open_attention(of_transformers())
+    batches = [(draw(4, 3, SIDE, SIDE), None)]
+    recipe = mixed_recipe(f"mixed-6bits-{cost}-w4a8-nearest", network, batches)
+    found = profile(network, ptq.quantize(network, recipe, batches), recipe, batches)
+    assert found["tensors"] and found["outputs_db"] > 0
 
 
 class Named(nn.Module):
