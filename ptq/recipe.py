@@ -39,10 +39,7 @@ class LayerSpec:
     published: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"{self.pattern[:40]!r} is not a pattern: {error}") from error
+        _require_pattern(self.pattern)
         if self.kind != "product" and self.weight is not None:
             raise ValueError(f"{self.kind} layers keep their weights in float")
         if self.attention and not self.input:
@@ -53,6 +50,13 @@ class LayerSpec:
             integer = self.output or self.published or isinstance(self.attention, Log2)
             if integer or (self.attention and self.kind == "pointwise"):
                 raise ValueError(f"{self.kind} layers compute in float")
+
+
+def _require_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern[:40]!r} is not a pattern: {error}") from error
 
 
 def by_names(specs: Mapping[str, LayerSpec]) -> tuple[LayerSpec, ...]:
@@ -93,6 +97,8 @@ class Recipe:
                 raise ValueError(f"{f.name} of a recipe can't be {getattr(self, f.name)!r:.60}")
         if self.calibration_images < 0 or self.calibration_batch < 1:
             raise ValueError(f"recipe {self.name} calibrates on a number of images, in batches")
+        if self.units:
+            _require_pattern(self.units)
         if self.peer and (self.layers or self.steps):
             raise ValueError(f"recipe {self.name} has a peer, which takes no layers and no steps")
         if self.steps and not self.layers:
