@@ -5,6 +5,7 @@ Weights hold the values of their codes, so the float layer computes as it did. I
 them changes scales and biases, never codes.
 """
 
+import contextlib
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,15 @@ COMPUTED = (
     "the weight is computed at each call, so that codes would be lost: call "
     "remove_parametrizations, prune.remove, remove_weight_norm or remove_spectral_norm"
 )
+
+
+@contextlib.contextmanager
+def located(what: str):
+    """Within this context, say what a ValueError is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 class Quantizer(nn.Module):

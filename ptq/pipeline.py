@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.kinds import LAYERS, kinds_of, quantized
-from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer
+from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer, located
 from ptq.methods import STEPS
 from ptq.methods.norms import make_norms_positive, untie
 from ptq.observers import OBSERVERS
@@ -156,10 +156,8 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
     for name, spec in specs.items():
         layer = model.get_submodule(name)
         places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
-        try:
+        with located(name):
             layer = quantized(layer, spec)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
         for place in places:
             model.set_submodule(place, layer)
     for module in model.modules():

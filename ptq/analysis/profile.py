@@ -24,7 +24,13 @@ from ptq.analysis.tensors import Error, TensorStats
 from ptq.formats import Uniform
 from ptq.graph import hooked, never_ran
 from ptq.integer.layers import IntegerSoftmaxCore
-from ptq.layers import IntegerLayer, QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import (
+    IntegerLayer,
+    QuantizedAttentionCore,
+    QuantizedLayer,
+    Quantizer,
+    located,
+)
 from ptq.pipeline import float_twin, layer_specs
 from ptq.recipe import LayerSpec, Recipe
 
@@ -120,14 +126,14 @@ class Both:
         with torch.no_grad():
             for name, (args, kwargs, y) in calls.items():
                 alone = self.quantized.get_submodule(name)(*args, **kwargs)
-                with located("output", name):
+                with located(f"output of {name}"):
                     self.blocks[name].local.add(y, first_tensor(alone), None)
             self.outputs.add(logits, self.quantized_pass(image, values, calls), None)
         self.seen.append(logits.flatten())
 
     def error(self, tensor: Watched, x: Tensor, codes: Tensor | None = None) -> Tensor:
         """Take in the values of a tensor, and return what quantization adds to them."""
-        with torch.no_grad(), located(tensor.role, tensor.layer):
+        with torch.no_grad(), located(f"{tensor.role} of {tensor.layer}"):
             return tensor.stats.add(x.detach(), codes) - x
 
     def float_pass(self, image: Tensor) -> tuple[dict, dict, Tensor]:
@@ -185,7 +191,7 @@ class Both:
         """Compare what the quantized network puts out at the same places; return its outputs."""
 
         def compare(tensor, args, kwargs, output):
-            with located(tensor.role, tensor.layer):
+            with located(f"{tensor.role} of {tensor.layer}"):
                 is_softmax = tensor.role == "attention"
                 tensor.stats.add_quantized(values[tensor].pop(0), output, is_softmax)
 
@@ -207,7 +213,7 @@ class Both:
 
         def compare_block(name, args, kwargs, output):
             if name in calls:
-                with located("output", name):
+                with located(f"output of {name}"):
                     self.blocks[name].cumulative.add(calls.pop(name)[2], first_tensor(output), None)
 
         integer, plain = defaultdict(list), {}
@@ -309,12 +315,3 @@ def block_of(model: nn.Module, layer: str) -> str:
 
 def first_tensor(output) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-@contextlib.contextmanager
-def located(role: str, name: str):
-    """Say which tensor a ValueError is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{role} of {name}: {error}") from error

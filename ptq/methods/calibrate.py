@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ptq.layers import Quantizer
+from ptq.layers import Quantizer, located
 from ptq.recipe import Recipe
 
 
@@ -16,7 +16,5 @@ def calibrate(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -
     for x, *_ in batches:
         model(x)
     for name, quantizer in quantizers.items():
-        try:
+        with located(name):
             quantizer.freeze()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error

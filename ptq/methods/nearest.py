@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from ptq.layers import QuantizedLayer
+from ptq.layers import QuantizedLayer, located
 from ptq.observers import OBSERVERS, range_of
 from ptq.recipe import Recipe
 
@@ -34,10 +34,8 @@ def nearest_codes(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
 def nearest(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Give each weight the code of its nearest level."""
     for name, layer in layers_to_round(model).items():
-        try:
+        with located(name):
             layer.set_weight(*nearest_codes(layer))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
 
 def units(model: nn.Module, pattern: str | None) -> list[str]:
