@@ -30,6 +30,7 @@ import functools
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ from lab.engines.registry import ENGINES, engines_for, row_kind
 from lab.options import CLASSIFIERS_ONLY, flags, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
 from lab.profiles import profile_folder, write_profile
-from lab.recipes import checked_recipe, recipe_of
+from lab.recipes import calibration_images, checked_recipe, recipe_of
 from lab.report.compare import TOLERANCE, compare_rows
 from lab.report.rows import comparable, has_predictions, read_row, reusable_row, row_path, setting
 from lab.report.tables import (
@@ -62,15 +63,17 @@ from ptq.recipe import Recipe
 
 
 @functools.lru_cache(maxsize=1)  # made once for all engines
-def quantized(subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
+def quantized(subject: Subject, recipe: Recipe, n_calibration: int | None) -> dict:
     """Return the subject's network quantized, and how it was made.
 
+    It is calibrated on `n_calibration` images, or on as many as the recipe says.
     {"network", "batches", "calibration": description of its images, "seconds"}. A network with
     quantized layers is as it comes back from its packed file.
     """
     began = time.monotonic()
     with named(recipe.name):
-        batches, described = subject.calibration_batches(recipe, n_calibration)
+        n = calibration_images(recipe, n_calibration)
+        batches, described = subject.calibration_batches(recipe, n)
         network = ptq.quantize(subject.network, recipe, batches)
         if recipe.layers:
             with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +128,7 @@ def write_rows(pairs, args) -> int:
     """
     done, status = [], 0
     for subject, recipe in pairs:
-        n = calibration_images(recipe, args)
+        n = calibration_images(recipe, args.calibration_images)
         for engine in engines_for(recipe, args.engines):
             what = f"{subject.name} {recipe.name}@{engine.NAME}"
             try:
@@ -134,8 +137,11 @@ def write_rows(pairs, args) -> int:
                 print(f"{what}: left out, {missing}")
                 continue
             except Exception as error:  # whatever it is, the other rows go on
-                status = max(status, 2 if isinstance(error, BadInput) else 1)
-                kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+                kind = ""
+                if not isinstance(error, BadInput):
+                    traceback.print_exc()
+                    kind = f"{type(error).__name__}: "
+                status = max(status, 1 if kind else 2)
                 reason = str(error).split("\n")[0]
                 print(f"{what}: failed, {kind}{reason}", file=sys.stderr)
                 continue
@@ -151,25 +157,18 @@ def write_rows(pairs, args) -> int:
     return status
 
 
-def calibration_images(recipe: Recipe, args) -> int:
-    """Return how many images the recipe calibrates on: as many as were asked for, if it does."""
-    if recipe.calibrates and not recipe.calibration_images:
-        raise BadInput(f"recipe {recipe.name} has steps that look at images, but calibrates on 0")
-    return recipe.calibration_images and (args.calibration_images or recipe.calibration_images)
-
-
 def kept(row: dict) -> str:
     """Return what to say of a row that was there already."""
     uncommitted = ", measured by code that was not committed: --force measures again"
     return ", kept" + uncommitted * bool(row.get("dirty"))
 
 
-def quantized_for(engine, subject: Subject, recipe: Recipe, n_calibration: int) -> dict:
+def quantized_for(engine, subject: Subject, recipe: Recipe, n: int | None) -> dict:
     """Return what `quantized` gives; EngineMissing, before that work, if `engine` can't run it."""
     if not (recipe.peer or engine in (torch_eager, integer) or recipe.exportable):
         raise EngineMissing("ONNX has no such formats")
     engine.version()  # which may be missing
-    return quantized(subject, recipe, n_calibration)
+    return quantized(subject, recipe, n)
 
 
 def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict, bool]:
@@ -205,7 +204,7 @@ def show_predictions(pairs, args) -> None:
         for engine in engines_for(recipe, args.engines):
             what = f"{subject.name} {recipe.name}@{engine.NAME}"
             try:
-                made = quantized_for(engine, subject, recipe, calibration_images(recipe, args))
+                made = quantized_for(engine, subject, recipe, args.calibration_images)
                 with named(recipe.name):
                     loaded = engine.load(made["network"], recipe, made["batches"], x)
             except EngineMissing as missing:
@@ -241,7 +240,8 @@ def repeat_rows(args) -> int:
             raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
         recipe = recipe_of_row(subject, shipped, path)
         what = f"{shipped['model']} {recipe.name}@{engine.NAME}"
-        if has_vnni(shipped) and not machine.has_vnni() and recipe.quantizes_inputs:
+        of_vnni = shipped["kind"] == "measured" and recipe.quantizes_inputs and has_vnni(shipped)
+        if of_vnni and not machine.has_vnni():
             print(f"{what}: not compared, it was measured on a CPU with VNNI")
             continue
         n = shipped["calibration_images"]
@@ -256,7 +256,7 @@ def repeat_rows(args) -> int:
         lines.append(line)
         print(printed(row), flush=True)
     if not lines:
-        raise BadInput("nothing was measured: the engines of these rows can't run here")
+        raise BadInput("nothing was compared: no row given can be measured here")
     print(
         f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}\n{TOLERANCE}"
     )
@@ -291,7 +291,7 @@ def write_exports(pairs, args) -> int:
             files.require_absent(paths[-1].with_name(name + suffix), args.force)
     status = 0
     for (subject, recipe), path in zip(pairs, paths):
-        network = quantized(subject, recipe, calibration_images(recipe, args))["network"]
+        network = quantized(subject, recipe, args.calibration_images)["network"]
         agree = export_files(subject, recipe, network, path, args.workers)
         status = max(status, int(not agree))
     return status
@@ -301,7 +301,7 @@ def write_profiles(pairs, args) -> None:
     """Write what each recipe does to each tensor of its subject."""
     folders = [profile_folder(*pair, args.output, args.force) for pair in pairs]
     for (subject, recipe), folder in zip(pairs, folders):
-        made = functools.partial(quantized, subject, n_calibration=calibration_images(recipe, args))
+        made = functools.partial(quantized, subject, n_calibration=args.calibration_images)
         write_profile(subject, recipe, folder, made, args.workers, args.suggest)
 
 

@@ -47,11 +47,12 @@ from lab.tasks.augment import Augmentation
 from lab.tasks.batches import TrainBatches
 from lab.training import budget
 from lab.training.distributed import World
-from lab.training.evaluation import test_score, weights_score
+from lab.training.evaluation import score_on_test_set, weights_score
+from lab.training.finish import finish
 from lab.training.loader import loader
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, parse_args
-from lab.training.run import Run, finish, hardware, tensorboard_writer
+from lab.training.run import Run, hardware, tensorboard_writer
 from lab.training.schedule import MAX_EPOCHS, Schedule, Stage, parse_resolutions
 from lab.training.start import (
     fresh_model,
@@ -83,11 +84,12 @@ def main() -> int:
         print(weights_score(args.weights, args.model, args.heads, args.data_dir, args.device))
         return 0
     if args.eval:
-        _, in_words = test_score(args.checkpoint, args.data_dir, args.device)
+        _, in_words = score_on_test_set(args.checkpoint, args.data_dir, args.device)
         print(f"{args.checkpoint}: test {in_words}")
         return 0
     if args.finish:
-        finish(args.output, args.data_dir, args.device)
+        with files.locked(args.output):
+            finish(args.output, args.data_dir, args.device)
         return 0
     with World(args.device).join() as world:
         return train(args, world)
@@ -294,6 +296,7 @@ def step(
     `network` is the run's model as it is called: compiled, or parallel over processes.
     """
     task, device, stage = run.task, run.world.device, run.stage()
+    torch.manual_seed(run.seed())  # dropout draws from torch's own generators
     images = images.to(device, non_blocking=True)
     x = task.to_input(images, stage.side)
     targets = targets.to(device, non_blocking=True)

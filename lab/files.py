@@ -146,8 +146,11 @@ def write_text(path, text: str) -> None:
 
 
 def write_json(path, value) -> None:
-    """Write plain values, indented, but each list of whole numbers on one line."""
-    text = json.dumps(value, indent=1)
+    """Write plain values, indented, but each list of whole numbers on one line.
+
+    ValueError for numbers that are not finite, which JSON can't hold.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False)
     numbers = r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]"
     short = re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
     write_text(path, short + "\n")

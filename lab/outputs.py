@@ -14,6 +14,7 @@ from lab.cli import BadInput
 from lab.engines import EngineMissing, parity, require
 from lab.engines.measure import CPU_BATCH, over, predict
 from lab.engines.registry import ENGINES
+from lab.recipes import calibration_images
 from lab.report.rows import setting
 from lab.report.studies import per_layer_table
 from lab.subject import Subject, named
@@ -46,7 +47,7 @@ def write_reports(pairs, output: str, n_calibration: int | None, workers: int, f
         jobs.append((subject, recipe, path, report_fn(recipe)))
         files.require_absent(path, force)
     for subject, recipe, path, noises in jobs:
-        n = n_calibration or recipe.calibration_images
+        n = calibration_images(recipe, n_calibration)
         try:
             with named(recipe.name):
                 report = per_layer_report(subject, recipe, noises, n, workers)
@@ -115,7 +116,8 @@ def answered(subject: Subject, run) -> dict:
         answers["predictions"] = predictions.tolist()
         answers["confusion"] = confusion(labels, predictions, len(classes))
         expected = float_logits(subject)
-        answers["logit_noise"] = noise(logits[: len(expected)], expected)
+        if expected.var() > 0:  # else nothing is relative to it
+            answers["logit_noise"] = noise(logits[: len(expected)], expected)
     return answers
 
 

@@ -39,6 +39,16 @@ def recipe_of(subject: Subject, name: str) -> Recipe:
         return mixed.mixed_recipe(name, subject.network, batches, of_layers, latency_ms)
 
 
+def calibration_images(recipe: Recipe, asked: int | None) -> int:
+    """Return how many images the recipe calibrates on: as many as were `asked` for, if it does.
+
+    BadInput if steps of the recipe look at images, but it names none.
+    """
+    if recipe.calibrates and not recipe.calibration_images:
+        raise BadInput(f"recipe {recipe.name} has steps that look at images, but calibrates on 0")
+    return recipe.calibration_images and (asked or recipe.calibration_images)
+
+
 def read_recipe(path) -> Recipe:
     """Return the recipe in a JSON file, such as `quantize.py --suggest` writes.
 

@@ -9,6 +9,7 @@ again.
 """
 
 import math
+import sys
 from collections.abc import Callable
 
 from lab.cli import BadInput, shortened
@@ -45,7 +46,8 @@ def number(low: float = -math.inf, high: float = math.inf) -> Schema:
 
     def check(value, where):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        ok = is_number and math.isfinite(value) and low <= value <= high
+        # Also of a whole number beyond all floats.
+        ok = is_number and abs(value) <= sys.float_info.max and low <= value <= high
         _require(ok, value, where, f"a finite number{_bounds(low, high)}")
 
     return check

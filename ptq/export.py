@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq.folding import fold_norms
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods.norms import fold_norms
 from ptq.recipe import exportable_input, exportable_weight
 
 OPSET = 21  # the first with INT4

@@ -95,8 +95,8 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("codes", None)
         self.register_buffer("scale", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.input(x))
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which some networks call
+        return self.layer(self.input(input))
 
     @property
     def weight(self) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq.formats import PowerOfTwo
+from ptq.formats import PowerOfTwo, Uniform
 from ptq.layers import QuantizedLayer, Quantizer
 from ptq.pipeline import attach, layer_specs
 from ptq.recipe import Recipe
@@ -131,7 +131,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             module.scale, module.zero_point = scale, zero_point
             n = _scales_of_input(model, name) or len(scale)
             fits = scale.shape == zero_point.shape == (n,) and zero_point.dtype == torch.int32
-            _check_grid(name, scale, fits)
+            _check_grid(name, scale, fits and _has_zero_points(module.format, zero_point))
+            if isinstance(module.format, PowerOfTwo):
+                _check_shifts(name, tensors[f"{name}.shifts"], module.format.most)
         elif isinstance(module, QuantizedLayer):
             bias = tensors.get(f"{name}.layer.bias")
             if bias is not None and module.layer.bias is None:  # it came with bias correction
@@ -153,6 +155,19 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     wrong = [name for name in missing if name not in rebuilt] + unexpected
     if wrong:
         raise ValueError(f"{', '.join(wrong[:3])} missing or not expected")
+
+
+def _has_zero_points(format: Uniform | PowerOfTwo, zero_point: Tensor) -> bool:
+    """Say whether zero-points are codes of the format, and 0 where it is symmetric."""
+    whole = format.whole if isinstance(format, PowerOfTwo) else format
+    low, high = (0, 0) if whole.symmetric else (whole.qmin, whole.qmax)
+    return bool(((zero_point >= low) & (zero_point <= high)).all())
+
+
+def _check_shifts(name: str, shifts: Tensor, most: int) -> None:
+    whole = shifts.dtype == torch.int64
+    if not (whole and ((shifts >= 0) & (shifts <= most)).all()):
+        raise ValueError(f"shifts of {name} are not those of its format")
 
 
 def _scales_of_input(model: nn.Module, name: str) -> int | None:

@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ptq.folding import make_norms_positive, untie
 from ptq.kinds import LAYERS, kinds_of, quantized
 from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer, located
 from ptq.methods import STEPS
-from ptq.methods.norms import make_norms_positive, untie
 from ptq.observers import OBSERVERS
 from ptq.recipe import LayerSpec, Recipe
 

@@ -23,7 +23,7 @@ from lab.models.checkpoint import (
 )
 from lab.tasks import classification
 from lab.training.distributed import World
-from lab.training.evaluation import test_score as score_on_test_set
+from lab.training.evaluation import score_on_test_set
 from lab.training.run import log_line
 from mobilevit import MobileViT
 

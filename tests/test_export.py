@@ -11,10 +11,10 @@ from lab.engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu
 from lab.engines.measure import predict
 from mobilevit import AttentionCore
 from ptq.export import to_onnx
+from ptq.folding import fold_norms, make_norms_positive
 from ptq.formats import Uniform
 from ptq.graph import norms_after
 from ptq.layers import QuantizedLayer
-from ptq.methods.norms import fold_norms, make_norms_positive
 from ptq.recipe import LayerSpec, Recipe
 
 

@@ -13,10 +13,11 @@ from lab.models import build
 from mobilevit import AttentionCore, MobileViT
 from ptq import packing
 from ptq.export import to_onnx
+from ptq.folding import make_norms_positive
 from ptq.graph import norms_after
 from ptq.integer.layers import IntegerActivation
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
-from ptq.methods.norms import make_norms_positive, replace_norms
+from ptq.methods.norms import replace_norms
 from ptq.observers import OBSERVERS
 from ptq.recipes.generic import GENERIC
 from ptq.recipes.uniform import UNIFORM

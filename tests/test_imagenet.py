@@ -1,14 +1,17 @@
 """Others' weights on folders of photos: accuracy beside the paper's, and the order of colours."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import fails_with_one_line, run
 from PIL import Image
 from test_foreign import randomized, transformers_network
 
 from lab.cli import BadInput
-from lab.models.foreign import read_weights
+from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import imagefolder
 from lab.training import evaluation
 from lab.training.evaluation import weights_score
@@ -53,6 +56,25 @@ def test_both_orders_of_colours_are_tried_and_the_better_one_judged(photos):
     flipped = weights_score(path, NAME, None, photos, "cpu")
     assert "colours the reverse of that project's" in flipped
     assert flipped.split("top-1")[1] == printed.split("top-1")[1]
+
+
+@pytest.mark.parametrize("name", [NAME, "deit_tiny_patch16_224"])
+def test_both_commands_give_weights_the_pixels_that_they_were_trained_on(name, tmp_path):
+    """timm's are cut out otherwise than the paper's; train.py --eval and quantize.py know it."""
+    theirs = timm.create_model(name, num_classes=2)
+    torch.save(randomized(theirs).state_dict(), tmp_path / "w.pth")
+    for k in range(2):
+        (tmp_path / "photos" / f"class {k}").mkdir(parents=True)
+        noise = np.random.default_rng(k).integers(0, 256, (300, 400, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"class {k}" / "0.png")
+    network, layout = read_weights(tmp_path / "w.pth", name)
+    checkpoint = as_checkpoint(network, name, layout)
+    seen = []
+    with mock.patch.object(evaluation, "judged", lambda m, data, *_: seen.append(data) or 1 / 0):
+        with pytest.raises(ZeroDivisionError):
+            weights_score(tmp_path / "w.pth", name, None, tmp_path / "photos", "cpu")
+    assert (seen[0].normalize, seen[0].resize) == (checkpoint["normalize"], checkpoint["resize"])
+    assert seen[0].resize != imagefolder.RESIZE
 
 
 def test_the_command_prints_top_1_and_top_5(photos):

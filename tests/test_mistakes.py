@@ -8,9 +8,13 @@ from small import draw
 from torch import nn
 
 import ptq
+from lab import files
 from lab.cli import BadInput
+from lab.engines import openvino_cpu
 from lab.models import MODELS
+from lab.schema import number
 from lab.training.start import fresh_model
+from ptq.analysis.compare import noise
 from ptq.formats import Uniform
 from ptq.layers import QuantizedLayer
 from ptq.methods import STEPS
@@ -109,8 +113,42 @@ def test_a_format_of_ones_own_is_not_exported_as_another():
         assert not Recipe("r", layers=(spec,)).exportable
 
 
+@pytest.mark.parametrize("step", ["nearest", "gptq"])
+def test_layers_may_be_called_by_keyword(step):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    class ByPlace(ByKeyword):
+        def forward(self, x):
+            return self.fc(x)
+
+    recipe = replace(W8A8, steps=(step, "calibrate"), units=None)
+    networks = [ByKeyword(), ByPlace()]
+    networks[1].load_state_dict(networks[0].state_dict())
+    one, other = (ptq.quantize(network, recipe, TWO)(draw(3, 4)) for network in networks)
+    assert torch.equal(one, other)
+
+
+def test_noise_is_relative_to_outputs_that_vary():
+    with pytest.raises(ValueError, match="the same number"):
+        noise(torch.ones(3, 2), torch.zeros(3, 2))
+
+
+def test_numbers_that_json_or_floats_do_not_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+    for n in (10**400, -(10**400)):
+        with pytest.raises(BadInput, match="a finite number"):
+            number()(n, "it")
+
+
 def test_parts_of_a_split_tensor_run_on_openvino():
-    openvino_cpu = pytest.importorskip("lab.engines.openvino_cpu")
     pytest.importorskip("openvino")
 
     class Split(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 import ptq
 from mobilevit import MobileViT
 from ptq import packing
-from ptq.formats import Uniform
+from ptq.formats import PowerOfTwo, Uniform
 from ptq.recipe import LayerSpec, Recipe
 
 RECIPE = Recipe(
@@ -101,6 +101,25 @@ def test_scales_of_inputs_are_as_many_as_the_format_says(name, saved, tmp_path):
         save_file(tensors | {name: wrong}, bad, metadata=header)
         with pytest.raises(ValueError, match="codes or scales of .*input are not"):
             packing.load(bad, model)
+
+
+@pytest.mark.parametrize("name, wrong", [("0.input.zero_point", 256), ("1.input.shifts", 4)])
+def test_codes_that_a_format_does_not_have_are_refused(name, wrong, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)).eval()
+    even = LayerSpec("0", Uniform(8, granularity="channel"), Uniform(8, False))
+    norm = LayerSpec("1", input=PowerOfTwo(8), output=Uniform(8, False), kind="fq-vit-norm")
+    recipe = Recipe("r", layers=(even, norm))
+    network = ptq.quantize(model, recipe, [(torch.randn(8, 6), None)])
+    packing.save(network, recipe, tmp_path / "good")
+    packing.load(tmp_path / "good", model)
+    with safe_open(tmp_path / "good", "pt") as file:
+        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    for value in (-1, wrong):
+        spoiled = tensors | {name: torch.full_like(tensors[name], value)}
+        save_file(spoiled, tmp_path / "bad", metadata=header)
+        with pytest.raises(ValueError, match=f"of {name.rpartition('.')[0]} are not those"):
+            packing.load(tmp_path / "bad", model)
 
 
 def test_inputs_of_pointwise_layers_may_have_scales_per_channel(tmp_path):

@@ -122,8 +122,26 @@ def test_gptq_of_a_unit_looks_at_inputs_from_before_its_rounding():
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
 def test_a_layer_of_a_unit_that_never_runs_is_refused(method):
     recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=(method,), units="0")
-    with pytest.raises(ValueError, match="never ran"):
+    with pytest.raises(ValueError, match="0.idle never ran"):
         ptq.quantize(nn.Sequential(Idle()), recipe, [(draw(2, 4), None)])
+
+
+def test_adaround_refuses_units_that_give_several_tensors():
+    class Two(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two = Two(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return sum(self.two(x))
+
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("adaround",), units="two")
+    with pytest.raises(ValueError, match="give one tensor, not for two"):
+        ptq.quantize(Both(), recipe, [(draw(2, 4), None)])
 
 
 def test_gptq_on_dead_inputs_rounds_to_nearest():
@@ -206,6 +224,6 @@ def test_places_of_a_linear_layer_may_lie_in_rows_and_columns(monkeypatch):
     for inputs in (x, x.flatten(1, 2)):
         torch.manual_seed(0)
         unit = kinds.quantized(nn.Linear(6, 64), spec)
-        adaround.reconstruct(unit, inputs, unit.layer(inputs).detach(), 8)
+        adaround.reconstruct(unit, "", inputs, unit.layer(inputs).detach(), 8)
         found.append(unit.codes)
     assert torch.equal(*found)

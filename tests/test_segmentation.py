@@ -1,6 +1,7 @@
 """Segmentation: pictures with masks in, crops, the metric against torchmetrics, a run."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from conftest import fails_with_one_line, run
 from PIL import Image
 
 from lab.cli import BadInput
+from lab.models.checkpoint import read_tensors
 from lab.tasks import masks, segmentation
 from lab.tasks.augment import Augmentation
 from lab.tasks.batches import EvalBatches, TrainBatches
+from lab.tasks.sampler import Sampler
 from lab.tasks.segmentation import IGNORED, OUTSIDE, judge, scaled_crop, score
+from lab.training.run import Run
 from lab.training.schedule import Stage
 
 NAMES = ("sky", "void", "road")
@@ -185,6 +189,28 @@ def test_a_run_is_judged_by_miou_and_can_be_read_again(folder, tmp_path):
     assert 0 <= metrics["test_miou_pct"] <= 100 and set(metrics["iou_pct"]) == {"sky", "road"}
     out, _ = run("train.py", "--eval", "--checkpoint", output / "best.pth", "--data-dir", folder)
     assert out.strip().endswith(metrics["printed"].split("test ")[1])
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(folder, tmp_path):
+    """Dropout, too, draws what it would have drawn."""
+    what = ("--task", "segmentation", "--model", "deeplab_mobilevit_xxs", "--img-size", "32")
+    how = ("--batch-size", "4", "--warmup-epochs", "0.5", "--epochs", "2", "--data-dir", folder)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train.py", *what, *how, "--output", whole)
+    run("train.py", *what, *how, "--output", broken, "--max-minutes", "0.001", code=3)
+    run("train.py", *what, *how, "--output", broken, "--resume")
+    states = [read_tensors(path / "last.pth")["model"] for path in (whole, broken)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_every_process_and_step_draws_for_itself():
+    sampler = Sampler(8, 4, seed=0)
+    found = [
+        Run.seed(SimpleNamespace(sampler=sampler, step=step, world=SimpleNamespace(rank=rank)))
+        for step in range(3)
+        for rank in range(3)
+    ]
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

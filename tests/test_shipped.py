@@ -136,7 +136,7 @@ def test_shipped_weights_predict_what_their_row_says(path):
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.parent.name)
 def test_shipped_weights_score_what_their_row_says(path):
     row = fp32_row(path)
-    score, _ = evaluation.test_score(path, DATA[row["task"]], "cpu")
+    score, _ = evaluation.score_on_test_set(path, DATA[row["task"]], "cpu")
     assert score[metric(row)] == pytest.approx(accuracy(row), abs=0.05)
 
 

@@ -233,6 +233,8 @@ def test_a_run_cut_short_is_finished_with_the_weights_it_has(tmp_path):
     wait_for(tmp_path / "log.csv")
     process.kill()
     process.communicate()
+    with files.locked(tmp_path):
+        fails_with_one_line("train.py", "--finish", "--output", tmp_path, says="another process is")
     out, _ = run("train.py", "--finish", "--output", tmp_path)
     assert out.startswith("mobilevit_xxs-synthetic: epoch 2 chosen") and "of 500" in out
     metrics = files.read_json(tmp_path / "metrics.json")

@@ -16,7 +16,8 @@ from ptq.analysis.compare import noise
 from ptq.analysis.energy import energy
 from ptq.analysis.mixed import mixed_recipe
 from ptq.analysis.profile import profile
-from ptq.methods.norms import adapted, fold_norms
+from ptq.folding import fold_norms
+from ptq.methods.norms import adapted
 from ptq.recipe import LayerSpec, Recipe
 
 FINE = ptq.Uniform(16, granularity="channel")  # all but lossless

@@ -76,7 +76,8 @@ def wrong_values(good) -> list:
     if isinstance(good, bool):
         return [None, "yes", 2, MISSING]
     if isinstance(good, int | float):
-        return [None, "text", str(good), [], {}, math.nan, math.inf, -math.inf, True, MISSING]
+        beyond = (math.nan, math.inf, -math.inf, 10**400)
+        return [None, "text", str(good), [], {}, *beyond, True, MISSING]
     if isinstance(good, str):
         return [None, 3, math.nan, [], {}, nested(300), MISSING]
     if isinstance(good, dict):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+import traceback
 
 import torch
 
@@ -59,6 +60,7 @@ def engines(checkpoint, names, n_calls: int) -> dict:
                 print(f"{what}: left out, {missing}")
                 continue
             except Exception as error:  # such as no compiler for PT2E; the others go on
+                traceback.print_exc()
                 reason = str(error).split("\n")[0]
                 faults.append(f"{what}: failed, {type(error).__name__}: {reason}")
                 print(faults[-1], file=sys.stderr)

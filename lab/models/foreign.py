@@ -59,6 +59,11 @@ class Layout:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     resize: dict = field(default_factory=dict)  # where it differs from imagefolder.RESIZE
 
+    def pixels(self) -> dict:
+        """Return how photos are made its network's input, as a checkpoint and Photos have it."""
+        normalize = {"mean": list(self.mean), "std": list(self.std)}
+        return {"normalize": normalize, "resize": RESIZE | self.resize}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -232,8 +237,7 @@ def as_checkpoint(network: nn.Module, name: str, layout: Layout, classes=None, s
         f"test_{metric}": None,
         "epoch": 0,
         "config": {"weights": str(source), "layout": layout.name},
-        "normalize": {"mean": list(layout.mean), "std": list(layout.std)},
-        "resize": RESIZE | layout.resize,
+        **layout.pixels(),
     }
 
 

@@ -96,6 +96,8 @@ class TrainBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, first, end = self.sampler.place(step)
+        # seed_of pads with zeros, so the shuffle of epoch 0 and the draws of step 0 share a seed.
+        # That does no harm, and to change it would change every run.
         order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch))
         indices = order[first:end]
         # Drawn for the whole batch and then shared out, so that `world` changes no image.
@@ -116,9 +118,13 @@ def loader_workers(device: str) -> int:
     return min(8, torch.multiprocessing.cpu_count()) if device == "cuda" else 0
 
 
+def seed_of(*key: int) -> int:
+    """Return a seed for torch that is a function of the whole numbers in `key`."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def _generator(*key: int) -> torch.Generator:
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 class EvalBatches:

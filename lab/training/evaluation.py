@@ -47,7 +47,7 @@ def trained_task(checkpoint: dict, path):
     return TASKS[checkpoint["task"]]
 
 
-def test_score(path, data_dir, device) -> tuple[dict, str]:
+def score_on_test_set(path, data_dir, device) -> tuple[dict, str]:
     """Return the score of a checkpoint on its task's test images, and the same in words.
 
     The images have the checkpoint's size.
@@ -79,7 +79,7 @@ def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
     photos = imagefolder.load_all(data_dir)
     n, size = settings_of(model)["num_classes"], default_img_size(name)
     require_classes(path, n, photos, data_dir)
-    photos = replace(photos, normalize={"mean": layout.mean, "std": layout.std})
+    photos = replace(photos, **layout.pixels())
     model, device = model.to(device), torch.device(device)
     probed = layout.heads is not None  # MobileViT of another project
     colours = probed_colours(model, photos, size, device) if probed else ""

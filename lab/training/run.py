@@ -14,13 +14,10 @@ from tqdm import tqdm
 
 from lab import files, machine
 from lab.cli import BadInput
-from lab.models import run_name
 from lab.models.checkpoint import (
     FORMAT,
     like,
-    load_checkpoint,
     load_state,
-    network,
     plain,
     read_tensors,
     save_checkpoint,
@@ -28,9 +25,10 @@ from lab.models.checkpoint import (
 )
 from lab.schema import Schema, integer, mapping, number, record, sequence, text
 from lab.tasks import TASKS
+from lab.tasks.batches import seed_of
 from lab.tasks.sampler import Sampler
 from lab.training.distributed import World
-from lab.training.evaluation import judged, test_score, trained_task
+from lab.training.evaluation import judged
 from lab.training.schedule import Schedule, Stage
 
 
@@ -101,6 +99,10 @@ class Run:
     def stage(self) -> Stage:
         """Return the stage that the next step is in, with the sides of the step's images."""
         return self.schedule.stage(self.step).scaled(self.sampler.scale(self.step))
+
+    def seed(self) -> int:
+        """Return the seed of what layers draw in the next step, another in each process."""
+        return seed_of(self.sampler.seed, 3, self.step, self.world.rank + 1)
 
     @property
     def validation_due(self) -> bool:
@@ -184,8 +186,8 @@ class Run:
     def save(self) -> None:
         """Write last.pth and the log.
 
-        The data and its augmentation are functions of the step, so no random state is alive
-        between steps and none needs saving.
+        The data, its augmentation and what dropout draws are functions of the step, so no random
+        state is alive between steps and none needs saving.
         """
         sums = self.world.sum(self.sums)
         if self.world.rank:
@@ -271,47 +273,6 @@ class Run:
                 as_after_a_step(value, where)
 
         return check
-
-
-def finish(output: Path, data_dir, device) -> None:
-    """Read the test set, once, with the weights chosen so far in the run that `output` holds."""
-    paths = [output / name for name in ("best.pth", "last.pth", "config.json", "metrics.json")]
-    best_path, last_path, about_path, metrics_path = paths
-    best = load_checkpoint(best_path)
-    objective = trained_task(best, best_path).objective
-    val, test = (f"{split}_{objective.METRIC}" for split in ("val", "test"))
-    if best[test] is None:
-        state = read_tensors(last_path)
-        line = record(log_line(objective))
-        record({"history": sequence(line), "config": mapping(plain)})(state, str(last_path))
-        if not state["history"]:
-            raise BadInput(f"{last_path} has no validated epoch yet: --resume the run")
-        about = files.read_json(about_path)
-        record({"hardware": text})(about, str(about_path))
-        score, in_words = test_score(best_path, data_dir, device)
-        printed = (
-            f"{run_name(best['model'], best['task'])}: epoch {best['epoch']} chosen, "
-            f"validation {best[val]:.2f} %, test {in_words}"
-        )
-        metrics = {
-            "model": best["model"],
-            "task": best["task"],
-            "parameters": sum(p.numel() for p in network(best, best_path).parameters()),
-            "epoch": best["epoch"],
-            "epochs_trained": state["history"][-1]["epoch"],
-            val: best[val],
-            test: score[objective.METRIC],
-            **{k: v for k, v in score.items() if k not in ("loss", objective.METRIC)},
-            "train_s": sum(float(row["seconds"]) for row in state["history"]),
-            "printed": printed,
-            "config": state["config"],
-        }
-        how = {k: v for k, v in about.items() if k not in state["config"]}  # commit, hardware, ...
-        files.write_json(metrics_path, metrics | how)
-        save_checkpoint(best_path, best | {test: score[objective.METRIC]})
-    metrics = files.read_json(metrics_path)
-    record({"printed": text})(metrics, str(metrics_path))
-    print(metrics["printed"])
 
 
 def changed_options(before: dict, now: dict) -> str:

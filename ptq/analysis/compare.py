@@ -38,9 +38,13 @@ def noise(outputs: Tensor, expected: Tensor) -> float:
     """Return the mean square of what `outputs` are off, over the variance of what was `expected`.
 
     Tensors of one shape. The signal-to-quantization-noise ratio in dB is -10 log10 of it.
+    ValueError where all that was expected is one number: nothing is relative to it.
     """
     expected = expected.double()
-    return ((outputs.double() - expected).square().mean() / expected.var()).item()
+    variance = expected.var()
+    if not variance > 0:
+        raise ValueError("all outputs of the float network are the same number")
+    return ((outputs.double() - expected).square().mean() / variance).item()
 
 
 def logits_of(output) -> Tensor:

@@ -20,10 +20,11 @@ from torch.func import functional_call
 
 from ptq.analysis.compare import logits_of, noise
 from ptq.analysis.sensitivity import set_tensor
+from ptq.folding import make_norms_positive
 from ptq.graph import hooked, never_ran, norms_after
 from ptq.methods.gptq import hessians, round_weights
 from ptq.methods.nearest import layers_to_round, nearest_codes
-from ptq.methods.norms import make_norms_positive, shifted
+from ptq.methods.norms import shifted
 from ptq.pipeline import check_batches, float_twin
 from ptq.recipe import Recipe
 

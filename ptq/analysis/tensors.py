@@ -29,7 +29,8 @@ class Error:
         """Take in a tensor and its copy; ValueError where one of them is not finite."""
         x, y = (t[None] if axis is None else t.movedim(axis, 0) for t in (x, y))
         x, y = x.flatten(1), y.flatten(1)  # [C, n]
-        signal, copy, error = (t.square().sum(1).double() for t in (x, y, y - x))
+        # In 64 bits: a variance is a small difference of sums where the mean is far from 0.
+        signal, copy, error = (t.double().square().sum(1) for t in (x, y, y - x))
         if not error.isfinite().all():
             raise ValueError("values are not finite")
         self.n += x.numel()

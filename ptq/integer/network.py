@@ -7,6 +7,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from ptq.folding import fold_norms
 from ptq.graph import Tracer
 from ptq.integer.layers import IntegerActivation, IntegerNorm, IntegerSoftmaxCore
 from ptq.integer.operators import (
@@ -23,7 +24,6 @@ from ptq.integer.operators import (
 )
 from ptq.integer.rescale import OutOfRange, fits
 from ptq.layers import QuantizedLayer, Quantizer
-from ptq.methods.norms import fold_norms
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
 
@@ -70,11 +70,12 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
     `products`: the type that matrix products are computed in, torch.int64 or, to the same bits,
     torch.float64.
 
-    Batch norms are folded. Between two layers a tensor has 32 bits, as fine as its largest possible
-    value permits. ValueError names a layer that has no integer form.
+    It is on the CPU. Batch norms are folded. Between two layers a tensor has 32 bits, as fine as
+    its largest possible value permits. ValueError names a layer that has no integer form.
     """
     if products not in (torch.int64, torch.float64):
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
+    quantized = copy.deepcopy(quantized).cpu()
     network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
     fold_norms(network)
     try:

@@ -60,7 +60,7 @@ def dyadic(ratio: float | Sequence[float]) -> Dyadic:
 
 
 def _dyadic(ratio: float) -> tuple[int, int]:
-    if not 2**-32 <= abs(ratio) < 2**30:  # false for NaN, too
+    if not 2**-32 <= abs(ratio) <= 2**30 - 1:  # false for NaN, too
         raise OutOfRange(f"a ratio of scales lies between 2**-32 and 2**30 in size, not {ratio}")
     fraction, exponent = math.frexp(ratio)
     multiplier, shift = math.floor(fraction * 2**31 + 0.5), 31 - exponent

@@ -63,23 +63,26 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
         if any(len(x) != 1 or x[0].shape[1:] != calls[0][0].shape[1:] for x in calls):
             raise ValueError(f"AdaRound is for units with one input of one size, not for {name}")
         inputs = torch.cat([x for (x,) in calls])
-        outputs = torch.cat(list(captured(reference, wanted, batches, "output")))
+        outputs = list(captured(reference, wanted, batches, "output"))
+        if not isinstance(outputs[0], Tensor):
+            raise ValueError(f"AdaRound is for units that give one tensor, not for {name}")
+        outputs = torch.cat(outputs)
         # Squares, as the loss is one of the outputs, and its gradient a product with the inputs.
         if not all(x.square().sum().isfinite() for x in (inputs, outputs)):
             raise ValueError(f"what goes into or comes out of {name} is not finite when squared")
         n_images = sum(len(x) for x, *_ in batches)
         n = max(1, STEP_IMAGES * len(inputs) // n_images)
-        reconstruct(unit, inputs, outputs, n)
+        reconstruct(unit, name, inputs, outputs, n)
 
 
-def reconstruct(unit: nn.Module, inputs: Tensor, outputs: Tensor, n: int) -> None:
+def reconstruct(unit: nn.Module, name: str, inputs: Tensor, outputs: Tensor, n: int) -> None:
     """Choose the codes of all layers to round in `unit` so that it maps `inputs` to `outputs`.
 
-    Each step looks at `n` of them.
+    Each step looks at `n` of them. `name` is the unit's in the network.
     """
     linear = isinstance(unit, QuantizedLayer) and isinstance(unit.layer, nn.Linear)
     channels = 1 if outputs.dim() == 4 and not linear else -1
-    rounded = layers_to_round(unit)
+    rounded = layers_to_round(unit, name)
     scales = {name: weight_scale(layer) for name, layer in rounded.items()}
     soft = {name: SoftRounding(layer, scales[name]) for name, layer in rounded.items()}
     for name, layer in rounded.items():

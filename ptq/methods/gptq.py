@@ -43,10 +43,12 @@ def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer,
     sums = {}
 
     def add(layer, inputs, kwargs, output):
-        sums[layer] = sums.get(layer, 0.0) + input_moments(layer.layer, layer.input(*inputs))
+        (x,) = *inputs, *kwargs.values()
+        sums[layer] = sums.get(layer, 0.0) + input_moments(layer.layer, layer.input(x))
 
-    paths = {layer: name for name, layer in layers_to_round(unit).items()}
-    with hooked(unit, paths, add):
+    path = next(name for name, module in model.named_modules() if module is unit)
+    paths = {layer: name for name, layer in layers_to_round(unit, path).items()}
+    with hooked(model, paths, add):
         for _ in captured(model, unit, batches, "output"):
             pass
     for layer in paths.keys() - sums.keys():

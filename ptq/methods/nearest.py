@@ -9,10 +9,11 @@ from ptq.observers import OBSERVERS, range_of
 from ptq.recipe import Recipe
 
 
-def layers_to_round(module: nn.Module) -> dict[str, QuantizedLayer]:
+def layers_to_round(module: nn.Module, path: str = "") -> dict[str, QuantizedLayer]:
+    """Return {name: layer with weights to round} of `module`; names begin with its own `path`."""
     return {
         name: layer
-        for name, layer in module.named_modules()
+        for name, layer in module.named_modules(prefix=path)
         if isinstance(layer, QuantizedLayer) and layer.format is not None
     }
 
