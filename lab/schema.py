@@ -53,6 +53,9 @@ def number(low: float = -math.inf, high: float = math.inf) -> Schema:
     return check
 
 
+percent = number(0, 100)
+
+
 def integer(low: float = -math.inf, high: float = math.inf) -> Schema:
     """Return the schema of an int within `low` and `high`."""
 

@@ -97,6 +97,7 @@ class Uniform:
         return (levels + zero).clamp_(self.qmin, self.qmax).int()
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Return the values of codes, floats of their shape."""
         zero = 0 if zero_point is None else self.spread(zero_point, codes)
         return (codes - zero) * self.spread(scale, codes)
 
@@ -163,6 +164,7 @@ class PowerOfTwo:
         return codes.clamp(0, self.whole.qmax).int()
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:
+        """Return the values of codes, floats of their shape [..., C]."""
         return (codes - zero_point) * (scale * 2**shifts)
 
     def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor, shifts: Tensor) -> Tensor:

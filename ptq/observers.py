@@ -1,7 +1,8 @@
 """Observers: from the tensors seen during calibration to the range that a format should cover.
 
-An observer sees any number of tensors with `update(x)` and keeps bounded memory; `range()` gives
-the low and high end, each [G] with one element per scale of its format. Every range contains 0.
+An observer sees any number of tensors with `update(x)` and keeps at most one of them and a
+histogram; `range()` gives the low and high end, each [G] with one element per scale of its format.
+Every range contains 0.
 
     >>> observer = OBSERVERS["mse"](Uniform(8, symmetric=False))
     >>> for x in batches: observer.update(x)
@@ -47,6 +48,7 @@ class MinMax:
         """Take in the values [G, n] of one tensor, behind `widen`."""
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Return the low and high end, each [G]; ValueError if nothing was seen."""
         if self.low is None:
             raise ValueError(
                 "nothing was seen during calibration: take the layer out of the network, or out "

@@ -27,7 +27,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
         raise ValueError(f"{str(recipe)[:40]!r} is no recipe: ptq.recipe(name, model) gives one")
     if any(isinstance(m, QuantizedLayer | Quantizer | IntegerLayer) for m in model.modules()):
         raise ValueError("the network is quantized already: give the one in float")
-    steps = [chosen(STEPS, name, "step") for name in recipe.steps]  # now, not after an hour
+    steps = [entry(STEPS, name, "step") for name in recipe.steps]  # now, not after an hour
     if recipe.calibrates:
         check_batches(model, recipe, batches)
     check_values(model)
@@ -127,7 +127,7 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
         raise ValueError("calibration batches change from pass to pass: do not shuffle or augment")
 
 
-def chosen(registry: dict, name: str, what: str):
+def entry(registry: dict, name: str, what: str):
     """Return the entry of this name; ValueError if there is none."""
     if name not in registry:
         raise ValueError(f"no {what} is called {name}: there are {', '.join(registry)}")
@@ -137,9 +137,9 @@ def chosen(registry: dict, name: str, what: str):
 def layer_specs(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     """Return {name of a layer: how it is quantized}; ValueError for a pattern that none matches."""
     for spec in recipe.layers:
-        chosen(LAYERS, spec.kind, "kind of layers")
+        entry(LAYERS, spec.kind, "kind of layers")
         for observer in (spec.weight_observer, spec.input_observer):
-            chosen(OBSERVERS, observer, "observer")
+            entry(OBSERVERS, observer, "observer")
     named = {n: recipe.layer_spec(n, kinds_of(m)) for n, m in model.named_modules()}
     specs = {name: spec for name, spec in named.items() if spec}
     if "" in specs:

@@ -239,4 +239,4 @@ def load(tree):
 
 
 def change(path, **fields):
-    write_json(path, json.loads(path.read_text()) | fields)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))  # NaN, too

@@ -18,9 +18,10 @@ SMALL = (  # a training run of a second, on the first images of the task
 
 @dataclass(frozen=True)
 class Input:
-    """`make(folder)` writes the spoilt files there and gives what is to be run with them: a command
-    (its words; OUT stands for the folder of its output) or a function.
+    """A malformed input, and what is run with it.
 
+    `make(folder)` writes the spoilt files there and gives a command (its words; OUT stands for the
+    folder of its output) or a function.
     `may_pass`: exit code 0 is no fault, as nothing may depend on what was changed.
     `own_process`: it is run by a Python of its own.
     """

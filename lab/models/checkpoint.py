@@ -19,7 +19,19 @@ from torch import Tensor, nn
 from lab.cli import BadInput, shortened
 from lab.files import atomic
 from lab.models import MODELS, build, full_name, require_img_size, settings_of
-from lab.schema import Schema, flag, integer, mapping, maybe, number, one_of, record, sequence, text
+from lab.schema import (
+    Schema,
+    flag,
+    integer,
+    mapping,
+    maybe,
+    number,
+    one_of,
+    percent,
+    record,
+    sequence,
+    text,
+)
 from lab.tasks import TASKS
 from lab.tasks.cifar10 import CLASSES
 from mobilevit import MIN_IMG_SIZE
@@ -111,7 +123,6 @@ def config(value, where: str) -> None:
     record({}, optional={"val_size": maybe(integer(1))})(value, where)
 
 
-percent = number(0, 100)
 of_channels = sequence(number(), 3)
 PIXELS = {  # how a photo becomes the network's input, where that is known
     "normalize": record({"mean": of_channels, "std": sequence(number(1e-6), 3)}),

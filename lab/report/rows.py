@@ -12,6 +12,7 @@ from lab.schema import (
     maybe,
     number,
     one_of,
+    percent,
     record,
     sequence,
     text,
@@ -30,7 +31,6 @@ RECIPE = record(
         "calibration_images": integer(0),
     }
 )
-percent = number(0, 100)
 ACCURACY = "accuracy_pct"
 # What rows are judged by, with the names in tables: a score has one of them.
 METRICS = {ACCURACY: "Accuracy", "map50_pct": "mAP@0.5", "miou_pct": "mIoU"}

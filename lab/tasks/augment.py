@@ -16,7 +16,9 @@ GREY = torch.tensor([125, 123, 114], dtype=torch.uint8)  # the mean of the train
 
 @dataclass(frozen=True)
 class Augmentation:
-    """`policy`: one of POLICIES; autoaugment (Cubuk et al., CVPR 2019) comes after crop-flip.
+    """How training images are changed at random.
+
+    `policy`: one of POLICIES; autoaugment (Cubuk et al., CVPR 2019) comes after crop-flip.
     `jpeg`: probability of storing an image as a JPEG file of a random quality and reading it.
     `erase`: probability of erasing a rectangle of an image (Zhong et al., AAAI 2020).
     `mixup`, `cutmix`: the parameter alpha of the Beta distribution of the share that an image keeps

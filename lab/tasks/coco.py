@@ -20,7 +20,7 @@ from lab.cli import BadInput
 from lab.files import read_json
 from lab.schema import integer, number, one_of, record, sequence, text
 from lab.tasks import detection, photo
-from lab.tasks.photo import chosen, read_photo, require_upright, squares
+from lab.tasks.photo import at_indices, read_photo, require_upright, squares
 
 objective = detection
 to_input = photo.to_input
@@ -66,7 +66,7 @@ class Scenes:
         return len(self.files)
 
     def __getitem__(self, indices) -> "Scenes":
-        files = chosen(self.files, indices)
+        files = at_indices(self.files, indices)
         sizes, labels = self.sizes[indices], self.labels[indices]
         return replace(self, files=files, sizes=sizes, labels=labels)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lab.cli import BadInput
 from lab.tasks import classification
 from lab.tasks.batches import split
-from lab.tasks.photo import chosen, read_photo
+from lab.tasks.photo import at_indices, read_photo
 
 objective = classification
 CALIBRATION_SHARE = 5  # every fifth image
@@ -47,7 +47,7 @@ class Photos:
         return len(self.labels)
 
     def __getitem__(self, indices) -> "Photos":
-        return replace(self, files=chosen(self.files, indices), labels=self.labels[indices])
+        return replace(self, files=at_indices(self.files, indices), labels=self.labels[indices])
 
     def showing(self, path) -> "Photos":
         """Return the picture in a file in place of these; its label is -1."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import photo, segmentation
-from lab.tasks.photo import chosen, read_photo, require_upright, squares
+from lab.tasks.photo import at_indices, read_photo, require_upright, squares
 from lab.tasks.segmentation import IGNORED, OUTSIDE
 
 objective = segmentation
@@ -47,7 +47,7 @@ class Pictures:
         return len(self.files)
 
     def __getitem__(self, indices) -> "Pictures":
-        files, masks = (chosen(paths, indices) for paths in (self.files, self.masks))
+        files, masks = (at_indices(paths, indices) for paths in (self.files, self.masks))
         return replace(self, files=files, masks=masks)
 
     def showing(self, path) -> "Pictures":

@@ -37,7 +37,7 @@ def require_upright(path) -> None:
         raise BadInput(f"{path}: its EXIF says to turn it, unlike its annotations: save it upright")
 
 
-def chosen(paths: tuple[Path, ...], indices) -> tuple[Path, ...]:
+def at_indices(paths: tuple[Path, ...], indices) -> tuple[Path, ...]:
     """Return the paths at `indices`, a tensor of numbers or flags, or a slice."""
     return tuple(paths[i] for i in torch.arange(len(paths))[indices].tolist())
 

@@ -97,9 +97,11 @@ class Schedule:
         return self.ends[-1]
 
     def stage(self, step: int) -> Stage:
+        """Return the stage that a step is in."""
         return self.stages[bisect_right(self.ends, step)]
 
     def lr(self, step: int) -> float:
+        """Return the learning rate of a step: a linear rise, then half a cosine over pixels."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         start, end = self._pixels_before(self.warmup_steps), self.pixels_by_end[-1]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ptq.pipeline import chosen
+from ptq.pipeline import entry
 from ptq.recipe import Recipe
 from ptq.recipes import mobilevit
 from ptq.recipes.ablation import ABLATION
@@ -23,5 +23,5 @@ def recipe(name: str, model: nn.Module) -> Recipe:
     MobileViT gets it as it stands, any other network the same formats by kinds of layers.
     ValueError if there is no such recipe for it.
     """
-    found = chosen(RECIPES, name, "recipe")
+    found = entry(RECIPES, name, "recipe")
     return found if not found.layers or mobilevit.claims(model) else generic(found, model)

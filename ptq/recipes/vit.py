@@ -10,7 +10,7 @@ from torch import nn
 
 from ptq.formats import Uniform
 from ptq.kinds import kinds_of
-from ptq.pipeline import chosen
+from ptq.pipeline import entry
 from ptq.recipe import LayerSpec, Recipe, by_names
 from ptq.recipes.generic import in_torch_attention
 from ptq.recipes.mobilevit import CALIBRATED
@@ -53,7 +53,7 @@ def vit_recipe(
     ValueError for an unknown method or part, a share that is not above 0 and at most 1, and a part
     that the network does not have.
     """
-    granularity, observer = chosen(METHODS, method, "method")
+    granularity, observer = entry(METHODS, method, "method")
     if not 0 < share <= 1:
         raise ValueError(f"a share is above 0 and at most 1, not {share}")
     names = layers_of(model, parts)
@@ -70,7 +70,7 @@ def vit_recipe(
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
     """Return the names of linear layers and products in these parts, as registered."""
     for part in parts:
-        chosen(PARTS, part, "part")
+        entry(PARTS, part, "part")
     part_of = {
         name: next((part for part, names in PARTS.items() if re.fullmatch(names, name)), None)
         for name, module in model.named_modules()
