@@ -212,7 +212,7 @@ def arithmetic(row: dict) -> str:
         return f"INT8 ({', '.join(counts)})"
     if products is None and row["recipe"]["peer"]:
         return "INT8"
-    return "BF16" if row["engine"] == "openvino-bf16" else "FP32"
+    return "BF16" if row["engine"].endswith("-bf16") else "FP32"
 
 
 def in_int8(products: dict) -> dict[str, tuple[int, int]]:
