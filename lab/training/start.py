@@ -13,7 +13,7 @@ from lab.models import checkpoint as checkpoints
 from lab.models.checkpoint import load_checkpoint, load_state, load_weights, network
 from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
-from lab.tasks.batches import split
+from lab.tasks.batches import require_classes, split
 
 
 def network_settings(pairs: list[str] | None) -> dict:
@@ -86,6 +86,7 @@ def training_data(task, data_dir, val_size: int | None, n_processes: int):
     data = task.load(data_dir, train=True)
     if val_size is None:
         val = task.load_val(data_dir)
+        require_classes(val, data.classes, "the validation images", "the training images")
         if len(val) < n_processes:
             raise BadInput(f"{len(val)} images to validate on leave none to some of {n_processes}")
         return data, val
