@@ -139,6 +139,7 @@ def train(args, world: World) -> int:
 
     def run_of(stages: list[Stage]) -> Run:
         config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+        config |= {"train_images": len(data), "classes": list(data.classes)}
         return Run(
             output=args.output,
             world=world,

@@ -216,6 +216,15 @@ def moment(state) -> dict:
         (lambda s: s.update(step=36, history=[LINE | {"epoch": 2}]), r"has the epochs \[2\]"),
         (lambda s: s.update(sums=torch.zeros(4)), r"sums is .*\[4\]"),
         (lambda s: s.update(seconds="long"), "seconds is 'long'"),
+        (
+            lambda s: s["config"].update(train_images=1799),
+            r"began with training images: 1799 \(now 1800\)",
+        ),
+        (
+            lambda s: (s["config"].pop("train_images"), s.update(step=-1)),  # an older run: let by
+            "step is -1",
+        ),
+        (lambda s: s["config"].update(classes=["cat"]), r"began with classes: \['cat'\] \(now"),
         (lambda s: s.update(config=[]), "config is list, but should be a mapping"),
     ],
 )
