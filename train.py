@@ -33,6 +33,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -209,12 +210,13 @@ def stages_that_fit(
     def seconds(trial: Run, share: Stage, batches) -> tuple[float, float]:
         """Return what a step and a validation of `share` take, in seconds."""
         world, model = trial.world, trial.model
-        how = (world, 60 * minutes)
         some = val[: max(world.size, len(val) // 8)]  # on a CPU, all would take half a minute
         before = copy.deepcopy(model.state_dict())
         network.train()
-        step_s = budget.seconds_each(lambda: step(trial, network, *next(batches), options), *how)
-        some_s = budget.seconds_each(lambda: trial.evaluate(some, share.img_size), *how)
+        each = partial(budget.seconds_each, world=world, budget_s=60 * minutes)
+        warm = trial.sampler.steps_to_all_scales  # each side is compiled anew
+        step_s = each(lambda: step(trial, network, *next(batches), options), uncounted=warm)
+        some_s = each(lambda: trial.evaluate(some, share.img_size))
         model.load_state_dict(before)
         model.zero_grad()
         return step_s, some_s * len(val) / len(some)
