@@ -66,7 +66,6 @@ from lab.training.start import (
 )
 from lab.training.teacher import Teacher
 
-BEGAN = time.monotonic()  # what --minutes and --max-minutes count from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
 
 
@@ -230,7 +229,7 @@ def stages_that_fit(
         step_s, of_validation = seconds(trial, share, batches)
         epoch_s.append(trial.sampler.steps_per_epoch * step_s)
         validation_s.append(of_validation)
-    spent_s = trial.world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
+    spent_s = trial.world.max(math.ceil(time.monotonic() - cli.BEGAN))  # the same in all processes
     available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
     stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
     if trial.world.rank == 0:
@@ -273,7 +272,7 @@ def loop(
             now = time.monotonic()
             run.seconds += now - clock
             # Another round of the same length must still fit.
-            late = max_minutes is not None and 2 * now - clock > BEGAN + 60 * max_minutes
+            late = max_minutes is not None and 2 * now - clock > cli.BEGAN + 60 * max_minutes
             code = world.max(cli.exit_code(signals) or (cli.TIME_IS_UP if late else 0))
             save = world.any(now - saved > SAVE_EVERY_S)
             if due and not code:  # validation takes its time, too

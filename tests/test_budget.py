@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from conftest import run
 
 from lab.cli import BadInput
 from lab.training.budget import fitting, seconds_each, written
@@ -51,3 +52,10 @@ def test_the_first_calls_do_not_count(first, monkeypatch):
 
     assert seconds_each(act, World("cpu"), 600, uncounted=first) == pytest.approx(0.25)
     assert 3 <= clock[0] - 100 * first < 10  # long enough to be judged by, not much longer
+
+
+def test_time_counts_from_before_the_imports():
+    code = "began = time.monotonic(); import train; print(train.cli.BEGAN - began)"
+    code = f"import time; {code}; print(time.monotonic() - began)"
+    before, all_imports = map(float, run(module=("-c", code))[0].split())
+    assert before < all_imports / 3
