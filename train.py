@@ -52,7 +52,7 @@ from lab.training.evaluation import score_on_test_set, weights_score
 from lab.training.finish import finish
 from lab.training.loader import loader
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
-from lab.training.options import NOT_IN_CONFIG, parse_args
+from lab.training.options import NOT_IN_CONFIG, WARM_UP, parse_args
 from lab.training.run import Run, hardware, tensorboard_writer
 from lab.training.schedule import MAX_EPOCHS, Schedule, Stage, parse_resolutions
 from lab.training.start import (
@@ -138,6 +138,7 @@ def train(args, world: World) -> int:
         network = torch.compile(network, dynamic=False)  # once a side, and faster than for any
 
     def run_of(stages: list[Stage]) -> Run:
+        warmup = args.warmup_epochs or 0  # of a trial, none is chosen yet
         config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
         config |= {"train_images": len(data), "classes": list(data.classes)}
         return Run(
@@ -147,9 +148,7 @@ def train(args, world: World) -> int:
             ema=averaged(model, args.ema_decay),
             optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
             scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
-            schedule=Schedule(
-                stages, sampler.steps_per_epoch, args.lr, args.warmup_epochs, args.min_lr
-            ),
+            schedule=Schedule(stages, sampler.steps_per_epoch, args.lr, warmup, args.min_lr),
             sampler=sampler,
             validate_every=args.validate_every,
             about={
@@ -173,6 +172,8 @@ def train(args, world: World) -> int:
                 stages = stages_that_fit(args.minutes, stages, network, *made, val, n_test, options)
             args.resolutions = budget.written(stages)
             args.epochs = sum(stage.epochs for stage in stages)
+            if args.warmup_epochs is None:
+                args.warmup_epochs = min(WARM_UP, round(args.epochs / 10, 3))
         run = run_of(stages)
         if args.resume:
             run.resume()

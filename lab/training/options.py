@@ -21,6 +21,7 @@ NOT_IN_CONFIG = (
     *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
     *("eval", "checkpoint", "weights", "finish"),
 )
+WARM_UP = 10  # epochs, unless told otherwise
 
 
 def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,8 +82,8 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-lr", type=within(0, 10), default=0.0, help="floor that the cosine falls to")
     help = "epochs from one validation to the next"
     add("--validate-every", type=at_least(1, MAX_EPOCHS), default=1, metavar="EPOCHS", help=help)
-    warmup = {"type": within(0, MAX_EPOCHS), "default": 10, "help": "linear warm-up of the rate"}
-    add("--warmup-epochs", "--warmup", **warmup)
+    help = f"linear warm-up of the rate (default: {WARM_UP}, with --minutes at most a tenth of all)"
+    add("--warmup-epochs", "--warmup", type=within(0, MAX_EPOCHS), help=help)
 
     optimizer = p.add_argument_group("optimizer")
     add = optimizer.add_argument
@@ -157,8 +158,11 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.resolutions = f"{args.img_size or default_img_size(args.model)}:{epochs}"
     stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
     args.img_size, args.epochs = stages[-1].img_size, sum(stage.epochs for stage in stages)
-    if args.minutes is None and args.warmup_epochs >= args.epochs:
-        p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
+    if args.minutes is None:
+        if args.warmup_epochs is None:
+            args.warmup_epochs = WARM_UP
+        if args.warmup_epochs >= args.epochs:
+            p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
     if TASKS[args.task].objective is not classification:
         if any(stage.side != stage.img_size for stage in stages):
             p.error(f"--resolutions with windows is not for --task {args.task}")
