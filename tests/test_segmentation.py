@@ -203,6 +203,18 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder, tmp_path):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+def test_a_trial_takes_pictures_from_all_over_the_validation_set(folder, tmp_path):
+    """Masks of its first eighth may have no pixel to judge by."""
+    for i in range(16):
+        image, mask = picture(seed=i)
+        image.save(folder / "val/images" / f"{i}.jpg")
+        mask = Image.new("L", mask.size, 1) if i < 2 else mask
+        mask.save(folder / "val/labels" / f"{i}.png")
+    what = ("--task", "segmentation", "--model", "deeplab_mobilevit_xxs", "--img-size", "32")
+    how = ("--batch-size", "4", "--minutes", "2", "--max-minutes", "0.0001")
+    run("train.py", *what, *how, "--data-dir", folder, "--output", tmp_path / "run", code=3)
+
+
 def test_every_process_and_step_draws_for_itself():
     sampler = Sampler(8, 4, seed=0)
     found = [
