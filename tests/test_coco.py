@@ -212,6 +212,7 @@ def test_a_detector_learns_and_is_judged(scenes, checkpoint, tmp_path):
         (("--mixup", "0.2"), "--mixup is not for --task detection"),
         (("--val-size", "5"), "--val-size is not for --task detection"),
         (("--resolutions", "64/128:2"), "windows"),
+        (("--batch-size", "1"), "--batch-size 1 is not for --task detection"),
         (("--settings", "first_stride=x"), "give NAME=NUMBER"),
         (("--settings", "num_classes=3"), "the images say how many classes"),
     ],

@@ -168,8 +168,8 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             p.error(f"--resolutions with windows is not for --task {args.task}")
     if args.min_lr > args.lr:
         p.error("--min-lr must not be above --lr")
-    if args.batch_size == 1 and args.task == "segmentation":
-        p.error("--batch-size 1 is not for DeepLab: batch norms see one value of a whole image")
+    if args.batch_size == 1 and args.task in ("detection", "segmentation"):
+        p.error(f"--batch-size 1 is not for --task {args.task}: batch norms may see one value")
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
     if args.multi_scale and any(s.side % 8 or s.side * 5 / 8 < MIN_IMG_SIZE for s in stages):
