@@ -105,7 +105,7 @@ def train(args, world: World) -> int:
 
     task = TASKS[args.task]
     with world.first_then_others():  # one of them may have to download it
-        data, val = training_data(task, args.data_dir, args.val_size, world.size)
+        data, val, test = training_data(task, args.data_dir, args.val_size, world.size)
     stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
 
     def batches_of(stages: list[Stage]) -> TrainBatches:
@@ -167,9 +167,8 @@ def train(args, world: World) -> int:
             if args.resume:
                 stages = budget.chosen_before(args.output)
             else:
-                n_test = len(task.load(args.data_dir, train=False))
-                made = (run_of, batches_of, args.workers)
-                stages = stages_that_fit(args.minutes, stages, network, *made, val, n_test, options)
+                made = (run_of, batches_of, args.workers, val, len(test))
+                stages = stages_that_fit(args.minutes, stages, network, *made, options)
             args.resolutions = budget.written(stages)
             args.epochs = sum(stage.epochs for stage in stages)
             if args.warmup_epochs is None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from test_coco import annotated
 
 from lab import files
@@ -50,11 +51,26 @@ def test_splits_of_other_classes_are_refused(categories, says, folder, tmp_path)
     network = build(name, num_classes=2).eval()
     checkpoint = as_checkpoint(network, name, family_of(name).layouts[0], train.classes)
     save_checkpoint(path, checkpoint | {"img_size": 64})
-    for part in ("val", "test"):
+    for part, images in (("val", "the validation images"), ("test", "the test images")):
         recategorise(folder / f"{part}.json", categories)
-    with pytest.raises(BadInput, match=says.format("the training images", "the validation images")):
-        training_data(coco, folder, None, 1)
+        with pytest.raises(BadInput, match=says.format("the training images", images)):
+            training_data(coco, folder, None, 1)
     with pytest.raises(BadInput, match=says.format(path, "the test images")):
         score_on_test_set(path, folder, "cpu")
     with pytest.raises(BadInput, match=f"{says.split('{')[0]}|1 classes, the network tells 2"):
         load_subject(path, str(folder))
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda d: (d / "test.json").unlink(), "no annotations at .*test.json"),
+        (lambda d: (d / "test/1.png").unlink(), "no image at .*test/1.png"),
+        (lambda d: (d / "test/1.png").write_text("no picture"), "1.png can't be read as an image"),
+        (lambda d: Image.new("RGB", (8, 9)).save(d / "test/1.png"), "1.png has 8x9 pixels, its"),
+    ],
+)
+def test_faults_of_the_test_images_show_before_the_training(spoil, says, folder):
+    spoil(folder)
+    with pytest.raises(BadInput, match=says):
+        training_data(coco, folder, None, 1)

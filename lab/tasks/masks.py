@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import photo, segmentation
-from lab.tasks.photo import chosen, read_photo, require_upright, squares
+from lab.tasks.photo import chosen, header, read_photo, squares
 from lab.tasks.segmentation import IGNORED, OUTSIDE
 
 objective = segmentation
@@ -138,19 +138,9 @@ def _lines(path: Path) -> list[str]:
 
 def _require_fitting(file: Path, mask: Path) -> None:
     """Raise BadInput unless both files are there, of one size, the mask of one byte a pixel."""
-    sizes = []
-    for path in (file, mask):
-        try:
-            with Image.open(path) as image:  # reads no pixels yet
-                sizes.append(image.size)
-                mode = image.mode
-        except FileNotFoundError as error:
-            raise BadInput(f"no image at {path}") from error
-        except Exception as error:  # see above
-            raise BadInput(f"{path} can't be read as an image: {error}") from error
+    size, _ = header(file)
+    mask_size, mode = header(mask)
     if mode not in ("L", "P"):
         raise BadInput(f"{mask} has pixels of kind {mode}, but a mask is gray or has a palette")
-    require_upright(file)
-    if sizes[0] != sizes[1]:
-        (w, h), (mask_w, mask_h) = sizes
-        raise BadInput(f"{mask} has {mask_w}x{mask_h} pixels, its image has {w}x{h}")
+    if mask_size != size:
+        raise BadInput("{} has {}x{} pixels, its image has {}x{}".format(mask, *mask_size, *size))
