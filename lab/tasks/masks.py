@@ -102,6 +102,8 @@ def load_val(data_dir) -> Pictures:
 
 def _read(folder: Path, part: str) -> Pictures:
     names = _lines(folder / "classes.txt")
+    if "" in names:
+        raise BadInput(f"{folder / 'classes.txt'} has a blank line before its last name")
     if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise BadInput(f"{folder / 'classes.txt'} should have 2 to {MAX_CLASSES} different names")
     table = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
@@ -110,7 +112,8 @@ def _read(folder: Path, part: str) -> Pictures:
     for line, name in enumerate(names):
         table[line] = IGNORED if name == "void" else classes.index(name)
     if (folder / "ImageSets").is_dir():
-        stems = _lines(folder / "ImageSets" / "Segmentation" / f"{part}.txt")
+        lines = _lines(folder / "ImageSets" / "Segmentation" / f"{part}.txt")
+        stems = [line for line in lines if line]
         files = tuple(folder / "JPEGImages" / f"{stem}.jpg" for stem in stems)
         masks = tuple(folder / "SegmentationClass" / f"{stem}.png" for stem in stems)
     else:
@@ -127,13 +130,14 @@ def _read(folder: Path, part: str) -> Pictures:
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a text, but no blank ones at its end."""
     if not path.is_file():
         raise BadInput(f"no file at {path}: lab/tasks/masks.py says what --data-dir holds")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a text with a mark
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not text: {error}") from error
-    return [line for line in lines if line]
+    return [line.strip() for line in text.rstrip().splitlines()]
 
 
 def _require_fitting(file: Path, mask: Path) -> None:
