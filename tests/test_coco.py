@@ -77,6 +77,7 @@ def test_what_lies_outside_or_has_no_area_is_left_out(tmp_path):
         annotations=[
             *(box(7, -10, -10, 26, 34), box(7, 60, 40, 100, 100)),  # cut off at the edges
             *(box(7, 70, 0, 5, 5), box(7, 5, 5, 0, 9), box(7, 5, 5, -3, 9)),
+            box(7, 60, 10, 1e-7, 20),  # of no width in float32
             box(8, 64, 0, 5, 5),
             *(box(9, 0, 0, 64, 48, iscrowd=1), box(9, 0, 0, 32, 48)),
             box(10, 0, 0, 64, 48, iscrowd=1),

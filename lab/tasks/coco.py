@@ -13,6 +13,7 @@ neither for nor against it. Everything else that is not as COCO's format says en
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,9 +147,11 @@ def _read(data_dir, part: str) -> Scenes:
 def _fractions(bbox: list[float], width: int, height: int) -> tuple[float, ...] | None:
     """Return the corners of a box in fractions of the image, cut off at its edges.
 
-    `bbox` is (x, y, width, height) in pixels. None if nothing is left.
+    `bbox` is (x, y, width, height) in pixels. None if nothing is left, in float32 as labels are.
     """
     x, y, w, h = bbox
-    left, right = (min(max(value / width, 0.0), 1.0) for value in (x, x + w))
-    top, bottom = (min(max(value / height, 0.0), 1.0) for value in (y, y + h))
+    left, right, top, bottom = (
+        float(np.float32(min(max(value, 0.0), 1.0)))
+        for value in (x / width, (x + w) / width, y / height, (y + h) / height)
+    )
     return (left, top, right, bottom) if left < right and top < bottom else None
