@@ -139,6 +139,8 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that exclude each other; make one schedule of --resolutions or the others."""
     if [args.checkpoint, args.weights].count(None) != (1 if args.eval else 2):
         p.error("--eval and one of --checkpoint and --weights go together")
+    if args.weights and TASKS[args.task].objective is not classification:
+        p.error("--eval --weights judges classifiers: quantize.py --weights takes other networks")
     if (args.task == "imagefolder") != bool(args.weights):
         p.error("--task imagefolder and --weights go together: photos are not trained on")
     which = ("weights", "model", "heads", "task") if args.weights else ("checkpoint",)
