@@ -33,6 +33,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ from lab.training.evaluation import score_on_test_set, weights_score
 from lab.training.finish import finish
 from lab.training.loader import loader
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
-from lab.training.options import NOT_IN_CONFIG, parse_args
+from lab.training.options import NOT_IN_CONFIG, WARM_UP, parse_args
 from lab.training.run import Run, hardware, tensorboard_writer
 from lab.training.schedule import MAX_EPOCHS, Schedule, Stage, parse_resolutions
 from lab.training.start import (
@@ -65,7 +66,6 @@ from lab.training.start import (
 )
 from lab.training.teacher import Teacher
 
-BEGAN = time.monotonic()  # what --minutes and --max-minutes count from
 SAVE_EVERY_S = 120  # seconds between saves within an epoch
 
 
@@ -105,7 +105,7 @@ def train(args, world: World) -> int:
 
     task = TASKS[args.task]
     with world.first_then_others():  # one of them may have to download it
-        data, val = training_data(task, args.data_dir, args.val_size, world.size)
+        data, val, test = training_data(task, args.data_dir, args.val_size, world.size)
     stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
 
     def batches_of(stages: list[Stage]) -> TrainBatches:
@@ -138,7 +138,9 @@ def train(args, world: World) -> int:
         network = torch.compile(network, dynamic=False)  # once a side, and faster than for any
 
     def run_of(stages: list[Stage]) -> Run:
+        warmup = args.warmup_epochs or 0  # of a trial, none is chosen yet
         config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+        config |= {"train_images": len(data), "classes": list(data.classes)}
         return Run(
             output=args.output,
             world=world,
@@ -146,9 +148,7 @@ def train(args, world: World) -> int:
             ema=averaged(model, args.ema_decay),
             optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
             scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
-            schedule=Schedule(
-                stages, sampler.steps_per_epoch, args.lr, args.warmup_epochs, args.min_lr
-            ),
+            schedule=Schedule(stages, sampler.steps_per_epoch, args.lr, warmup, args.min_lr),
             sampler=sampler,
             validate_every=args.validate_every,
             about={
@@ -167,11 +167,12 @@ def train(args, world: World) -> int:
             if args.resume:
                 stages = budget.chosen_before(args.output)
             else:
-                n_test = len(task.load(args.data_dir, train=False))
-                made = (run_of, batches_of, args.workers)
-                stages = stages_that_fit(args.minutes, stages, network, *made, val, n_test, options)
+                made = (run_of, batches_of, args.workers, val, len(test))
+                stages = stages_that_fit(args.minutes, stages, network, *made, options)
             args.resolutions = budget.written(stages)
             args.epochs = sum(stage.epochs for stage in stages)
+            if args.warmup_epochs is None:
+                args.warmup_epochs = min(WARM_UP, round(args.epochs / 10, 3))
         run = run_of(stages)
         if args.resume:
             run.resume()
@@ -208,12 +209,14 @@ def stages_that_fit(
     def seconds(trial: Run, share: Stage, batches) -> tuple[float, float]:
         """Return what a step and a validation of `share` take, in seconds."""
         world, model = trial.world, trial.model
-        how = (world, 60 * minutes)
-        some = val[: max(world.size, len(val) // 8)]  # on a CPU, all would take half a minute
+        # On a CPU, all would take half a minute. Those at the beginning may be alike.
+        some = val[:: min(8, len(val) // world.size)]
         before = copy.deepcopy(model.state_dict())
         network.train()
-        step_s = budget.seconds_each(lambda: step(trial, network, *next(batches), options), *how)
-        some_s = budget.seconds_each(lambda: trial.evaluate(some, share.img_size), *how)
+        each = partial(budget.seconds_each, world=world, budget_s=60 * minutes)
+        warm = trial.sampler.steps_to_all_scales  # each side is compiled anew
+        step_s = each(lambda: step(trial, network, *next(batches), options), uncounted=warm)
+        some_s = each(lambda: trial.evaluate(some, share.img_size))
         model.load_state_dict(before)
         model.zero_grad()
         return step_s, some_s * len(val) / len(some)
@@ -227,7 +230,7 @@ def stages_that_fit(
         step_s, of_validation = seconds(trial, share, batches)
         epoch_s.append(trial.sampler.steps_per_epoch * step_s)
         validation_s.append(of_validation)
-    spent_s = trial.world.max(math.ceil(time.monotonic() - BEGAN))  # the same in all processes
+    spent_s = trial.world.max(math.ceil(time.monotonic() - cli.BEGAN))  # the same in all processes
     available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
     stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
     if trial.world.rank == 0:
@@ -270,7 +273,7 @@ def loop(
             now = time.monotonic()
             run.seconds += now - clock
             # Another round of the same length must still fit.
-            late = max_minutes is not None and 2 * now - clock > BEGAN + 60 * max_minutes
+            late = max_minutes is not None and 2 * now - clock > cli.BEGAN + 60 * max_minutes
             code = world.max(cli.exit_code(signals) or (cli.TIME_IS_UP if late else 0))
             save = world.any(now - saved > SAVE_EVERY_S)
             if due and not code:  # validation takes its time, too

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TIME_IS_UP, READER_GONE = 3, 141  # exit codes
 MAX_COUNT = 2**31 - 1
 SHOWN = 60  # characters of a wrong value that a message repeats
+# When the script began, from which its minutes count: torch's import behind this takes seconds.
+BEGAN = time.monotonic()
 
 
 class BadInput(Exception):

@@ -15,7 +15,7 @@ from lab.models import TASK_OF, require_img_size, require_task, run_name
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS, classification
-from lab.tasks.batches import EvalBatches, balanced_subset, split
+from lab.tasks.batches import EvalBatches, balanced_subset, require_classes, split
 from lab.tasks.cifar10 import MEAN, STD
 from lab.tasks.imagefolder import RESIZE, Photos
 
@@ -215,16 +215,16 @@ def held_out_size(checkpoint: dict, task: str) -> int | None:
 def as_known(images, task: str, checkpoint: dict):
     """Return `images` of `task` with pixels and labels as the checkpoint's network knows them.
 
-    BadInput if the network tells other classes apart.
+    BadInput if the network tells other classes apart. Folders of photos may name them otherwise.
     """
     ours, theirs = images.classes, tuple(checkpoint["classes"])
     if len(ours) != len(theirs):
         raise BadInput(f"{task} has {len(ours)} classes, the network tells {len(theirs)} apart")
-    if set(ours) == set(theirs) and ours != theirs:
-        if TASKS[task].objective is not classification:
-            raise BadInput(f"{task} has the network's classes, but in another order")
+    if ours != theirs and set(ours) == set(theirs) and TASKS[task].objective is classification:
         number = torch.tensor([theirs.index(name) for name in ours])
         images = replace(images, labels=number[images.labels], classes=theirs)
+    elif task == checkpoint["task"] and not isinstance(images, Photos):
+        require_classes(images, theirs, "the images", "the checkpoint")
     if isinstance(images, Photos):
         pixels = {"normalize": {"mean": MEAN, "std": STD}, "resize": RESIZE}
         images = replace(images, **{k: checkpoint.get(k, v) for k, v in pixels.items()})

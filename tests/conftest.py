@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import draw, small_network
 
-import train
+from lab import cli
 from lab.bench.forked import Outcome, become, command
 from mobilevit import MobileViT
 from ptq.methods.norms import replace_norms
@@ -77,7 +77,7 @@ def forked(args, env) -> Outcome:
 
 def _script(argv, out, err, env):
     os.chdir(ROOT)
-    train.BEGAN = time.monotonic()  # not when it was imported
+    cli.BEGAN = time.monotonic()  # not when it was imported
     become(command(argv), out, err, env)
 
 

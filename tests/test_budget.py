@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from conftest import run
 
 from lab.cli import BadInput
 from lab.training.budget import fitting, seconds_each, written
@@ -40,13 +41,21 @@ def test_too_short_a_time_is_one_line():
         fitting(parse_resolutions("256:1"), [40.0], [4.0], 1, available_s=4)
 
 
-def test_the_first_call_does_not_count(monkeypatch):
+@pytest.mark.parametrize("first", [1, 3])
+def test_the_first_calls_do_not_count(first, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    durations = iter([100.0] + [0.25] * 10000)
+    durations = iter([100.0] * first + [0.25] * 10000)
 
     def act():
         clock[0] += next(durations)
 
-    assert seconds_each(act, World("cpu"), budget_s=600) == pytest.approx(0.25)
-    assert 3 <= clock[0] - 100 < 10  # long enough to be judged by, not much longer
+    assert seconds_each(act, World("cpu"), 600, uncounted=first) == pytest.approx(0.25)
+    assert 3 <= clock[0] - 100 * first < 10  # long enough to be judged by, not much longer
+
+
+def test_time_counts_from_before_the_imports():
+    code = "began = time.monotonic(); import train; print(train.cli.BEGAN - began)"
+    code = f"import time; {code}; print(time.monotonic() - began)"
+    before, all_imports = map(float, run(module=("-c", code))[0].split())
+    assert before < all_imports / 3

@@ -174,7 +174,7 @@ def test_a_task_or_classes_that_eval_does_not_know_are_one_line(good, tmp_path):
     weights = {"settings": settings_of(seven), "state_dict": seven.state_dict()}
     for change, says in (
         ({"task": "birds"}, "was trained on birds; --eval knows cifar10, synthetic"),
-        (weights | {"classes": list("abcdefg")}, "tells 7 classes apart, synthetic has 10"),
+        (weights | {"classes": list("abcdefg")}, "7 classes in .*, but 10 in the test images"),
     ):
         save_checkpoint(tmp_path / "a.pth", good | change)
         with pytest.raises(BadInput, match=says):
@@ -216,6 +216,15 @@ def moment(state) -> dict:
         (lambda s: s.update(step=36, history=[LINE | {"epoch": 2}]), r"has the epochs \[2\]"),
         (lambda s: s.update(sums=torch.zeros(4)), r"sums is .*\[4\]"),
         (lambda s: s.update(seconds="long"), "seconds is 'long'"),
+        (
+            lambda s: s["config"].update(train_images=1799),
+            r"began with training images: 1799 \(now 1800\)",
+        ),
+        (
+            lambda s: (s["config"].pop("train_images"), s.update(step=-1)),  # an older run: let by
+            "step is -1",
+        ),
+        (lambda s: s["config"].update(classes=["cat"]), r"began with classes: \['cat'\] \(now"),
         (lambda s: s.update(config=[]), "config is list, but should be a mapping"),
     ],
 )

@@ -77,6 +77,7 @@ def test_what_lies_outside_or_has_no_area_is_left_out(tmp_path):
         annotations=[
             *(box(7, -10, -10, 26, 34), box(7, 60, 40, 100, 100)),  # cut off at the edges
             *(box(7, 70, 0, 5, 5), box(7, 5, 5, 0, 9), box(7, 5, 5, -3, 9)),
+            box(7, 60, 10, 1e-7, 20),  # of no width in float32
             box(8, 64, 0, 5, 5),
             *(box(9, 0, 0, 64, 48, iscrowd=1), box(9, 0, 0, 32, 48)),
             box(10, 0, 0, 64, 48, iscrowd=1),
@@ -172,8 +173,8 @@ def test_missing_and_wrong_files_are_one_line(tmp_path):
     with pytest.raises(BadInput, match="no annotations at .*val.json"):
         coco.load_val(tmp_path)
     Image.new("RGB", (48, 64)).save(tmp_path / "train" / "1.png")
-    with pytest.raises(BadInput, match=r"1.png has \[64, 48\] pixels, its annotations say"):
-        coco.load(tmp_path, train=True).inputs(32)
+    with pytest.raises(BadInput, match=r"1.png has 48x64 pixels, its annotations say 64x48"):
+        coco.load(tmp_path, train=True)
     (tmp_path / "train" / "0.png").unlink()
     with pytest.raises(BadInput, match=r"no image at .*0.png, .* \(1 are missing\)"):
         coco.load(tmp_path, train=True)
@@ -212,6 +213,7 @@ def test_a_detector_learns_and_is_judged(scenes, checkpoint, tmp_path):
         (("--mixup", "0.2"), "--mixup is not for --task detection"),
         (("--val-size", "5"), "--val-size is not for --task detection"),
         (("--resolutions", "64/128:2"), "windows"),
+        (("--batch-size", "1"), "--batch-size 1 is not for --task detection"),
         (("--settings", "first_stride=x"), "give NAME=NUMBER"),
         (("--settings", "num_classes=3"), "the images say how many classes"),
     ],

@@ -159,6 +159,10 @@ def parsed(monkeypatch, *flags):
         (("--task", "imagefolder"), "photos are not trained on"),
         (("--resolutions", "64:20", "--epochs", "3"), "replaces"),
         (("--eval",), "go together"),
+        (
+            ("--eval", "--weights", "w.pth", "--task", "segmentation"),
+            "judges classifiers: quantize.py --weights takes",
+        ),
         (("--eval", "--checkpoint", "x.pth", "--model", "s"), "--model excluded"),
         (("--amp", "--precision", "bf16"), "not allowed with"),
         (("--patience", "10"), "--patience is not known: the best epoch is kept anyway"),

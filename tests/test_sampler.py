@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SYNTHETIC, fails_with_one_line, run
 
+import train
 from lab.cli import BadInput
 from lab.models.checkpoint import read_tensors
 from lab.tasks import synthetic
@@ -13,6 +14,7 @@ from lab.tasks.augment import Augmentation
 from lab.tasks.batches import TrainBatches
 from lab.tasks.classification import batch
 from lab.tasks.sampler import Sampler
+from lab.training.distributed import World
 from lab.training.schedule import Stage
 
 STAGE = Stage(256, 256, 10)
@@ -52,6 +54,23 @@ def test_one_scale_gives_plain_batches():
     sampler = Sampler(105, 20, seed=0)
     assert (sampler.steps_per_epoch, sampler.scale(7)) == (5, 1)
     assert sampler.place(7) == (1, 40, 60) and sampler.seen(7) == 140
+
+
+def test_a_trial_warms_up_until_each_scale_has_come(monkeypatch, tmp_path):
+    """Each side is compiled anew, and that is no time of a step."""
+    sampler = Sampler(1800, 16, seed=0, multi_scale=True)
+    warm = sampler.steps_to_all_scales
+    counts = [len({sampler.scale(step) for step in range(n)}) for n in (warm - 1, warm)]
+    assert counts == [4, 5] and Sampler(105, 20, seed=0).steps_to_all_scales == 1
+
+    def stop(act, world, budget_s, uncounted):
+        raise BadInput(f"{uncounted} steps")
+
+    monkeypatch.setattr("lab.training.budget.seconds_each", stop)
+    command = "train.py --task synthetic --img-size 64 --batch-size 16 --multi-scale --minutes 1"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--output", str(tmp_path)])
+    with pytest.raises(BadInput, match=f"^{warm} steps"):
+        train.train(train.parse_args(train.__doc__), World("cpu"))
 
 
 def test_processes_share_the_batch_that_one_would_see():

@@ -56,6 +56,11 @@ def test_masks_are_classes_without_void_filled_up_to_one_size(folder):
     assert torch.equal(data[2:4].labels, labels[2:4, :40])
 
 
+def test_names_may_have_a_byte_order_mark_and_blank_lines_behind_them(folder):
+    (folder / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\nvoid\r\nroad\r\n \r\n\r\n")
+    assert masks.load(folder, train=True).classes == ("sky", "road")
+
+
 def test_voc_folders_give_the_same(folder, tmp_path):
     plain = masks.load(folder, False)
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -162,6 +167,8 @@ def spoiled(path, content=None):
         (lambda d: spoiled(d / "classes.txt"), "classes.txt"),
         (lambda d: spoiled(d / "classes.txt", b"sky\n"), "2 to 250"),
         (lambda d: spoiled(d / "classes.txt", b"sky\nvoid\nsky\n"), "different"),
+        (lambda d: spoiled(d / "classes.txt", b"sky\n\nvoid\nroad\n"), "a blank line before"),
+        (lambda d: spoiled(d / "classes.txt", b"\nsky\nvoid\nroad\n"), "a blank line before"),
         (lambda d: spoiled(d / "classes.txt", b"sky\nvoid\n"), "pixels of 2, which is no line"),
         (lambda d: spoiled(d / "classes.txt", b"\xff\xfe"), "not text"),
         (lambda d: spoiled(d / "train/labels/1.png"), "no image at .*1.png"),
@@ -201,6 +208,18 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder, tmp_path):
     run("train.py", *what, *how, "--output", broken, "--resume")
     states = [read_tensors(path / "last.pth")["model"] for path in (whole, broken)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_trial_takes_pictures_from_all_over_the_validation_set(folder, tmp_path):
+    """Masks of its first eighth may have no pixel to judge by."""
+    for i in range(16):
+        image, mask = picture(seed=i)
+        image.save(folder / "val/images" / f"{i}.jpg")
+        mask = Image.new("L", mask.size, 1) if i < 2 else mask
+        mask.save(folder / "val/labels" / f"{i}.png")
+    what = ("--task", "segmentation", "--model", "deeplab_mobilevit_xxs", "--img-size", "32")
+    how = ("--batch-size", "4", "--minutes", "2", "--max-minutes", "0.0001")
+    run("train.py", *what, *how, "--data-dir", folder, "--output", tmp_path / "run", code=3)
 
 
 def test_every_process_and_step_draws_for_itself():

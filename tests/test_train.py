@@ -210,14 +210,28 @@ def test_every_ingredient_of_the_full_recipe_runs(tmp_path):
     assert (accuracy.step, accuracy.value) == (1, pytest.approx(best["val_accuracy_pct"], abs=0.01))
 
 
+def test_a_compiled_run_learns_the_same(tmp_path):
+    """By dynamo's graph, that is, which runs as it stands: no compiler is needed."""
+    few = ("--val-size", "1800", "--epochs", "1", "--output")  # four steps
+    run("train.py", *SYNTHETIC, *few, tmp_path / "eager")
+    eager = ("-c", "import runpy, sys, torch; sys.argv = sys.argv[1:]; real = torch.compile; "
+             "torch.compile = lambda *a, **k: print('compiled') or real(*a, **k, backend='eager'); "
+             "runpy.run_path('train.py', run_name='__main__')")  # fmt: skip
+    command = ("train.py", *SYNTHETIC, *few, tmp_path / "compiled", "--compile")
+    assert run(*command, module=eager)[0].startswith("compiled\n")
+    (ours,), (compiled,) = map(log_without_times, (tmp_path / "eager", tmp_path / "compiled"))
+    assert ours == compiled
+
+
 def test_a_run_chooses_the_epochs_that_fit_its_minutes(tmp_path):
-    shares = "--minutes 3 --resolutions 32/64:0.5,64:0.5 --validate-every 3 --warmup 0.1"
+    shares = "--minutes 3 --resolutions 32/64:0.5,64:0.5 --validate-every 3"
     data = "--task synthetic --batch-size 50 --augment crop-flip --jpeg 0.5 --erase 0.5"
     command = ("train.py", *shares.split(), *data.split(), "--output", tmp_path)
     out, _ = run(*command, "--max-minutes", "0.001", code=3)
     assert out.startswith("--minutes 3: ") and " images/s at 64, so --resolutions 32/64:" in out
     config = files.read_json(tmp_path / "config.json")
     assert (config["minutes"], config["shares"]) == (3, "32/64:0.5,64:0.5")
+    assert config["warmup_epochs"] == min(10, round(config["epochs"] / 10, 3))
     assert f"so --resolutions {config['resolutions']}\n" in out
     # Resumed, it goes on with these epochs, whatever the time.
     out, _ = run(*command, "--resume", "--max-minutes", "0.001", code=3)

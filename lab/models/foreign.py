@@ -175,8 +175,9 @@ def read_weights(path, name: str, heads=None) -> tuple[nn.Module, Layout]:
 
     The file is .safetensors or a torch file of tensors: a state dict, as it is or under one of the
     names in WRAPPERS. The number of classes follows from the classifier's rows. `heads` overrides
-    the attention heads of a MobileViT's layout. The network is in evaluation mode and
-    channels-last. BadInput for everything that does not fit.
+    the attention heads of a MobileViT's layout. Settings that no weight shows, such as dilations,
+    are taken to be the network's own. It comes in evaluation mode and channels-last. BadInput for
+    everything that does not fit.
     """
     if heads is not None:
         require_heads(name)

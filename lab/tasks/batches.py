@@ -14,12 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
 from lab.tasks.augment import DRAWS, Augmentation
 from lab.tasks.sampler import Sampler
 
 # The same for every run, so that no run trains on images that another one holds out.
 _SPLIT_SEED = 0
+
+
+def require_classes(images, names, here: str, there: str) -> None:
+    """Raise BadInput unless `images` have the classes of these `names`, in this order.
+
+    Messages call the images `here`, and what has the names `there`.
+    """
+    ours = images.classes
+    if len(ours) != len(names):
+        raise BadInput(f"{len(names)} classes in {there}, but {len(ours)} in {here}")
+    for k, (our, their) in enumerate(zip(ours, names)):
+        if our != their:
+            our, their = (shortened(repr(name)) for name in (our, their))
+            raise BadInput(f"class {k} is {their} in {there}, but {our} in {here}")
 
 
 def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:

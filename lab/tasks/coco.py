@@ -13,6 +13,7 @@ neither for nor against it. Everything else that is not as COCO's format says en
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from lab.cli import BadInput
 from lab.files import read_json
 from lab.schema import integer, number, one_of, record, sequence, text
 from lab.tasks import detection, photo
-from lab.tasks.photo import at_indices, read_photo, require_upright, squares
+from lab.tasks.photo import at_indices, header, read_photo, squares
 
 objective = detection
 to_input = photo.to_input
@@ -58,7 +59,6 @@ class Scenes:
     """
 
     files: tuple[Path, ...]
-    sizes: Tensor  # int64 [N, 2], height and width as the annotations say
     labels: Tensor
     classes: tuple[str, ...]
 
@@ -66,25 +66,11 @@ class Scenes:
         return len(self.files)
 
     def __getitem__(self, indices) -> "Scenes":
-        files = at_indices(self.files, indices)
-        sizes, labels = self.sizes[indices], self.labels[indices]
-        return replace(self, files=files, sizes=sizes, labels=labels)
+        return replace(self, files=at_indices(self.files, indices), labels=self.labels[indices])
 
     def showing(self, path) -> "Scenes":
         """Return the picture in a file in place of these, with no object in it."""
-        sizes = torch.tensor([read_photo(path).shape[1:]])
-        return replace(self, files=(Path(path),), sizes=sizes, labels=torch.zeros(1, 0, 6))
-
-    def picture(self, i: int) -> Tensor:
-        """Return the picture at `i`, uint8 [3, H, W].
-
-        BadInput if its size is another than annotated.
-        """
-        image = read_photo(self.files[i])
-        there, said = list(image.shape[1:]), self.sizes[i].tolist()
-        if there != said:
-            raise BadInput(f"{self.files[i]} has {there} pixels, its annotations say {said}")
-        return image
+        return replace(self, files=(Path(path),), labels=torch.zeros(1, 0, 6))
 
     @property
     def has_objects(self) -> Tensor:
@@ -96,7 +82,7 @@ class Scenes:
 
         The files are decoded here, anew with every call.
         """
-        return squares([self.picture(i) for i in range(len(self))], img_size, device)
+        return squares([read_photo(file) for file in self.files], img_size, device)
 
 
 def load(data_dir, train: bool) -> Scenes:
@@ -142,15 +128,17 @@ def _read(data_dir, part: str) -> Scenes:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise BadInput(f"no image at {missing[0]}, which {path} names ({len(missing)} are missing)")
-    for file in files:
-        require_upright(file)
+    for file, image in zip(files, images):
+        (size, _), said = header(file), (image["width"], image["height"])
+        if size != said:
+            what = "{} has {}x{} pixels, its annotations say {}x{}"
+            raise BadInput(what.format(file, *size, *said))
     labels = torch.zeros(len(images), max(map(len, objects)), 6)
     labels[..., 4] = -1
     for row, found in zip(labels, objects):
         if found:
             row[: len(found)] = torch.tensor(found)
-    sizes = torch.tensor([[image["height"], image["width"]] for image in images])
-    scenes = Scenes(files, sizes, labels, tuple(names[category] for category in sorted(names)))
+    scenes = Scenes(files, labels, tuple(names[category] for category in sorted(names)))
     if not scenes.has_objects.any():
         raise BadInput(f"{path} has no box of any area that is no crowd's")
     return scenes
@@ -159,9 +147,11 @@ def _read(data_dir, part: str) -> Scenes:
 def _fractions(bbox: list[float], width: int, height: int) -> tuple[float, ...] | None:
     """Return the corners of a box in fractions of the image, cut off at its edges.
 
-    `bbox` is (x, y, width, height) in pixels. None if nothing is left.
+    `bbox` is (x, y, width, height) in pixels. None if nothing is left, in float32 as labels are.
     """
     x, y, w, h = bbox
-    left, right = (min(max(value / width, 0.0), 1.0) for value in (x, x + w))
-    top, bottom = (min(max(value / height, 0.0), 1.0) for value in (y, y + h))
+    left, right, top, bottom = (
+        float(np.float32(min(max(value, 0.0), 1.0)))
+        for value in (x / width, (x + w) / width, y / height, (y + h) / height)
+    )
     return (left, top, right, bottom) if left < right and top < bottom else None

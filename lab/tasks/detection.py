@@ -16,6 +16,7 @@ from torch import Tensor
 from lab.cli import BadInput
 from lab.tasks import boxes
 from lab.tasks.augment import Augmentation, seeded
+from lab.tasks.photo import read_photo
 
 METRIC, TRAIN_METRIC = "map50_pct", "matched_pct"
 AUGMENT = ("none", "ssd")
@@ -29,7 +30,7 @@ def batch(
     """Return pictures uint8 [b, 3, S, S] of the stage's side S, and their objects [b, n, 6]."""
     images, labels = [], torch.zeros(len(indices), data.labels.shape[1], 6)
     labels[..., 4] = -1
-    samples = (_sample(data.picture(i), data.labels[i]) for i in indices.tolist())
+    samples = (_sample(read_photo(data.files[i]), data.labels[i]) for i in indices.tolist())
     transformed = seeded(_transform(augment.policy, stage.side), samples, draws[:, 0])
     for row, (image, objects) in zip(labels, transformed):
         images.append(image.as_subclass(Tensor))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import photo, segmentation
-from lab.tasks.photo import at_indices, read_photo, require_upright, squares
+from lab.tasks.photo import at_indices, header, read_photo, squares
 from lab.tasks.segmentation import IGNORED, OUTSIDE
 
 objective = segmentation
@@ -102,6 +102,8 @@ def load_val(data_dir) -> Pictures:
 
 def _read(folder: Path, part: str) -> Pictures:
     names = _lines(folder / "classes.txt")
+    if "" in names:
+        raise BadInput(f"{folder / 'classes.txt'} has a blank line before its last name")
     if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise BadInput(f"{folder / 'classes.txt'} should have 2 to {MAX_CLASSES} different names")
     table = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
@@ -110,7 +112,8 @@ def _read(folder: Path, part: str) -> Pictures:
     for line, name in enumerate(names):
         table[line] = IGNORED if name == "void" else classes.index(name)
     if (folder / "ImageSets").is_dir():
-        stems = _lines(folder / "ImageSets" / "Segmentation" / f"{part}.txt")
+        lines = _lines(folder / "ImageSets" / "Segmentation" / f"{part}.txt")
+        stems = [line for line in lines if line]
         files = tuple(folder / "JPEGImages" / f"{stem}.jpg" for stem in stems)
         masks = tuple(folder / "SegmentationClass" / f"{stem}.png" for stem in stems)
     else:
@@ -127,30 +130,21 @@ def _read(folder: Path, part: str) -> Pictures:
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a text, but no blank ones at its end."""
     if not path.is_file():
         raise BadInput(f"no file at {path}: lab/tasks/masks.py says what --data-dir holds")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a text with a mark
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not text: {error}") from error
-    return [line for line in lines if line]
+    return [line.strip() for line in text.rstrip().splitlines()]
 
 
 def _require_fitting(file: Path, mask: Path) -> None:
     """Raise BadInput unless both files are there, of one size, the mask of one byte a pixel."""
-    sizes = []
-    for path in (file, mask):
-        try:
-            with Image.open(path) as image:  # reads no pixels yet
-                sizes.append(image.size)
-                mode = image.mode
-        except FileNotFoundError as error:
-            raise BadInput(f"no image at {path}") from error
-        except Exception as error:  # see above
-            raise BadInput(f"{path} can't be read as an image: {error}") from error
+    size, _ = header(file)
+    mask_size, mode = header(mask)
     if mode not in ("L", "P"):
         raise BadInput(f"{mask} has pixels of kind {mode}, but a mask is gray or has a palette")
-    require_upright(file)
-    if sizes[0] != sizes[1]:
-        (w, h), (mask_w, mask_h) = sizes
-        raise BadInput(f"{mask} has {mask_w}x{mask_h} pixels, its image has {w}x{h}")
+    if mask_size != size:
+        raise BadInput("{} has {}x{} pixels, its image has {}x{}".format(mask, *mask_size, *size))

@@ -23,18 +23,23 @@ def read_photo(path) -> Tensor:
     return _to_tensor(_decode(path))
 
 
-def require_upright(path) -> None:
-    """Raise BadInput for a picture that viewers turn: what is annotated lies on it as stored.
+def header(path) -> tuple[tuple[int, int], str]:
+    """Return width and height and the mode of the picture in an image file; it reads no pixels.
 
-    A file that can't be read says so where it is decoded.
+    BadInput for a file that has none, and for a picture that viewers turn: what is annotated lies
+    on it as stored.
     """
     try:
-        with Image.open(path) as file:  # reads no pixels
+        with Image.open(path) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 1
-    except Exception:  # PIL's decoders raise many kinds, without a common base
-        return
+            size, mode = file.size, file.mode
+    except FileNotFoundError as error:
+        raise BadInput(f"no image at {path}") from error
+    except Exception as error:  # PIL's decoders raise many kinds, without a common base
+        raise BadInput(f"{path} can't be read as an image: {error}") from error
     if turned:
         raise BadInput(f"{path}: its EXIF says to turn it, unlike its annotations: save it upright")
+    return size, mode
 
 
 def at_indices(paths: tuple[Path, ...], indices) -> tuple[Path, ...]:

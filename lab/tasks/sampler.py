@@ -35,6 +35,12 @@ class Sampler:
     def steps_per_epoch(self) -> int:
         return self.rounds * len(self.scales)
 
+    @property
+    def steps_to_all_scales(self) -> int:
+        """Return how many of the first steps it takes until each scale has come."""
+        order = self._order(0).tolist()
+        return 1 + max(order.index(k) for k in range(len(self.scales)))
+
     def scale(self, step: int) -> float:
         """Return the sides of the images of `step` over those of the schedule."""
         epoch, i = divmod(step, self.steps_per_epoch)

@@ -16,15 +16,18 @@ TRIAL = 0.005  # of the time, at least, that the steps take by which a stage is 
 MARGIN = 0.01  # of the time, for what is not measured: files, loader processes
 
 
-def seconds_each(act: Callable[[], None], world: World, budget_s: float) -> float:
+def seconds_each(
+    act: Callable[[], None], world: World, budget_s: float, uncounted: int = 1
+) -> float:
     """Return the seconds that `act` takes on the device of `world`, once it is warm.
 
     It is called twice as often each time, until that takes a fixed share of `budget_s`: the same
-    for a step of seconds and for one of milliseconds. What is compiled or allocated at first falls
-    into the calls that do not count.
+    for a step of seconds and for one of milliseconds. The first `uncounted` calls are those in
+    which things are compiled or allocated.
     """
     calls, seconds = 1, 0.0
-    act()
+    for _ in range(uncounted):
+        act()
     while seconds < TRIAL * budget_s:
         calls *= 2
         machine.wait_for(world.device.type)

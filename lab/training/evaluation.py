@@ -11,7 +11,7 @@ from lab.models import default_img_size, settings_of
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import flip_colours, read_weights
 from lab.tasks import TASKS, imagefolder
-from lab.tasks.batches import EvalBatches, balanced_subset
+from lab.tasks.batches import EvalBatches, balanced_subset, require_classes
 from lab.tasks.classification import top_pct
 
 EVAL_BATCH = {"cpu": CPU_BATCH, "cuda": 200}  # images of at most 256x256
@@ -55,17 +55,11 @@ def score_on_test_set(path, data_dir, device) -> tuple[dict, str]:
     model, checkpoint = model_from_checkpoint(path)
     task = trained_task(checkpoint, path)
     test = task.load(data_dir, train=False)
-    require_classes(path, len(checkpoint["classes"]), test, checkpoint["task"])
+    require_classes(test, checkpoint["classes"], "the test images", str(path))
     device = torch.device(device)
     columns = judged(model.to(device), test, checkpoint["img_size"], task, device)
     score = task.objective.score(*columns, test.classes)
     return score, task.objective.written(score)
-
-
-def require_classes(path, n: int, images, source) -> None:
-    """Raise BadInput unless `images` of `source` have the `n` classes of the network in `path`."""
-    if len(images.classes) != n:
-        raise BadInput(f"{path} tells {n} classes apart, {source} has {len(images.classes)}")
 
 
 def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
@@ -78,7 +72,8 @@ def weights_score(path, name: str, heads: int | None, data_dir, device) -> str:
     model, layout = read_weights(path, name, heads)
     photos = imagefolder.load_all(data_dir)
     n, size = settings_of(model)["num_classes"], default_img_size(name)
-    require_classes(path, n, photos, data_dir)
+    if len(photos.classes) != n:  # mere weights do not name their classes
+        raise BadInput(f"{path} tells {n} classes apart, {data_dir} has {len(photos.classes)}")
     photos = replace(photos, **layout.pixels())
     model, device = model.to(device), torch.device(device)
     probed = layout.heads is not None  # MobileViT of another project

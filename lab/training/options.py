@@ -21,6 +21,7 @@ NOT_IN_CONFIG = (
     *("amp", "data_dir", "max_minutes", "output", "resume", "tensorboard", "workers"),
     *("eval", "checkpoint", "weights", "finish"),
 )
+WARM_UP = 10  # epochs, unless told otherwise
 
 
 def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,8 +82,8 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-lr", type=within(0, 10), default=0.0, help="floor that the cosine falls to")
     help = "epochs from one validation to the next"
     add("--validate-every", type=at_least(1, MAX_EPOCHS), default=1, metavar="EPOCHS", help=help)
-    warmup = {"type": within(0, MAX_EPOCHS), "default": 10, "help": "linear warm-up of the rate"}
-    add("--warmup-epochs", "--warmup", **warmup)
+    help = f"linear warm-up of the rate (default: {WARM_UP}, with --minutes at most a tenth of all)"
+    add("--warmup-epochs", "--warmup", type=within(0, MAX_EPOCHS), help=help)
 
     optimizer = p.add_argument_group("optimizer")
     add = optimizer.add_argument
@@ -138,6 +139,8 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options that exclude each other; make one schedule of --resolutions or the others."""
     if [args.checkpoint, args.weights].count(None) != (1 if args.eval else 2):
         p.error("--eval and one of --checkpoint and --weights go together")
+    if args.weights and TASKS[args.task].objective is not classification:
+        p.error("--eval --weights judges classifiers: quantize.py --weights takes other networks")
     if (args.task == "imagefolder") != bool(args.weights):
         p.error("--task imagefolder and --weights go together: photos are not trained on")
     which = ("weights", "model", "heads", "task") if args.weights else ("checkpoint",)
@@ -157,15 +160,18 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.resolutions = f"{args.img_size or default_img_size(args.model)}:{epochs}"
     stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
     args.img_size, args.epochs = stages[-1].img_size, sum(stage.epochs for stage in stages)
-    if args.minutes is None and args.warmup_epochs >= args.epochs:
-        p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
+    if args.minutes is None:
+        if args.warmup_epochs is None:
+            args.warmup_epochs = WARM_UP
+        if args.warmup_epochs >= args.epochs:
+            p.error(f"--warmup-epochs must be less than the {args.epochs} epochs")
     if TASKS[args.task].objective is not classification:
         if any(stage.side != stage.img_size for stage in stages):
             p.error(f"--resolutions with windows is not for --task {args.task}")
     if args.min_lr > args.lr:
         p.error("--min-lr must not be above --lr")
-    if args.batch_size == 1 and args.task == "segmentation":
-        p.error("--batch-size 1 is not for DeepLab: batch norms see one value of a whole image")
+    if args.batch_size == 1 and args.task in ("detection", "segmentation"):
+        p.error(f"--batch-size 1 is not for --task {args.task}: batch norms may see one value")
     if args.batch_size == 1 and any(stage.side == MIN_IMG_SIZE for stage in stages):
         p.error(f"--batch-size 1 needs more than {MIN_IMG_SIZE} pixels: batch norms see one value")
     if args.multi_scale and any(s.side % 8 or s.side * 5 / 8 < MIN_IMG_SIZE for s in stages):

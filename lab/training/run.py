@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lab import files, machine
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
 from lab.models.checkpoint import (
     FORMAT,
     like,
@@ -59,6 +59,8 @@ def log_line(objective) -> dict[str, Schema]:
 
 
 SAVED = ("step", "seconds", "history", "best_accuracy", "config")  # besides the weights and sums
+# Of the config, what no option says but the run: how a message calls it.
+OF_RUN = {"world_size": "processes:", "train_images": "training images:", "classes": "classes:"}
 
 
 @dataclass
@@ -66,7 +68,8 @@ class Run:
     """A training run: everything that changes from step to step, and its files.
 
     `about` is what best.pth says of the network (see lab.models.checkpoint), `config` the options
-    that a resumed run must be given again. Process 0 writes the files; all processes call.
+    that a resumed run must be given again and the data that it must find. Process 0 writes the
+    files; all processes call.
     """
 
     output: Path
@@ -215,8 +218,10 @@ class Run:
         path = self.output / "last.pth"
         state = read_tensors(path)
         record({"config": mapping(plain)})(state, str(path))
-        if changed := changed_options(state["config"], self.config):
-            raise BadInput(f"{path} began with {changed}: resume with the same options")
+        # Runs of before they were recorded do not say which images and classes they had.
+        unsaid = {name: self.config[name] for name in ("train_images", "classes")}
+        if changed := changed_options(unsaid | state["config"], self.config):
+            raise BadInput(f"{path} began with {changed}: resume with the same")
         self.schema()(state, str(path))
         if not 0 <= self.validations_due(state["step"]) - len(state["history"]) <= 1:
             n = len(state["history"])
@@ -277,12 +282,16 @@ class Run:
 
 def changed_options(before: dict, now: dict) -> str:
     """Return in words which options of `now` a run had otherwise `before`; "" if there are none."""
-    changed = [k for k, v in now.items() if before.get(k) != v]
-    return ", ".join(f"{option(k)} {before.get(k)} (now {now[k]})" for k in changed)
+    changed = [
+        f"{option(k)} {shortened(before.get(k))} (now {shortened(v)})"
+        for k, v in now.items()
+        if before.get(k) != v
+    ]
+    return ", ".join(changed)
 
 
 def option(name: str) -> str:
-    return "processes:" if name == "world_size" else "--" + name.replace("_", "-")
+    return OF_RUN.get(name) or "--" + name.replace("_", "-")
 
 
 def hardware(world: World) -> str:

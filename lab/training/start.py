@@ -13,7 +13,7 @@ from lab.models import checkpoint as checkpoints
 from lab.models.checkpoint import load_checkpoint, load_state, load_weights, network
 from lab.models.foreign import load_timm, timm_layout
 from lab.models.widen import widen
-from lab.tasks.batches import split
+from lab.tasks.batches import require_classes, split
 
 
 def network_settings(pairs: list[str] | None) -> dict:
@@ -78,24 +78,27 @@ def fresh_model(
 
 
 def training_data(task, data_dir, val_size: int | None, n_processes: int):
-    """Return the images of `task` to train on, and those to choose weights on.
+    """Return the images of `task` to train on, those to choose weights on, and those to test on.
 
-    The latter are `val_size` of the former, held out, or the task's own if that is None. BadInput
-    if that leaves no image to train on, or less than one to each process to choose on.
+    The second are `val_size` of the first, held out, or the task's own if that is None. BadInput
+    if that leaves no image to train on, or less than one to each process to choose on. Faults of
+    the test images, which are read in the end, are to show before the training.
     """
-    data = task.load(data_dir, train=True)
+    data, test = (task.load(data_dir, train) for train in (True, False))
+    require_classes(test, data.classes, "the test images", "the training images")
     if val_size is None:
         val = task.load_val(data_dir)
+        require_classes(val, data.classes, "the validation images", "the training images")
         if len(val) < n_processes:
             raise BadInput(f"{len(val)} images to validate on leave none to some of {n_processes}")
-        return data, val
+        return data, val, test
     if not n_processes <= val_size < len(data):
         raise BadInput(
             f"--val-size {val_size} leaves nothing to some of {n_processes} processes, or none "
             f"of {len(data)} images to train on"
         )
     train, val = split(data.labels, val_size)
-    return data[train], data[val]
+    return data[train], data[val], test
 
 
 def load_start(model, name, *, init=None, widened=None, pretrained=False, task, val_size) -> None:
