@@ -16,6 +16,10 @@ def ints(*values):
     return torch.tensor(values)
 
 
+def whole(*shape):
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -38,6 +42,8 @@ def ints(*values):
         (lambda: published.i_layer_norm(ints(4, 4)), "a token has no variance"),
         (lambda: published.i_layer_norm(ints(2**20, -(2**20))), "i-LayerNorm's variance"),
         (lambda: published.i_gelu(ints(127), 1e-4), "i-GELU"),
+        (lambda: published.log_int_softmax(whole(4, 256), 1e-4, 8), "sum of a row of i-exp"),
+        (lambda: published.shiftmax(whole(4, 256), 1e-14), "sum of a row of ShiftExp"),
         (lambda: published.i_exp(ints(0, -1), 1e-5), "i-exp before its shift by 30"),
     ],
 )
@@ -64,3 +70,12 @@ def test_rows_of_one_element_and_tokens_without_variance():
     assert softmax(torch.zeros(0, 3, dtype=torch.int64), 0.1).shape == (0, 3)
     far = softmax(ints(0, -(2**20)), 0.5)
     assert far.tolist() == [255, 0]
+
+
+def test_a_row_of_i_exp_just_below_its_register_is_exact():
+    scores = whole(4, 7)
+    e = published.i_exp(scores - scores.amax(-1, keepdim=True), 1e-4)
+    assert 2**60 < max(map(sum, e.tolist())) < 2**61  # as Python adds up
+    ratios = [[sum(row) / x for x in row] for row in e.tolist()]
+    wanted = [[math.floor(math.log2(round(r) / 1.5)) + 1 for r in row] for row in ratios]
+    assert published.log_int_softmax(scores, 1e-4, 8).tolist() == wanted
