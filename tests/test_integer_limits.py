@@ -79,3 +79,13 @@ def test_a_row_of_i_exp_just_below_its_register_is_exact():
     ratios = [[sum(row) / x for x in row] for row in e.tolist()]
     wanted = [[math.floor(math.log2(round(r) / 1.5)) + 1 for r in row] for row in ratios]
     assert published.log_int_softmax(scores, 1e-4, 8).tolist() == wanted
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-11, 1e-38])
+def test_a_layer_norm_of_a_fine_scale_gives_about_its_bias(scale):
+    weight, bias = torch.ones(768), torch.linspace(-1, 1, 768)
+    table = layer_norm_table(weight, bias, 1e-5, scale, 0.01)
+    codes = torch.randint(-(2**15), 2**15, (4, 768), generator=torch.Generator().manual_seed(0))
+    values = layer_norm(codes, table, -512, 511, 16) * 0.01
+    exact = torch.nn.functional.layer_norm(codes * scale, (768,), weight, bias, eps=1e-5)
+    assert (values - exact).abs().max() < 0.03

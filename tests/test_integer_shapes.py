@@ -43,6 +43,21 @@ def test_integers_give_what_is_simulated_whatever_the_keywords_are_called(of):
     assert got.shape == wanted.shape and noise(wanted, got) < 1e-10
 
 
+@pytest.mark.parametrize("recipe", ["i-bert", "i-vit", "fq-vit"])
+def test_a_norm_behind_a_layer_that_gives_almost_nothing(recipe):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 96), nn.LayerNorm(96), nn.Linear(96, 4)).eval()
+    for parameter in network[0].parameters():
+        parameter.data *= 1e-6
+    nn.init.normal_(network[1].bias)
+    images, x = [(draw(16, 8, seed=i), None) for i in range(2)], draw(5, 8, seed=9)
+    quantized = ptq.quantize(network, ptq.recipe(recipe, network), images)
+    integer = ptq.integer_network(quantized)
+    with torch.no_grad():
+        assert noise(network(x), quantized(x)) < 1e-3
+        assert noise(quantized(x).double(), integer.decode(integer(integer.encode(x)))) < 1e-10
+
+
 def test_a_fine_tensor_beside_a_coarse_one_stays_fine():
     known = Codes(1e-9, 2**20), Codes(0.1, 2**7)
     joined = Concatenation(known, 0)
