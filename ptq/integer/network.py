@@ -41,8 +41,11 @@ class IntegerNetwork(nn.Module):
         self.zero_point = int(image.zero_point)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the codes of images, as the format of the first layer's input has them."""
-        return self.image.format.encode(images, *self.image.grid).long()
+        """Return the codes of images, as the format of the first layer's input has them.
+
+        ValueError for an image that is not finite.
+        """
+        return self.image.encode(images, "an image").long()
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the codes of logits.
