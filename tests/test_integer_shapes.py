@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import draw
+from small import draw, small_network
 from torch import nn
 
 import ptq
@@ -104,6 +104,16 @@ def test_weights_with_scales_of_input_channels_are_refused():
     quantized = ptq.quantize(network, ptq.Recipe("turned", layers=(spec,)), images)
     with pytest.raises(ValueError, match="several scales for one channel"):
         ptq.integer_network(quantized)
+
+
+def test_weights_of_one_scale_get_a_batch_norm_all_the_same():
+    network, images = small_network().stem, [(draw(8, 3, 16, 16, seed=i), None) for i in range(2)]
+    network.act = nn.ReLU()
+    spec = LayerSpec(".*", Uniform(8), Uniform(8, symmetric=False))
+    quantized = ptq.quantize(network, ptq.Recipe("one", layers=(spec,)), images)
+    integer, x = ptq.integer_network(quantized), draw(4, 3, 16, 16, seed=9)
+    with torch.no_grad():
+        assert noise(quantized(x).double(), integer.decode(integer(integer.encode(x)))) < 1e-10
 
 
 class Attends(nn.Module):

@@ -7,7 +7,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from ptq.folding import fold_norms
+from ptq.folding import fold_norms, spread_scales
 from ptq.graph import Tracer
 from ptq.integer.layers import IntegerActivation, IntegerNorm, IntegerSoftmaxCore
 from ptq.integer.operators import (
@@ -80,6 +80,7 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
     quantized = copy.deepcopy(quantized).cpu()
     network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
+    spread_scales(network)
     fold_norms(network)
     try:
         traced = Tracer().trace(network)
