@@ -8,7 +8,7 @@ from torch import nn
 import ptq
 from ptq.analysis.compare import noise
 from ptq.formats import Uniform
-from ptq.integer.operators import Codes, Concatenation
+from ptq.integer.operators import ClippedReLU, Codes, Concatenation
 from ptq.recipe import LayerSpec
 
 
@@ -85,8 +85,30 @@ class First(nn.Module):
 def test_an_image_that_is_not_quantized_at_once_is_refused(of, name):
     network, images = First(of), [(draw(8, 3, 16, 16), None)]
     quantized = ptq.quantize(network, ptq.recipe("w8a8", network), images)
-    with pytest.raises(ValueError, match=f"^{name} takes in the image in float"):
+    with pytest.raises(ValueError, match=f"^{name} takes in the image in float: no recipe"):
         ptq.integer_network(quantized)
+
+
+def test_padding_and_clipping_at_6_as_simulated():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)),
+        *(nn.ReLU6(), nn.ZeroPad2d(2), nn.Conv2d(8, 4, 3)),
+    ).eval()
+    network[1].weight.data *= 10
+    images, x = [(draw(8, 3, 16, 16, seed=i), None) for i in range(2)], draw(4, 3, 16, 16, seed=9)
+    quantized = ptq.quantize(network, ptq.recipe("i-bert", network), images)
+    integer = ptq.integer_network(quantized)
+    with torch.no_grad():
+        assert quantized[:4](x).eq(6).any()
+        assert noise(quantized(x).double(), integer.decode(integer(integer.encode(x)))) < 1e-10
+
+
+def test_a_clipped_code_is_that_of_the_limit_whatever_the_scale():
+    for scale in (1e-9, 0.7, 3.5, 20.0):
+        clipped, codes = ClippedReLU(Codes(scale, 2**20), 6), torch.arange(-20, 2**20, 997)
+        values = clipped(codes).double() * clipped.codes.scale
+        torch.testing.assert_close(values, (codes.double() * scale).clamp(0, 6), rtol=0, atol=1e-8)
 
 
 def test_an_image_that_is_quantized_in_two_ways_is_refused():
