@@ -38,7 +38,7 @@ import torch
 import ptq
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines import EngineMissing, integer, torch_eager
+from lab.engines import EngineMissing, integer, require_formats, torch_eager
 from lab.engines.measure import latency
 from lab.engines.products import quantized_products
 from lab.engines.registry import ENGINES, engines_for, row_kind
@@ -165,8 +165,8 @@ def kept(row: dict) -> str:
 
 def quantized_for(engine, subject: Subject, recipe: Recipe, n: int | None) -> dict:
     """Return what `quantized` gives; EngineMissing, before that work, if `engine` can't run it."""
-    if not (recipe.peer or engine in (torch_eager, integer) or recipe.exportable):
-        raise EngineMissing("ONNX has no such formats")
+    if not (recipe.peer or engine in (torch_eager, integer)):
+        require_formats(recipe)
     engine.version()  # which may be missing
     return quantized(subject, recipe, n)
 

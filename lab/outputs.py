@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines import EngineMissing, parity, require
+from lab.engines import EngineMissing, parity, require, require_formats
 from lab.engines.measure import CPU_BATCH, over, predict
 from lab.engines.registry import ENGINES
 from lab.recipes import calibration_images
@@ -145,12 +145,12 @@ def export_files(subject: Subject, recipe: Recipe, network, path: Path, workers:
     """
     written = {".safetensors": functools.partial(packing.save, network, recipe)}
     try:
+        require_formats(recipe)
         require("onnx", "onnxscript")
         from ptq.export import to_onnx
 
-        if recipe.exportable:
-            sample = subject.sample(subject.img_size)
-            written[".onnx"] = functools.partial(to_onnx, network, sample, about=about(subject))
+        sample = subject.sample(subject.img_size)
+        written[".onnx"] = functools.partial(to_onnx, network, sample, about=about(subject))
     except EngineMissing as missing:
         print(f"ONNX files are left out: {missing}")
     for suffix, write in written.items():

@@ -54,7 +54,7 @@ class OpenAttention(nn.Module):
 
 
 def open_attention(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with every attention of OPENERS taken apart.
+    """Return a copy of `model` with every attention of OPENERS taken apart, and torch's GELU.
 
     It computes the same, in evaluation mode. An attention that does more than
     softmax(q k^T / sqrt(d)) v stays as it is. So does that of torch's encoder layer, which has a
@@ -89,6 +89,10 @@ def _of_timm(module: nn.Module) -> OpenAttention | None:
     return OpenAttention(module.num_heads, projections, out, pair=False)
 
 
+def _gelu(module: nn.Module) -> nn.GELU:
+    return nn.GELU()
+
+
 def _of_transformers(module: nn.Module) -> OpenAttention:
     projections = {name: getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")}
     return OpenAttention(module.num_attention_heads, projections, ("o_proj", module.o_proj))
@@ -96,9 +100,10 @@ def _of_transformers(module: nn.Module) -> OpenAttention:
 
 # {full name of a class: function that takes one apart, or gives None if it does more}. The names of
 # timm 1.0.31 and transformers 5.24.
-OPENERS: dict[str, Callable[[nn.Module], OpenAttention | None]] = {
+OPENERS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
     "torch.nn.modules.activation.MultiheadAttention": _of_torch,
     "timm.layers.attention.Attention": _of_timm,
     "transformers.models.vit.modeling_vit.ViTAttention": _of_transformers,
     "transformers.models.deit.modeling_deit.DeiTAttention": _of_transformers,
+    "transformers.activations.GELUActivation": _gelu,  # recipes know torch's alone
 }

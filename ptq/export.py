@@ -14,7 +14,6 @@ A file in which all codes are such as TensorRT takes (`tensorrt_fault`) is writt
 import copy
 import logging
 import warnings
-from dataclasses import replace
 
 import ml_dtypes
 import onnx
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.folding import fold_norms
+from ptq.folding import fold_norms, spread_scales
 from ptq.formats import Uniform
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 from ptq.recipe import exportable_input, exportable_weight
@@ -45,7 +44,7 @@ def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | Non
     norms and SiLU.
     """
     model = copy.deepcopy(model).eval()
-    _spread_scales(model)
+    spread_scales(model)
     fold_norms(model, [(example,)])
     for_tensorrt = not tensorrt_fault(model)
     int4 = []
@@ -117,15 +116,6 @@ def tensorrt_fault(model: nn.Module) -> str:
             if not isinstance(module.input, Quantizer):
                 return f"{name} has codes for its weight and none for its input"
     return ""
-
-
-def _spread_scales(model: nn.Module) -> None:
-    """Give weights of one scale a scale for each output channel, all the same."""
-    for module in model.modules():
-        format = module.format if isinstance(module, QuantizedLayer) else None
-        if format is not None and format.granularity == "tensor":
-            module.format = replace(format, granularity="channel", axis=0)
-            module.scale = module.scale.expand(len(module.codes)).clone()
 
 
 class _QDQ(nn.Module):

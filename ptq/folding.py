@@ -1,10 +1,12 @@
 """Folding batch norms into the convolutions before them, which quantization and export prepare."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ptq.graph import norms_after
-from ptq.layers import QuantizedLayer
+from ptq.layers import QuantizedLayer, located
 
 
 @torch.no_grad()
@@ -43,8 +45,18 @@ def fold_norms(model: nn.Module, batches=None) -> None:
         conv.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * factor)
         conv.weight *= factor[:, None, None, None]
         if isinstance(layer, QuantizedLayer) and layer.format is not None:
-            _scale_rows(layer, factor)
+            with located(conv_name):
+                _scale_rows(layer, factor)
         model.set_submodule(norm_name, nn.Identity())
+
+
+def spread_scales(model: nn.Module) -> None:
+    """Give weights of one scale a scale for each output channel, all the same, as norms need."""
+    for module in model.modules():
+        format = module.format if isinstance(module, QuantizedLayer) else None
+        if format is not None and format.granularity == "tensor":
+            module.format = replace(format, granularity="channel", axis=0)
+            module.scale = module.scale.expand(len(module.codes)).clone()
 
 
 def untie(model: nn.Module) -> None:

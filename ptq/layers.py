@@ -65,9 +65,16 @@ class Quantizer(nn.Module):
         """Return what the format's functions take besides a tensor."""
         return self.scale, self.zero_point
 
+    def encode(self, x: Tensor, what: str = "what a layer takes in") -> Tensor:
+        """Return the codes of `x`, int32 of its shape; ValueError where a value is not finite."""
+        # NaN has no code, and what it becomes as an integer depends on the machine.
+        if x.numel() and not all(end.isfinite() for end in x.aminmax()):  # a fast pass
+            raise ValueError(f"{what} is not finite")
+        return self.format.encode(x, *self.grid)
+
     def integers(self, x: Tensor) -> Tensor:
         """Return `x` as int64 in units of the scale: codes less the zero-point."""
-        return self.format.integers(self.format.encode(x, *self.grid), *self.grid[1:])
+        return self.format.integers(self.encode(x), *self.grid[1:])
 
     def extra_repr(self) -> str:
         return f"{self.format}, {self.observer_name}"

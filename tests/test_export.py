@@ -3,12 +3,13 @@
 import onnx
 import pytest
 import torch
-from small import Small, small_network
+from small import Small, draw, small_network
 from torch import nn
 
 import ptq
 from lab.engines import EngineMissing, onnx_runtime, openvino_bf16, openvino_cpu, parity
 from lab.engines.measure import predict
+from lab.outputs import export_files
 from mobilevit import AttentionCore
 from ptq.export import to_onnx
 from ptq.folding import fold_norms, make_norms_positive
@@ -323,3 +324,11 @@ def test_a_missing_engine_names_its_package(monkeypatch, engine, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(EngineMissing, match=f"pip install {package}"):
         engine.load(None, None, None, None)
+
+
+def test_a_file_that_onnx_can_not_hold_is_left_out_by_a_line(tmp_path, capsys):
+    model, recipe = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), ptq.RECIPES["i-bert"]
+    quantized = ptq.quantize(model, ptq.recipe(recipe.name, model), [(draw(8, 3), None)])
+    assert export_files(None, ptq.recipe(recipe.name, model), quantized, tmp_path / "a", 0)
+    assert "ONNX files are left out: ONNX has no such formats" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

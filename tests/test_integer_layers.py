@@ -251,6 +251,9 @@ def test_recipes_compute_in_integers_and_come_back_from_a_file(recipe, network, 
         assert again == recipe and loaded(x).equal(quantized(x))
         single = torch.cat([quantized(x[i : i + 1]) for i in range(4)])
         assert torch.allclose(single, quantized(x), atol=2e-2 * float(quantized(x).std()))
+    x[0, 1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="what a layer takes in is not finite"):
+        quantized(x)
 
 
 @pytest.mark.parametrize(

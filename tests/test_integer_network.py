@@ -21,6 +21,7 @@ from mobilevit import AttentionCore
 from ptq.analysis.compare import noise
 from ptq.formats import Uniform
 from ptq.integer import OutOfRange
+from ptq.integer.network import IntegerNetwork
 from ptq.integer.operators import Attention, Codes, Concatenation, Mean, Product, Sum
 from ptq.layers import QuantizedLayer, Quantizer
 from ptq.methods import ibert
@@ -121,6 +122,14 @@ def test_an_empty_batch_gives_as_many_logits_as_in_float(quantized, products):
     integer, x = ptq.integer_network(quantized, products), draw(2, 3, 32, 32)[:0]
     logits = integer.decode(integer(integer.encode(x)))
     assert logits.shape == quantized(x).shape == (0, 10)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_refused(value):
+    quantizer = Quantizer(Uniform(8, symmetric=False), "minmax")
+    quantizer.scale, quantizer.zero_point = torch.tensor([0.1]), torch.tensor([3])
+    with pytest.raises(ValueError, match="an image is not finite"):
+        IntegerNetwork(nn.Identity(), quantizer, 1.0).encode(torch.tensor([[0.5, value]]))
 
 
 def in_float64(quantized):

@@ -11,7 +11,7 @@ from ptq.integer import OutOfRange, published
 from ptq.integer.activations import shift_silu, shift_softmax
 
 CODES = torch.arange(-128, 128)
-SCALES = (1 / 64, 0.02, 0.04, 1 / 16, 0.1, 1 / 4)
+SCALES = (1 / 64, 0.02, 0.04, 1 / 16, 0.1, 1 / 4, 0.7, 1.0)
 
 
 def plain_exp(q: int, one: int, n: int) -> int:
@@ -24,6 +24,12 @@ def plain_nearest(x: Fraction) -> int:
     return math.floor(x + Fraction(1, 2))
 
 
+def finer(scale: float) -> tuple[int, int]:
+    """How many bits codes move, so that 1 is 64 units at least, and those units."""
+    shift = next(k for k in range(10) if scale / 2**k <= 1 / 64)
+    return shift, math.ceil(2**shift / scale)
+
+
 def bits_left(one: int, terms: int) -> int:
     """The most that n terms of 2 * one can be shifted within 31 bits."""
     return max(n for n in range(32) if (2 * one * terms) << n < 2**31)
@@ -31,29 +37,38 @@ def bits_left(one: int, terms: int) -> int:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_as_in_plain_integers(scale):
-    one = math.ceil(1 / scale)
+    shift, one = finer(scale)
     for row in (40 * draw(20, 7, seed=1)).round().long().tolist():
-        e = [plain_exp(q - max(row), one, bits_left(one, 7)) for q in row]
+        e = [plain_exp((q - max(row)) << shift, one, bits_left(one, 7)) for q in row]
         expected = [min(plain_nearest(Fraction(1000 * x, sum(e))), 255) for x in e]
         assert sum(e) < 2**31
         assert shift_softmax(torch.tensor(row), scale, 1000, 255).tolist() == expected
     for q, out in zip(CODES.tolist(), shift_silu(CODES, scale).tolist()):
-        e = plain_exp(-abs(q), one, bits_left(one, 2))
+        e = plain_exp(-abs(q) << shift, one, bits_left(one, 2))
         whole = plain_exp(0, one, bits_left(one, 2))
         share = Fraction(whole if q >= 0 else e, e + whole)
         assert out == q * plain_nearest(4096 * share)
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_line_between_powers_of_two_is_off_by_a_tenth(scale):
-    one = published.shift_exp(torch.tensor(0), scale, 15)
-    e = published.shift_exp(-torch.arange(128), scale, 15) / one
-    error = (e - (-torch.arange(128) * scale).double().exp()).abs().max()
-    assert 0.04 < error < 0.15
+def test_a_line_between_powers_of_two_is_off_by_a_twentieth(scale):
+    shift, codes = finer(scale)[0], -torch.arange(128)
+    e = published.shift_exp(codes << shift, scale / 2**shift, 15).double()
+    error = (e / e[0] - (codes * scale).double().exp()).abs().max()
+    assert error < 0.05 and (error > 0.04 or scale > 1 / 4)
     x = CODES.double() * scale
     for slope, exact in ((1.0, torch.nn.functional.silu(x)), (1.702, torch.nn.functional.gelu(x))):
         got = shift_silu(CODES, scale, slope) * (scale / 4096)
-        assert (got - exact).abs().max() < 0.15
+        assert (got - exact).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_softmax_is_as_close_for_coarse_scales_as_for_fine_ones(scale):
+    for tokens in (16, 64, 256):
+        scores = (30 * draw(50, tokens, seed=3)).round().long().clamp(-128, 127)
+        exact = (scores.double() * scale).softmax(-1)
+        error = shift_softmax(scores, scale, 2**16, 2**16) / 2**16 - exact
+        assert error.square().sum() < 1.3e-3 * exact.square().sum()  # 29 dB
 
 
 def test_the_published_division_keeps_nothing_where_sums_are_large():

@@ -101,6 +101,8 @@ def test_the_table_as_csv(report):
         assert float(line["mse"]) == tensor["local"]["mse"]
         assert (line["cumulative_db"] == "") == (tensor["role"] == "weight")
         assert float(line["scale_low"]) == tensor["scale"][0]
+        assert float(line["clipped_low"]) == tensor["clipped_low"]
+        assert float(line["clipped_high"]) == tensor["clipped_high"]
 
 
 def test_histograms_are_drawn(report, tmp_path):

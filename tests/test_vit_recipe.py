@@ -17,6 +17,7 @@ from ptq.analysis.compare import logits_of
 from ptq.export import to_onnx
 from ptq.graph import captured
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer
+from ptq.methods.ibert import IBertActivation
 from ptq.packing import size_bytes
 from ptq.recipe import Recipe
 from ptq.recipes.vit import layers_of
@@ -42,6 +43,13 @@ def test_attention_taken_apart_computes_the_same(network):
     torch.testing.assert_close(logits(opened), logits(closed))
     assert sum(isinstance(module, AttentionCore) for module in opened.modules()) == 2
     assert not any(isinstance(module, nn.MultiheadAttention) for module in opened.modules())
+
+
+def test_a_recipe_in_integers_leaves_no_norm_and_no_gelu_in_float(network):
+    quantized = ptq.quantize(network[1], ptq.recipe("i-bert", network[1]), BATCHES)
+    assert sum(isinstance(module, IBertActivation) for module in quantized.modules()) == 2
+    left = {name for name, module in quantized.named_modules() if "GELU" in type(module).__name__}
+    assert all(name.endswith(".layer") for name in left)  # those inside of ours
 
 
 @pytest.mark.parametrize("bits, method", [(8, "tensor"), (4, "channel"), (8, "histogram")])

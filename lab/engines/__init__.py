@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ptq.recipe import Recipe
+
 
 class EngineMissing(Exception):
     """An engine can't run here; the message says why, or what to install."""
@@ -28,6 +30,12 @@ def require(*packages: str) -> list:
         raise EngineMissing(f"{error.name} is missing: pip install {' '.join(packages)}") from error
     except ImportError as error:
         raise EngineMissing(f"{packages[0]} can't be imported: {error}") from error
+
+
+def require_formats(recipe: Recipe) -> None:
+    """Raise EngineMissing unless ONNX can hold what a recipe gives."""
+    if not recipe.exportable:
+        raise EngineMissing("ONNX has no such formats")
 
 
 @dataclass(frozen=True)

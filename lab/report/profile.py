@@ -88,6 +88,7 @@ def csv_text(profile: dict) -> str:
     Columns are COLUMNS and what a tensor's section shows besides.
     """
     more = ("bits", "n_scales", "n_values", "n_codes", "min", "max", "mean", "sigma")
+    more += ("clipped_low", "clipped_high")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     pairs = ("range", "scale", "zero_point")

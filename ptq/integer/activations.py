@@ -58,7 +58,7 @@ class Exp:
 def exp(codes: Tensor, table: Exp) -> Tensor:
     """Return exp of codes <= 0: integers in units of 1 / `table.c`, so that 0 gives `table.c`.
 
-    Within 0.002 of exp for scales up to 1/4. OutOfRange for a code above 0.
+    Within 0.0021 of exp for scales up to 1/4. OutOfRange for a code above 0.
     Kim et al., section 3.5 and algorithm 2. Deviations: codes are moved first, constants rounded
     where theirs are floored, and results are not multiplied by 2**30, which int32 does not hold.
     """
@@ -116,21 +116,30 @@ def log2_powers(scores: Tensor, scale: float, format: Log2) -> Tensor:
 def shift_softmax(scores: Tensor, scale: float, levels: int = 255, qmax: int = 255) -> Tensor:
     """Return `softmax` with an exp that takes shifts and sums alone.
 
-    Li and Gu, "I-ViT", ICCV 2023, section 3.4 (Shiftmax). Deviation: the division is exact.
-    As theirs, ShiftExp falls no lower than 2**-n of the largest: long rows keep a floor.
+    Li and Gu, "I-ViT", ICCV 2023, section 3.4 (Shiftmax). Deviations: codes are moved first, and
+    the division is exact. As theirs, ShiftExp falls no lower than 2**-n of the largest: long rows
+    keep a floor.
     """
-    rows = scores - scores.amax(-1, keepdim=True)
-    n, _ = _shift_units(scale, scores.shape[-1])
-    e = shift_exp(rows, scale, n)
+    shift, fine, n, _ = _shift_units(scale, scores.shape[-1])
+    rows = fits(scores - scores.amax(-1, keepdim=True), 33, "what ShiftExp takes in")
+    e = shift_exp(rows << shift, fine, n)
     total = fits(e.sum(-1, keepdim=True), 32, "the sum of a row of ShiftExp")
     return round_divide(e * levels, total).clamp(max=qmax)
 
 
-def _shift_units(scale: float, terms: int) -> tuple[int, int]:
-    """Return the n of ShiftExp for which `terms` results fit 31 bits, and what it gives for 0."""
-    one = math.ceil(1 / positive(scale, "the scale of what ShiftExp takes in"))
+def _shift_units(scale: float, terms: int) -> tuple[int, float, int, int]:
+    """Return by how many bits codes move to the left, their scale then, n of ShiftExp, its exp(0).
+
+    ShiftExp rounds 1 up to a whole number of units, so it is made 64 of them at least; fewer in
+    long rows, where their bits are missing in n. `terms` results fit 31 bits.
+    """
+    positive(scale, "the scale of what ShiftExp takes in")
+    finest = min(6, 23 - 2 * terms.bit_length())
+    shift = min(max(math.ceil(math.log2(scale) + finest), 0), 28)
+    fine = scale / 2**shift
+    one = math.ceil(1 / fine)
     n = max(31 - (2 * one * terms).bit_length(), 0)
-    return n, one << n
+    return shift, fine, n, one << n
 
 
 def sigmoid(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
@@ -157,10 +166,11 @@ def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) 
     """Return x sigmoid(slope x) in units of scale / 2**bits, int32, by shifts and sums.
 
     A slope of 1.702 gives GELU. Li and Gu, "I-ViT", ICCV 2023, section 3.5 (ShiftGELU). Deviations:
-    exp(-|x|), which does not depend on the largest of a row, and an exact division.
+    codes are moved first, exp(-|x|) does not depend on the largest of a row, and the division is
+    exact.
     """
-    n, one = _shift_units(slope * scale, 2)
-    e = shift_exp(-codes.abs(), slope * scale, n)
+    shift, fine, n, one = _shift_units(slope * scale, 2)
+    e = shift_exp(-fits(codes, 32, "what ShiftExp takes in").abs() << shift, fine, n)
     return fits(codes * _sigmoid(codes, e, one, bits), 32, "SiLU by shifts")
 
 

@@ -154,7 +154,7 @@ class IntegerActivation(IntegerLayer):
         every = torch.arange(fmt.qmin, fmt.qmax + 1, device=x.device) - quantizer.zero_point
         y, scale = self.integers(every, float(quantizer.scale))
         values = (y.double() * scale).to(x.dtype)
-        return look_up(values, fmt.encode(x, *quantizer.grid) - fmt.qmin)
+        return look_up(values, quantizer.encode(x) - fmt.qmin)
 
 
 def check_spec(

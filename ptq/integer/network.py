@@ -7,11 +7,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from ptq.folding import fold_norms
+from mobilevit import AttentionCore
+from ptq.folding import fold_norms, spread_scales
 from ptq.graph import Tracer
 from ptq.integer.layers import IntegerActivation, IntegerNorm, IntegerSoftmaxCore
 from ptq.integer.operators import (
     Attention,
+    ClippedReLU,
     Codes,
     Concatenation,
     Constant,
@@ -23,9 +25,12 @@ from ptq.integer.operators import (
     Unresized,
 )
 from ptq.integer.rescale import OutOfRange, fits
-from ptq.layers import QuantizedLayer, Quantizer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
+# What recipes compute in integers, as quantized without that.
+COMPUTED = (QuantizedLayer, QuantizedAttentionCore, AttentionCore, nn.Conv2d, nn.Linear)
+COMPUTED += (nn.LayerNorm, nn.SiLU, nn.GELU)
 
 
 class IntegerNetwork(nn.Module):
@@ -41,8 +46,11 @@ class IntegerNetwork(nn.Module):
         self.zero_point = int(image.zero_point)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the codes of images, as the format of the first layer's input has them."""
-        return self.image.format.encode(images, *self.image.grid).long()
+        """Return the codes of images, as the format of the first layer's input has them.
+
+        ValueError for an image that is not finite.
+        """
+        return self.image.encode(images, "an image").long()
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the codes of logits.
@@ -77,6 +85,7 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
     quantized = copy.deepcopy(quantized).cpu()
     network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
+    spread_scales(network)
     fold_norms(network)
     try:
         traced = Tracer().trace(network)
@@ -129,10 +138,15 @@ def image_quantizer(network: nn.Module, traced: torch.fx.Graph) -> Quantizer:
                     raise ValueError(f"{name} rounds images to other codes than another layer")
                 found = module.input
             else:
-                raise ValueError(f"{name} takes in the image in float: {ADVICE}")
+                raise ValueError(f"{name} takes in the image in float: {advice(module)}")
     if found is None:
         raise ValueError(f"the network has no quantized layer: {ADVICE}")
     return found
+
+
+def advice(layer: nn.Module | None) -> str:
+    """Say what to do about a layer in float, or about a function, which is None."""
+    return ADVICE if isinstance(layer, COMPUTED) else "no recipe computes it in integers"
 
 
 def same_grid(a: Quantizer, b: Quantizer) -> bool:
@@ -188,11 +202,9 @@ def layer_form(
         return layer, inputs[0]
     form = next((form for kind, form in FORMS.items() if isinstance(layer, kind)), None)
     if form is None:
-        raise ValueError(
-            f"a {type(layer).__name__} in float has no integer form: a batch norm has to follow a "
-            "convolution, and other layers need a recipe that computes them in integers, such as "
-            "i-bert"
-        )
+        batch_norm = isinstance(layer, nn.BatchNorm2d)
+        what = "it has to follow a convolution" if batch_norm else advice(layer)
+        raise ValueError(f"a {type(layer).__name__} in float has no integer form: {what}")
     if getattr(layer, "published", False):
         raise ValueError(
             "published arithmetic has scales that depend on channels or data, and no integer form: "
@@ -226,6 +238,10 @@ def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.d
     if pool.output_size not in (1, (1, 1)):
         raise ValueError("pooling has an integer form only over the whole feature map")
     return Mean((2, 3), keep=True)
+
+
+def relu6_form(relu: nn.ReLU6, inputs: list[Codes], products: torch.dtype) -> ClippedReLU:
+    return ClippedReLU(*inputs, 6)
 
 
 def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
@@ -262,6 +278,7 @@ FORMS: dict[type, Callable] = {
     IntegerSoftmaxCore: core_form,
     IntegerNorm: norm_form,
     nn.AdaptiveAvgPool2d: pool_form,
+    nn.ReLU6: relu6_form,
 }
 FUNCTIONS = {
     "add": sum_form,
@@ -271,7 +288,7 @@ FUNCTIONS = {
     "mean": mean_form,
 }
 # What gives the codes of its result from the codes of its input, whatever their scale.
-KEEP = (nn.Identity, nn.Flatten, nn.Dropout)
+KEEP = (nn.Identity, nn.Flatten, nn.Dropout, nn.ZeroPad2d)
 SAME = (*KEEP, nn.ReLU, nn.MaxPool2d)
 MOVES = {"permute", "transpose", "flatten", "unflatten", "reshape", "view", "expand", "contiguous"}
 MOVES |= {"unbind", "chunk", "squeeze", "unsqueeze", "getitem", "getattr", "size", "relu"}

@@ -244,6 +244,18 @@ class Attention(nn.Module):
         return integer_product(self.softmax(scores, scale), v, self.largest, self.dtype)
 
 
+class ClippedReLU(nn.Module):
+    """Values cut off below 0 and above `most`, which gets a code of its own."""
+
+    def __init__(self, x: Codes, most: float):
+        super().__init__()
+        self.codes = Codes(most / 2**30, 2**30)
+        self.ratio = dyadic_ratios([x.scale / self.codes.scale])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return requantize(x, self.ratio, 0, self.codes.reach)
+
+
 class Sum(nn.Module):
     """The sum of two tensors, each brought to the sum's scale first.
 

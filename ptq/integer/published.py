@@ -74,12 +74,23 @@ def log_int_softmax(scores: Tensor, scale: float, bits: int) -> Tensor:
     """
     codes = scores - scores.amax(-1, keepdim=True)
     e = i_exp(codes, scale)
-    total = fits(e.sum(-1, keepdim=True), 62, "the sum of a row of i-exp")
+    total = _row_sum(e, "i-exp")
     # Where exp is 0, theirs is infinite and ends as the code of 0.
     ratio = torch.where(e > 0, round_divide(total, e.clamp(min=1)), total)
     floor = bit_length(ratio) - 1
     code = floor + (2 * ratio >= 3 << floor)
     return torch.where(e > 0, code, 2**bits).clamp(max=2**bits)
+
+
+def _row_sum(e: Tensor, what: str) -> Tensor:
+    """Return sums [..., 1] of rows [..., N] of integers from 0 to 2**62, which fit 62 bits.
+
+    A longer sum may wrap around to a small one, so what is checked is that of the upper bits.
+    """
+    lower = (e % 2**30).sum(-1, keepdim=True)
+    upper = (e >> 30).sum(-1, keepdim=True) + (lower >> 30)
+    fits(upper, 32, f"the sum of a row of {what}, less its last 30 bits,")
+    return (upper << 30) + lower % 2**30
 
 
 def i_gelu(codes: Tensor, scale: float, shift: int = 0) -> tuple[Tensor, float]:
@@ -143,7 +154,7 @@ def shift_exp(codes: Tensor, scale: float, n: int) -> Tensor:
 def shiftmax(scores: Tensor, scale: float, bits: int = 8, n: int = 15) -> Tensor:
     """Return I-ViT's softmax over the last axis, in units of 2**-(bits - 1)."""
     e = shift_exp(scores - scores.amax(-1, keepdim=True), scale, n)
-    return _shift_division(e, e.sum(-1, keepdim=True), bits)
+    return _shift_division(e, _row_sum(e, "ShiftExp"), bits)
 
 
 def shift_gelu(
