@@ -1,6 +1,7 @@
 """What feeds what in a network, and what goes into and comes out of its modules."""
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -90,6 +91,17 @@ class Tracer(torch.fx.Tracer):
         kinds = QuantizedLayer | QuantizedAttentionCore | Quantizer | IntegerLayer
         ours = isinstance(module, kinds)
         return ours or super().is_leaf_module(module, name)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """Take a call as a caller with images makes it: what has a default keeps it.
+
+        torch.fx alone would give such an argument a value that is never None.
+        """
+        _, first, *others = inspect.signature(root_fn).parameters.values()
+        named = (p for p in others if p.kind is p.POSITIONAL_OR_KEYWORD)
+        given = [first, *(p for p in named if p.default is p.empty)]
+        proxies = [self.create_proxy("placeholder", p.name, (), {}) for p in given]
+        return root_fn, [self.root, *proxies]
 
 
 @torch.no_grad()
