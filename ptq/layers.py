@@ -174,6 +174,11 @@ def owns_weight(layer: nn.Module) -> bool:
     return "weight" in layer._parameters
 
 
+def computes_as(module: nn.Module, kind: type) -> bool:
+    """Say whether a module is of `kind` and has no forward of its own, which may do anything."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
 def product_core(core: AttentionCore, spec: LayerSpec) -> nn.Module:
     """Return an attention core that rounds what its products take in, if `spec` asks for it."""
     if not spec.input:

@@ -1,5 +1,7 @@
 """Networks that the project never saw: their own layers, arguments, buffers and outputs."""
 
+import copy
+
 import pytest
 import torch
 from small import draw
@@ -7,6 +9,7 @@ from torch import nn
 
 import ptq
 from ptq.analysis.compare import noise
+from ptq.folding import fold_norms, make_norms_positive
 from ptq.graph import consumers
 from ptq.recipe import LayerSpec, Recipe
 
@@ -34,3 +37,47 @@ class Conditional(nn.Module):
 
 def test_an_argument_with_a_default_keeps_it_where_a_network_is_traced():
     assert consumers(Conditional())["conv"] == ["norm"]
+
+
+class Folded(nn.Conv2d):
+    """Of another name only."""
+
+
+class Rectified(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Unseen(nn.Module):
+    """A convolution, a norm with factors of either sign; unless `traced`, it looks at values."""
+
+    def __init__(self, kind, traced):
+        super().__init__()
+        torch.manual_seed(0)
+        self.traced, self.conv, self.norm = traced, kind(3, 4, 3), nn.BatchNorm2d(4)
+        self.norm.weight.data[::2] = -1
+
+    def forward(self, x):
+        if not self.traced and x.sum() > 1e9:
+            return x
+        return self.norm(self.conv(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("kind", [Folded, Rectified])
+def test_a_subclass_is_a_convolution_unless_it_has_a_forward_of_its_own(kind, traced):
+    network = Unseen(kind, traced).eval()
+    make_norms_positive(folded := copy.deepcopy(network), BATCHES)
+    assert bool((folded.norm.weight > 0).all()) == (kind is Folded)
+    fold_norms(folded, BATCHES)
+    assert noise(folded(X), network(X)) < 1e-8
+
+
+@torch.no_grad()
+def test_a_norm_folds_behind_a_convolution_of_another_name():
+    network = Unseen(Folded, traced=True).eval()
+    quantized = ptq.quantize(network, W16, BATCHES)
+    fold_norms(quantized, BATCHES)
+    assert isinstance(quantized.norm, nn.Identity)
+    assert noise(quantized(X), network(X)) < 1e-8
