@@ -125,6 +125,16 @@ class QuantizedLayer(nn.Module):
         self.layer.weight.copy_(self.format.decode(codes, scale))
 
 
+def check_inputs(model: nn.Module) -> None:
+    """Raise ValueError if anything but its quantizer stands before a quantized layer."""
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLayer):
+            continue
+        if not isinstance(module.input, Quantizer | nn.Identity):
+            what = f"{name}.input is a {type(module.input).__name__}, which no file holds"
+            raise ValueError(f"{what}: steps leave the input of a layer as it is")
+
+
 class IntegerLayer(nn.Module):
     """A layer that computes in integers (ptq.integer) once its quantizers are calibrated.
 

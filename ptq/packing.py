@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
-from ptq.layers import QuantizedLayer, Quantizer
+from ptq.layers import QuantizedLayer, Quantizer, check_inputs
 from ptq.pipeline import attach, layer_specs
 from ptq.recipe import Recipe
 
@@ -66,9 +66,11 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
 
     Packed codes and scales take the place of weights, everything else stays as it is. The header
     holds the recipe and the network's `settings`, if it has any. OSError if it can't be written,
-    ValueError if the recipe has a pattern that `load` would refuse.
+    ValueError for what `load` would refuse: a pattern of the recipe, or anything but a quantizer
+    before a quantized layer.
     """
     check_patterns(recipe)
+    check_inputs(model)
     tensors = dict(model.state_dict())
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and module.format is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ptq.folding import make_norms_positive, untie
 from ptq.kinds import LAYERS, kinds_of, quantized
-from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer, located
+from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer, check_inputs, located
 from ptq.methods import STEPS
 from ptq.observers import OBSERVERS
 from ptq.recipe import LayerSpec, Recipe
@@ -78,7 +78,11 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_complete(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ValueError if the recipe's steps left a format without codes or a scale."""
+    """Raise ValueError if the recipe's steps left a format without codes or a scale.
+
+    Or if they put something before a quantized layer.
+    """
+    check_inputs(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.format:
             if module.codes is None:

@@ -1,6 +1,7 @@
 """Networks that the project never saw: their own layers, arguments, buffers and outputs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from torch import nn
 
 import ptq
 from ptq.analysis.compare import noise
+from ptq.export import to_onnx
 from ptq.folding import fold_norms, make_norms_positive
 from ptq.graph import consumers
+from ptq.methods import STEPS
 from ptq.recipe import LayerSpec, Recipe
 
 FINE = ptq.Uniform(16, granularity="channel")  # all but lossless
 W16 = Recipe("w16", layers=(LayerSpec(".*", FINE),))
+W8A8 = Recipe("w8a8", layers=(LayerSpec(".*", ptq.Uniform(8), ptq.Uniform(8, False)),))
 X = draw(8, 3, 8, 8)
 BATCHES = [(X, None)]
 
@@ -81,3 +85,24 @@ def test_a_norm_folds_behind_a_convolution_of_another_name():
     fold_norms(quantized, BATCHES)
     assert isinstance(quantized.norm, nn.Identity)
     assert noise(quantized(X), network(X)) < 1e-8
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_nothing_may_stand_before_a_quantizer(tmp_path, monkeypatch):
+    def wrap(model, *_):
+        model[0].input = nn.Sequential(Doubled(), model[0].input)
+
+    network, batches = nn.Sequential(nn.Linear(4, 3)).eval(), [(draw(8, 4), None)]
+    quantized = ptq.quantize(network, W8A8, batches)
+    wrap(quantized)
+    with pytest.raises(ValueError, match="0.input is a Sequential, which no file holds"):
+        ptq.save(quantized, W8A8, tmp_path / "a")
+    with pytest.raises(ValueError, match="0.input is a Sequential, which no file holds"):
+        to_onnx(quantized, draw(1, 4), tmp_path / "a")
+    monkeypatch.setitem(STEPS, "wrap", wrap)
+    with pytest.raises(ValueError, match="0.input is a Sequential, which no file holds"):
+        ptq.quantize(network, replace(W8A8, steps=(*W8A8.steps, "wrap")), batches)
