@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
 from ptq.layers import QuantizedLayer, Quantizer, check_inputs
-from ptq.pipeline import attach, layer_specs
+from ptq.pipeline import attach, check_formats, layer_specs
 from ptq.recipe import Recipe
 
 GRID = ("scale", "zero_point")  # of a quantizer
@@ -66,10 +66,11 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
 
     Packed codes and scales take the place of weights, everything else stays as it is. The header
     holds the recipe and the network's `settings`, if it has any. OSError if it can't be written,
-    ValueError for what `load` would refuse: a pattern of the recipe, or anything but a quantizer
-    before a quantized layer.
+    ValueError for a network that another recipe quantized, and for what `load` would refuse: a
+    pattern of the recipe, or anything but a quantizer before a quantized layer.
     """
     check_patterns(recipe)
+    check_formats(model, recipe)
     check_inputs(model)
     tensors = dict(model.state_dict())
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,6 +1,7 @@
 """The way from a float network and a recipe to the quantized network."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,27 @@ def check_complete(model: nn.Module, recipe: Recipe) -> None:
             raise ValueError(f"no step of recipe {recipe.name} calibrates the input of {name}")
 
 
+def check_formats(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError unless each layer of a quantized network has the recipe's formats.
+
+    Observers may differ: they choose ranges, and are done.
+    """
+    outer = None  # the replaced layer whose parts come next
+    for name, module in model.named_modules():
+        if outer is not None and name.startswith(f"{outer}."):
+            continue
+        made = vars(module).get("spec")
+        made = made if isinstance(made, LayerSpec) else None
+        outer = name if made else None
+        asked = recipe.layer_spec(name, {made.kind} if made else kinds_of(module))
+        if _formats(asked) != _formats(made):
+            raise ValueError(f"{name or 'the network'} is not as recipe {recipe.name} quantizes it")
+
+
+def _formats(spec: LayerSpec | None) -> LayerSpec | None:
+    return spec and replace(spec, pattern="", weight_observer="", input_observer="")
+
+
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     """Raise ValueError unless `batches` is what the recipe's steps need.
 
@@ -162,6 +184,7 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
         places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
         with located(name):
             layer = quantized(layer, spec)
+        layer.spec = spec  # by which a file is checked
         for place in places:
             model.set_submodule(place, layer)
     for module in model.modules():

@@ -18,7 +18,8 @@ from ptq.recipe import LayerSpec, Recipe
 
 FINE = ptq.Uniform(16, granularity="channel")  # all but lossless
 W16 = Recipe("w16", layers=(LayerSpec(".*", FINE),))
-W8A8 = Recipe("w8a8", layers=(LayerSpec(".*", ptq.Uniform(8), ptq.Uniform(8, False)),))
+FORMAT = ptq.Uniform(8, symmetric=False)
+W8A8 = Recipe("w8a8", layers=(LayerSpec(".*", ptq.Uniform(8), FORMAT),))
 X = draw(8, 3, 8, 8)
 BATCHES = [(X, None)]
 
@@ -106,3 +107,19 @@ def test_nothing_may_stand_before_a_quantizer(tmp_path, monkeypatch):
     monkeypatch.setitem(STEPS, "wrap", wrap)
     with pytest.raises(ValueError, match="0.input is a Sequential, which no file holds"):
         ptq.quantize(network, replace(W8A8, steps=(*W8A8.steps, "wrap")), batches)
+
+
+def test_a_file_holds_the_recipe_that_the_network_was_quantized_by(tmp_path):
+    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)).eval()
+    first = Recipe("first", layers=(LayerSpec("0", FINE),))
+    norm = Recipe("norm", layers=(*W16.layers, LayerSpec("1", input=FORMAT, kind="pointwise")))
+    by_w16, by_w8a8 = (ptq.quantize(network, r, [(draw(8, 4), None)]) for r in (W16, W8A8))
+    for quantized, recipe in ((network, W16), (by_w16, W8A8), (by_w8a8, W16), (by_w16, first)):
+        with pytest.raises(ValueError, match=f"[02] is not as recipe {recipe.name} quantizes it"):
+            ptq.save(quantized, recipe, tmp_path / "a")
+    with pytest.raises(ValueError, match="1 is not as recipe norm quantizes it"):
+        ptq.save(by_w16, norm, tmp_path / "a")
+    ptq.save(by_w16, W16, tmp_path / "a")
+    again, _ = ptq.load(tmp_path / "a", network)
+    other_ranges = (LayerSpec("0|2", FINE, weight_observer="minmax"),)
+    ptq.save(again, replace(W16, layers=other_ranges), tmp_path / "b")
