@@ -98,6 +98,15 @@ class QuantizedLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which some networks call
         return self.layer(self.input(input))
 
+    def __getattr__(self, name: str):
+        """Return the layer's own attribute, such as `in_features`, for networks that read it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer" or name.startswith("__"):  # while it is copied or unpickled
+                raise
+            return getattr(self.layer, name)
+
     @property
     def weight(self) -> Tensor:
         """Return what the layer multiplies by; transformers looks at its type."""
