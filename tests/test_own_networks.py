@@ -14,6 +14,7 @@ from ptq.export import to_onnx
 from ptq.folding import fold_norms, make_norms_positive
 from ptq.graph import consumers
 from ptq.methods import STEPS
+from ptq.methods.norms import statistics
 from ptq.recipe import LayerSpec, Recipe
 
 FINE = ptq.Uniform(16, granularity="channel")  # all but lossless
@@ -123,3 +124,57 @@ def test_a_file_holds_the_recipe_that_the_network_was_quantized_by(tmp_path):
     again, _ = ptq.load(tmp_path / "a", network)
     other_ranges = (LayerSpec("0|2", FINE, weight_observer="minmax"),)
     ptq.save(again, replace(W16, layers=other_ranges), tmp_path / "b")
+
+
+class Dropping(nn.BatchNorm2d):
+    """As timm has it: a norm with dropout and activation in it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(super().forward(x)).relu()
+
+
+@torch.no_grad()
+def test_statistics_of_norms_are_taken_without_dropout():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Dropping(4), nn.Conv2d(4, 4, 3), Dropping(4))
+    found = [statistics(network, BATCHES)["3"][0] for _ in range(2)]
+    assert torch.equal(*found)
+
+
+class Reader(nn.Module):
+    """Reads what its layer is."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x.view(-1, self.fc.in_features))
+
+
+def test_a_quantized_layer_has_the_attributes_of_its_own(tmp_path):
+    network, x = Reader().eval(), draw(8, 4)
+    quantized = ptq.quantize(network, W8A8, [(x, None)])
+    torch.save(quantized, tmp_path / "whole.pt")
+    pickled = torch.load(tmp_path / "whole.pt", weights_only=False)
+    for again in (copy.deepcopy(quantized), pickled):
+        assert torch.equal(again(x), quantized(x)) and again.fc.out_features == 3
+    with pytest.raises(AttributeError, match="no attribute 'stride'"):
+        _ = quantized.fc.stride
+
+
+def test_only_logits_are_compared_by_class():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    with pytest.raises(ValueError, match=r"logits \[b, K\], not \[8, 4, 6, 6\]"):
+        ptq.compare_models(network, network, BATCHES)
+
+
+@pytest.mark.parametrize("place", ["input", "attention", "output"])
+def test_activations_have_no_scale_for_each_image(place):
+    by_image = {"input": FORMAT} | {place: ptq.Uniform(8, False, granularity="channel")}
+    kind = "fq-vit-norm" if place == "output" else "product"
+    with pytest.raises(ValueError, match="axis 0 of activations counts images.*axis=1"):
+        LayerSpec(".*", kind=kind, **by_image)
