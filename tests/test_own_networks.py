@@ -9,6 +9,9 @@ from small import draw
 from torch import nn
 
 import ptq
+from lab import cli, files
+from lab.cli import BadInput
+from lab.recipes import read_recipe
 from ptq.analysis.compare import noise
 from ptq.export import to_onnx
 from ptq.folding import fold_norms, make_norms_positive
@@ -178,3 +181,25 @@ def test_activations_have_no_scale_for_each_image(place):
     kind = "fq-vit-norm" if place == "output" else "product"
     with pytest.raises(ValueError, match="axis 0 of activations counts images.*axis=1"):
         LayerSpec(".*", kind=kind, **by_image)
+
+
+def test_a_recipe_in_a_file_has_no_name_of_another(tmp_path):
+    path = tmp_path / "a.json"
+    for name in ("fp32", "w8a8", "mixed-5bits", "mixed-9ms-fisher-w4-gptq"):
+        files.write_json(path, replace(W16, name=name).asdict())
+        with pytest.raises(BadInput, match=f"{name} is another recipe: choose a new name"):
+            read_recipe(path)
+    for recipe in (ptq.RECIPES["w8a8"], replace(W16, name="mixed-5bits-suggested")):
+        files.write_json(path, recipe.asdict())
+        assert read_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("words", [["--image", ""], ["--many", "a", ""], ["--image="]])
+def test_an_empty_value_is_no_option_left_out(words, capsys):
+    parser = cli.parser("doc")
+    parser.add_argument("--image")
+    parser.add_argument("--many", nargs="+")
+    assert parser.parse_args([]).image is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert "is empty (--help" in capsys.readouterr().err
