@@ -1,6 +1,7 @@
 """Networks that the project never saw: their own layers, arguments, buffers and outputs."""
 
 import copy
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,17 @@ from small import draw
 from torch import nn
 
 import ptq
+import quantize
 from lab import cli, files
 from lab.cli import BadInput
 from lab.recipes import read_recipe
 from ptq.analysis.compare import noise
+from ptq.analysis.mixed import parse_name
 from ptq.export import to_onnx
 from ptq.folding import fold_norms, make_norms_positive
 from ptq.graph import consumers
 from ptq.methods import STEPS
+from ptq.methods.nearest import nearest_codes
 from ptq.methods.norms import statistics
 from ptq.recipe import LayerSpec, Recipe
 
@@ -203,3 +207,88 @@ def test_an_empty_value_is_no_option_left_out(words, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(words)
     assert "is empty (--help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mixed-9bits", "mixed-3.9bits", "mixed-1e999ms"])
+def test_a_budget_that_no_network_has_is_refused_by_its_name(name):
+    with pytest.raises(ValueError, match="a budget of .* allocation|no finite budget"):
+        parse_name(name)
+
+
+def test_recipes_without_images_are_refused_before_others_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(quantize, "row_of", lambda *_: measured.append(1))
+    args = Namespace(calibration_images=None, engines=["torch-eager"])
+    subject = Namespace(name="a")
+    with pytest.raises(BadInput, match="w8a8 has steps that look at images"):
+        quantize.write_rows([(subject, ptq.RECIPES["fp32"]), (subject, W8A8)], args)
+    assert not measured
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        return self.fc(x + y)
+
+
+def test_a_network_of_two_inputs_is_refused_in_words():
+    with pytest.raises(ValueError, match="takes x, y, but networks are called with one tensor"):
+        ptq.quantize(TwoInputs(), W8A8, [(draw(8, 4), draw(8, 4))])
+
+
+class Masked(nn.Module):
+    """Keeps a mask, its settings and the features of its last call."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings, self.fc = settings, nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x):
+        self.last = self.fc(x)
+        return (self.last + self.mask).softmax(-1)
+
+
+def test_settings_come_back_as_json_holds_them(tmp_path):
+    network = Masked({"sizes": (1, 2)}).eval()
+    ptq.save(ptq.quantize(network, W16), W16, tmp_path / "a")
+    again, _ = ptq.load(tmp_path / "a", network)
+    assert again.mask.equal(network.mask)
+    for settings in (object(), {"rate": torch.nan}):
+        with pytest.raises(ValueError, match="a file can't hold the network's `settings`"):
+            ptq.save(ptq.quantize(Masked(settings).eval(), W16), W16, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "norm.running_var"])
+def test_weights_and_statistics_are_finite(name):
+    network = nn.Sequential()
+    network.fc, network.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    network.state_dict()[name].fill_(torch.inf)
+    with pytest.raises(ValueError, match=f"{name} of the network is not finite"):
+        ptq.quantize(network, W16)
+
+
+def test_features_kept_with_their_gradient_are_named():
+    network = Masked(None).eval()
+    network(draw(4, 4))
+    with pytest.raises(ValueError, match="call it under torch.no_grad"):
+        ptq.quantize(network, W16)
+    with torch.no_grad():
+        network(draw(4, 4))
+    ptq.quantize(network, W16)
+
+
+def test_codes_and_scales_are_taken_in_any_width(tmp_path, monkeypatch):
+    def wide(model, *_):
+        codes, scale = nearest_codes(model[0])
+        model[0].set_weight(codes.to(torch.int8), scale.double())
+
+    monkeypatch.setitem(STEPS, "wide", wide)
+    network = nn.Sequential(nn.Linear(4, 3)).eval()
+    recipe = Recipe("wide", layers=(LayerSpec("0", ptq.Uniform(8)),), steps=("wide",))
+    ptq.save(ptq.quantize(network, recipe, [(draw(8, 4), None)]), recipe, tmp_path / "a")
+    assert ptq.load(tmp_path / "a", network)
