@@ -127,8 +127,8 @@ def write_rows(pairs, args) -> int:
     It is 1 or 2 if a row failed; the others went on.
     """
     done, status = [], 0
-    for subject, recipe in pairs:
-        n = calibration_images(recipe, args.calibration_images)
+    numbers = [calibration_images(recipe, args.calibration_images) for _, recipe in pairs]
+    for (subject, recipe), n in zip(pairs, numbers):
         for engine in engines_for(recipe, args.engines):
             what = f"{subject.name} {recipe.name}@{engine.NAME}"
             try:

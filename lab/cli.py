@@ -45,7 +45,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage, which --help shows."""
+    """A parser whose errors are one line, without the usage, which --help shows.
+
+    It refuses empty values: a script would take them for options that were not given.
+    """
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"{'/'.join(action.option_strings) or action.dest} is empty")
+        return parsed
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help lists all options)\n")

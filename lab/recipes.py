@@ -52,7 +52,8 @@ def calibration_images(recipe: Recipe, asked: int | None) -> int:
 def read_recipe(path) -> Recipe:
     """Return the recipe in a JSON file, such as `quantize.py --suggest` writes.
 
-    BadInput if there is none, or one without layers or with a name that files can't have.
+    BadInput if there is none, or one without layers, with a name that files can't have, or with
+    that of another recipe.
     """
     recipe = checked_recipe(read_json(path), path)
     if not re.fullmatch(r"[\w.-]{1,60}", recipe.name) or not recipe.layers:
@@ -60,7 +61,16 @@ def read_recipe(path) -> Recipe:
             f"{shortened(path)}: a recipe in a file has layers and a name of at most 60 letters, "
             "digits, dots, hyphens and underscores: files of results are called by it"
         )
+    if ptq.RECIPES.get(recipe.name, recipe) != recipe or _names_budget(recipe.name):
+        raise BadInput(f"{shortened(path)}: {recipe.name} is another recipe: choose a new name")
     return recipe
+
+
+def _names_budget(name: str) -> bool:
+    try:
+        return bool(mixed.parse_name(name))
+    except ValueError:
+        return False
 
 
 def checked_recipe(value, path) -> Recipe:

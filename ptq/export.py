@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ptq.folding import fold_norms, spread_scales
 from ptq.formats import Uniform
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, check_inputs
 from ptq.recipe import exportable_input, exportable_weight
 
 OPSET = 21  # the first with INT4
@@ -41,8 +41,9 @@ def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | Non
 
     Raises ValueError for what is not written: activations in more than 8 bits, or in fewer with a
     scale per channel, weights of more than 8 bits or with scales per group, quantized inputs of
-    norms and SiLU.
+    norms and SiLU, anything else before a quantized layer.
     """
+    check_inputs(model)
     model = copy.deepcopy(model).eval()
     spread_scales(model)
     fold_norms(model, [(example,)])

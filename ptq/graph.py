@@ -1,6 +1,7 @@
 """What feeds what in a network, and what goes into and comes out of its modules."""
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -15,6 +16,7 @@ from ptq.layers import (
     QuantizedAttentionCore,
     QuantizedLayer,
     Quantizer,
+    computes_as,
     owns_weight,
 )
 
@@ -26,7 +28,7 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
 
     `batches` are needed for networks that torch.fx can't trace; without them, such a network has
     no pairs. A batch norm that does more, such as one with an activation in it, is in no pair, nor
-    is a convolution whose weight is computed at each call.
+    is a convolution with a forward of its own or whose weight is computed at each call.
     """
     modules = dict(model.named_modules())
     norms = {n for n, m in modules.items() if type(m) is nn.BatchNorm2d and has_statistics(m)}
@@ -35,7 +37,7 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     for producer, (consumer, *others) in fed.items():
         layer = modules[producer]
         convolution = isinstance(layer, QuantizedLayer) or (
-            isinstance(layer, nn.Conv2d) and owns_weight(layer)
+            computes_as(layer, nn.Conv2d) and owns_weight(layer)
         )
         if consumer in norms and not others and convolution:
             pairs[consumer] = producer
@@ -56,8 +58,8 @@ def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
     return {
         producer: fed
         for producer, fed in consumers(model, batches).items()
-        if isinstance(modules[producer], nn.LayerNorm)
-        and all(isinstance(modules.get(name), nn.Linear) for name in fed)
+        if computes_as(modules[producer], nn.LayerNorm)
+        and all(computes_as(modules.get(name), nn.Linear) for name in fed)
     }
 
 
@@ -84,12 +86,23 @@ def consumers(model: nn.Module, batches=None) -> dict[str, list[str | None]]:
 
 
 class Tracer(torch.fx.Tracer):
-    """Traces a network and keeps each of our layers as one node."""
+    """Traces a network and keeps each of our layers as one node, and what may become one."""
 
     def is_leaf_module(self, module, name):
         kinds = QuantizedLayer | QuantizedAttentionCore | Quantizer | IntegerLayer
-        ours = isinstance(module, kinds)
+        ours = isinstance(module, kinds) or any(computes_as(module, kind) for kind in PRODUCERS)
         return ours or super().is_leaf_module(module, name)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """Take a call as a caller with images makes it: what has a default keeps it.
+
+        torch.fx alone would give such an argument a value that is never None.
+        """
+        _, first, *others = inspect.signature(root_fn).parameters.values()
+        named = (p for p in others if p.kind is p.POSITIONAL_OR_KEYWORD)
+        given = [first, *(p for p in named if p.default is p.empty)]
+        proxies = [self.create_proxy("placeholder", p.name, (), {}) for p in given]
+        return root_fn, [self.root, *proxies]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ A method that brings layers of its own is a file in ptq/methods and its lines he
 from torch import nn
 
 from mobilevit import AttentionCore
-from ptq.layers import pointwise_layer, product_core, product_layer
+from ptq.layers import computes_as, pointwise_layer, product_core, product_layer
 from ptq.methods.fq_vit import LogSoftmaxCore, PowerOfTwoNorm
 from ptq.methods.ibert import IBertActivation, IBertCore, IBertNorm
 from ptq.methods.ivit import ShiftActivation, ShiftmaxCore, ShiftNorm
@@ -38,8 +38,4 @@ def quantized(module: nn.Module, spec: LayerSpec) -> nn.Module:
 
 
 def _entry(types: dict, module: nn.Module):
-    """Return the entry for a module; None for a subclass with a forward of its own."""
-    for kind, entry in types.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return entry
-    return None
+    return next((entry for kind, entry in types.items() if computes_as(module, kind)), None)

@@ -105,6 +105,15 @@ class QuantizedLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which some networks call
         return self.layer(self.input(input))
 
+    def __getattr__(self, name: str):
+        """Return the layer's own attribute, such as `in_features`, for networks that read it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer" or name.startswith("__"):  # while it is copied or unpickled
+                raise
+            return getattr(self.layer, name)
+
     @property
     def weight(self) -> Tensor:
         """Return what the layer multiplies by; transformers looks at its type."""
@@ -121,15 +130,39 @@ class QuantizedLayer(nn.Module):
 
         ValueError for codes that the format does not have, and for scales that are not above 0.
         """
-        qmin, qmax = self.format.qmin, self.format.qmax
+        qmin, qmax, scale = self.format.qmin, self.format.qmax, scale.float()
         if codes.is_floating_point() or codes.shape != self.layer.weight.shape:
             raise ValueError(f"codes of a weight are integers of its shape, not {codes.dtype}")
         if codes.numel() and not qmin <= int(codes.min()) <= int(codes.max()) <= qmax:
             raise ValueError(f"codes of a weight lie from {qmin} to {qmax}: clamp them")
         if scale.dim() != 1 or not ((scale > 0) & scale.isfinite()).all():
             raise ValueError("scales of a weight are positive numbers [G]")
-        self.codes, self.scale = codes, scale
-        self.layer.weight.copy_(self.format.decode(codes, scale))
+        self.codes, self.scale = codes.int(), scale
+        self.layer.weight.copy_(self.format.decode(self.codes, scale))
+
+
+def check_inputs(model: nn.Module) -> None:
+    """Raise ValueError if anything but its quantizer stands before a quantized layer."""
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLayer):
+            continue
+        if not isinstance(module.input, Quantizer | nn.Identity):
+            what = f"{name}.input is a {type(module.input).__name__}, which no file holds"
+            raise ValueError(f"{what}: steps leave the input of a layer as it is")
+
+
+def own_buffers(model: nn.Module) -> set[str]:
+    """Return names of buffers that are the network's own, such as masks: these may be infinite.
+
+    Statistics of norms are not, nor is what layers of ours hold.
+    """
+    ours = Quantizer | QuantizedLayer | IntegerLayer
+    return {
+        f"{name}.{buffer}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not (isinstance(module, ours) or hasattr(module, "running_mean"))
+        for buffer, _ in module.named_buffers(recurse=False)
+    }
 
 
 class IntegerLayer(nn.Module):
@@ -179,6 +212,11 @@ def product_layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> QuantizedLay
 def owns_weight(layer: nn.Module) -> bool:
     """Say whether a layer's weight is its parameter; pruned and normed ones compute it."""
     return "weight" in layer._parameters
+
+
+def computes_as(module: nn.Module, kind: type) -> bool:
+    """Say whether a module is of `kind` and has no forward of its own, which may do anything."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def product_core(core: AttentionCore, spec: LayerSpec) -> nn.Module:

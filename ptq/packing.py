@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
-from ptq.layers import QuantizedLayer, Quantizer
-from ptq.pipeline import attach, layer_specs
+from ptq.layers import QuantizedLayer, Quantizer, check_inputs, own_buffers
+from ptq.pipeline import attach, check_formats, layer_specs
 from ptq.recipe import Recipe
 
 GRID = ("scale", "zero_point")  # of a quantizer
@@ -66,9 +66,13 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
 
     Packed codes and scales take the place of weights, everything else stays as it is. The header
     holds the recipe and the network's `settings`, if it has any. OSError if it can't be written,
-    ValueError if the recipe has a pattern that `load` would refuse.
+    ValueError for a network that another recipe quantized, and for what `load` would refuse: a
+    pattern of the recipe, anything but a quantizer before a quantized layer, or `settings` that are
+    no JSON.
     """
     check_patterns(recipe)
+    check_formats(model, recipe)
+    check_inputs(model)
     tensors = dict(model.state_dict())
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and module.format is not None:
@@ -78,7 +82,7 @@ def save(model: nn.Module, recipe: Recipe, path) -> None:
             tensors.pop(f"{name}.num_batches_tracked", None)  # of use in training only
     # A copy of each, because a file holds no tensor at two places.
     tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    header = {"recipe": recipe.asdict(), "settings": getattr(model, "settings", None)}
+    header = {"recipe": recipe.asdict(), "settings": _settings(model)}
     metadata = {key: json.dumps(value) for key, value in header.items()}
     try:
         save_file(tensors, path, metadata=metadata)
@@ -100,7 +104,7 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} holds no quantized network: {error}") from error
-    ours = getattr(model, "settings", None)
+    ours = _settings(model)
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
     check_patterns(recipe)
@@ -112,6 +116,14 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} holds another network: {error}") from error
     return model.to(device), recipe
+
+
+def _settings(model: nn.Module):
+    """Return a network's `settings`, if any, as JSON gives them back; ValueError for no JSON."""
+    try:
+        return json.loads(json.dumps(getattr(model, "settings", None), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a file can't hold the network's `settings`: {error}") from error
 
 
 def check_patterns(recipe: Recipe) -> None:
@@ -146,8 +158,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 rebuilt |= {f"{name}.codes", f"{name}.layer.weight"}
         elif isinstance(module, nn.BatchNorm2d):
             rebuilt.add(f"{name}.num_batches_tracked")
+    own = own_buffers(model)
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if name not in own and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
     state = OrderedDict(tensors)
     state._metadata = model.state_dict()._metadata  # versions, which some modules ask for

@@ -1,13 +1,23 @@
 """The way from a float network and a recipe to the quantized network."""
 
 import copy
+import inspect
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ptq.folding import make_norms_positive, untie
 from ptq.kinds import LAYERS, kinds_of, quantized
-from ptq.layers import COMPUTED, IntegerLayer, QuantizedLayer, Quantizer, located
+from ptq.layers import (
+    COMPUTED,
+    IntegerLayer,
+    QuantizedLayer,
+    Quantizer,
+    check_inputs,
+    located,
+    own_buffers,
+)
 from ptq.methods import STEPS
 from ptq.observers import OBSERVERS
 from ptq.recipe import LayerSpec, Recipe
@@ -31,7 +41,7 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     if recipe.calibrates:
         check_batches(model, recipe, batches)
     check_values(model)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     with torch.no_grad():
         if recipe.layers:
             reference = with_quantized_layers(model, recipe, batches)
@@ -40,6 +50,19 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             check_complete(model, recipe)
     check_values(model)
     return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network; ValueError if it keeps a tensor that a gradient goes through."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise ValueError(
+            "the network keeps a tensor of its last call, which can't be copied with its gradient: "
+            "call it under torch.no_grad() first"
+        ) from error
 
 
 def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
@@ -58,7 +81,7 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
     """
     check_batches(model, recipe, batches)
     check_values(model)
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = copied(model).eval().requires_grad_(False)
     reference = with_quantized_layers(twin, recipe, batches)
     if "equalize" in recipe.steps:
         STEPS["equalize"](twin, reference, batches, recipe)
@@ -66,11 +89,15 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise ValueError for a tensor that is not finite, floats not of 32 bits, computed weights."""
+    """Raise ValueError for a tensor that is not finite, floats not of 32 bits, computed weights.
+
+    Buffers of the network's own may be infinite, as masks of attention are.
+    """
+    own = own_buffers(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name} of the network is {tensor.dtype}: call float() first")
-        if not tensor.isfinite().all():
+        if name not in own and not tensor.isfinite().all():
             raise ValueError(f"{name} of the network is not finite")
     for name, module in model.named_modules():
         if isinstance(vars(module).get("weight"), Tensor):  # put there by a hook
@@ -78,7 +105,11 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_complete(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ValueError if the recipe's steps left a format without codes or a scale."""
+    """Raise ValueError if the recipe's steps left a format without codes or a scale.
+
+    Or if they put something before a quantized layer.
+    """
+    check_inputs(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.format:
             if module.codes is None:
@@ -89,14 +120,41 @@ def check_complete(model: nn.Module, recipe: Recipe) -> None:
             raise ValueError(f"no step of recipe {recipe.name} calibrates the input of {name}")
 
 
+def check_formats(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError unless each layer of a quantized network has the recipe's formats.
+
+    Observers may differ: they choose ranges, and are done.
+    """
+    outer = None  # the replaced layer whose parts come next
+    for name, module in model.named_modules():
+        if outer is not None and name.startswith(f"{outer}."):
+            continue
+        made = vars(module).get("spec")
+        made = made if isinstance(made, LayerSpec) else None
+        outer = name if made else None
+        asked = recipe.layer_spec(name, {made.kind} if made else kinds_of(module))
+        if _formats(asked) != _formats(made):
+            raise ValueError(f"{name or 'the network'} is not as recipe {recipe.name} quantizes it")
+
+
+def _formats(spec: LayerSpec | None) -> LayerSpec | None:
+    return spec and replace(spec, pattern="", weight_observer="", input_observer="")
+
+
 def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     """Raise ValueError unless `batches` is what the recipe's steps need.
 
-    That is, it can be gone through more than once with the same result, is large enough, and has
-    finite inputs, not all the same, on the network's device.
+    That is, the network takes one tensor, and `batches` can be gone through more than once with
+    the same result, is large enough, and has finite inputs, not all the same, on the network's
+    device.
     """
     if batches is None or iter(batches) is batches:
         raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches")
+    arguments = inspect.signature(model.forward).parameters.values()
+    needed = [p for p in arguments if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 1:
+        names = ", ".join(p.name for p in needed)
+        raise ValueError(f"the network takes {names}, but networks are called with one tensor")
     parameter = next(model.parameters(), torch.empty(0))
     follows_norms = any(step.endswith("norms") for step in recipe.steps)
     first, n, alike = None, 0, True
@@ -158,6 +216,7 @@ def attach(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
         places = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
         with located(name):
             layer = quantized(layer, spec)
+        layer.spec = spec  # by which a file is checked
         for place in places:
             model.set_submodule(place, layer)
     for module in model.modules():

@@ -42,6 +42,12 @@ class LayerSpec:
         _require_pattern(self.pattern)
         if self.kind != "product" and self.weight is not None:
             raise ValueError(f"{self.kind} layers keep their weights in float")
+        for format in (self.input, self.attention, self.output):
+            if getattr(format, "granularity", "tensor") == "channel" and format.axis == 0:
+                raise ValueError(
+                    "axis 0 of activations counts images, which would get a scale each: channels "
+                    "are at axis=1 or axis=-1"
+                )
         if self.attention and not self.input:
             raise ValueError("a softmax is quantized with q, k and v: the entry has no input")
         if self.kind in ("product", "pointwise"):

@@ -31,7 +31,7 @@ def test_a_budget_gives_a_row_with_its_recipe_whole_that_is_measured_again(check
     assert "| yes |" in out
     fails_with_one_line(
         *command, "--recipes", "mixed-3bits-w4a8-nearest", "--output", tmp_path,
-        says="recipe mixed-3bits-w4a8-nearest: a budget of 3 bits is below the smallest "
+        says="argument --recipes: a budget of 3 bits is below the smallest "
         "allocation, 4",
     )  # fmt: skip
     fails_with_one_line(

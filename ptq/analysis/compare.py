@@ -10,8 +10,8 @@ def compare_models(model: nn.Module, other: nn.Module, batches) -> dict[str, flo
 
     {"mse", "mae", "top1_agreement_pct", "n_images"}. `batches`: (input [b, ...], anything) pairs.
     Both networks give logits [b, K], or something that holds them as `logits`, as transformers do.
-    ValueError for a network in training mode, for no images, and for logits that are not finite or
-    of different shapes.
+    ValueError for a network in training mode, for no images, for other outputs, and for logits that
+    are not finite or of different shapes.
     """
     if model.training or other.training:
         raise ValueError("networks are compared in evaluation mode: call eval() first")
@@ -20,6 +20,8 @@ def compare_models(model: nn.Module, other: nn.Module, batches) -> dict[str, flo
         a, b = logits_of(model(x)).double(), logits_of(other(x)).double()
         if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError("logits can't be compared: not finite, or of different shapes")
+        if a.dim() != 2:
+            raise ValueError(f"classes are compared by logits [b, K], not {list(a.shape)}")
         squares += (a - b).square().sum().item()
         absolutes += (a - b).abs().sum().item()
         n_agree += int((a.argmax(1) == b.argmax(1)).sum())

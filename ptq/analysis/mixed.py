@@ -7,7 +7,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import ceil
+from math import ceil, isinf
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class Budget(NamedTuple):
 def parse_name(name: str) -> Budget:
     """Return the budget in mixed-5bits, mixed-700000bytes-fisher or mixed-0.4mJ-noise-w4-gptq.
 
-    Cost and base may be left out. ValueError for other names.
+    Cost and base may be left out. ValueError for other names, and for budgets that no network has.
     """
     found = _NAME.fullmatch(name)
     try:
@@ -63,6 +63,10 @@ def parse_name(name: str) -> Budget:
             f"mixed-9ms, and behind it -{', -'.join(COSTS)} or a recipe such as -w4-gptq"
         ) from error
     budget = Budget(amount, found[2], found[3] or COST, found[4] or BASE)
+    if budget.unit == "bits":
+        _check_budget(amount, BITS[0], BITS[-1], "bits")
+    if isinf(amount):
+        raise ValueError(f"{name[:60]} names no finite budget")
     if budget.base not in RECIPES:
         raise ValueError(f"{name[:60]} starts from {budget.base}, which is no recipe")
     return budget
@@ -142,7 +146,6 @@ def within_bytes(model, batches, costs: Mapping, budget: float, unit: str, named
     smallest, largest = (dict.fromkeys(costs, bits) for bits in (BITS[0], BITS[-1]))
     low, high = (file_bytes(model, named(bits), batches) for bits in (smallest, largest))
     if unit == "bits":
-        _check_budget(budget, BITS[0], BITS[-1], unit)
         budget = low + (high - low) * (budget - BITS[0]) / (BITS[-1] - BITS[0])
     _check_budget(budget, low, high, "bytes")
     if budget == high:

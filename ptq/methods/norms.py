@@ -86,7 +86,7 @@ def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
     every = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     norms = {name: norm for name, norm in every.items() if has_statistics(norm)}
     for norm in norms.values():
-        norm.train()
+        norm.training = True  # not its children, such as timm's dropout
     seen = Counter()
 
     def weigh(norm, args):
