@@ -12,7 +12,7 @@ from lab.models.checkpoint import MAX_IMG_SIZE
 from lab.profiles import EXCEPTIONS
 from lab.tasks import TASKS
 from mobilevit import MIN_IMG_SIZE
-from ptq import RECIPES
+from ptq import RECIPES, recipe
 from ptq.analysis import mixed
 from ptq.recipes.baselines import PROTOCOL
 
@@ -33,14 +33,17 @@ def flags(*names: str) -> str:
 
 
 def recipe_name(text: str) -> str:
-    """Return `text` if it is a name in RECIPES, a budget for mixed precision, or a JSON file.
+    """Return `text` if a recipe has this name, or for a mixed precision's budget or a JSON file.
 
     It is the type of --recipes: ArgumentTypeError for other text.
     """
     if text.endswith(".json"):
         return text
     if not text.startswith(mixed.PREFIX):
-        return cli.known(RECIPES, "recipe")(text)
+        try:
+            return recipe(text).name
+        except ValueError:
+            return cli.known(RECIPES, "recipe")(text)  # says which names are close
     try:
         mixed.parse_name(text)
     except ValueError as error:

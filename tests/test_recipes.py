@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from small import draw, small_network
 from torch import nn
 
 import ptq
@@ -16,6 +17,26 @@ from ptq.recipes import RECIPES
 W8A8 = Recipe(
     "test", layers=(LayerSpec(".*", Uniform(8, granularity="channel"), Uniform(8, False)),)
 )
+
+
+@pytest.mark.parametrize("base", ["w8a8", "fq-vit", "i-bert", "i-bert-published", "i-vit"])
+@pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "kl"])
+def test_a_name_may_end_in_an_observer_and_in_one_scale_a_weight(base, observer):
+    model = small_network()
+    spoken = ptq.recipe(f"{base}-{observer}-tensor", model)
+    assert spoken.name == f"{base}-{observer}-tensor" and spoken.steps == RECIPES[base].steps
+    batches = [(draw(4, 3, 64, 64, seed=k), None) for k in range(2)]
+    quantized = ptq.quantize(model, spoken, batches)
+    layers = [layer for layer in quantized.modules() if isinstance(layer, QuantizedLayer)]
+    assert layers and all(layer.scale.shape == (1,) for layer in layers)
+    seen = {m.observer_name for m in quantized.modules() if isinstance(m, Quantizer)}
+    assert seen - {"factors"} == {observer}  # FQ-ViT's norms have ranges with factors
+
+
+@pytest.mark.parametrize("name", ["w4-kl", "w8a8-mse", "fp32-tensor", "i-bert-taste", "-kl"])
+def test_names_whose_end_changes_nothing_are_refused(name):
+    with pytest.raises(ValueError, match="would be|no recipe is called"):
+        ptq.recipe(name)
 
 
 def test_recipes_that_contradict_themselves_are_refused():
