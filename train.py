@@ -135,7 +135,9 @@ def train(args, world: World) -> int:
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:
-        network = torch.compile(network, dynamic=False)  # once a side, and faster than for any
+        # Once a side, and faster than for any. Beyond its limit torch would not compile any more.
+        torch._dynamo.config.recompile_limit = max(8, len(set(sides)))
+        network = torch.compile(network, dynamic=False)
 
     def run_of(stages: list[Stage]) -> Run:
         warmup = args.warmup_epochs or 0  # of a trial, none is chosen yet
