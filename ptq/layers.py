@@ -202,6 +202,10 @@ def product_layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> QuantizedLay
     if isinstance(layer, nn.Conv2d):
         if layer.padding == "valid":
             layer.padding = (0, 0)
+        if layer.padding == "same":
+            both = [gap * (k - 1) for k, gap in zip(layer.kernel_size, layer.dilation)]
+            if not any(n % 2 for n in both):  # else one side has a zero more
+                layer.padding = tuple(n // 2 for n in both)
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise ValueError("convolutions are quantized only with a number of zeros around them")
     if not owns_weight(layer):

@@ -292,3 +292,19 @@ def test_codes_and_scales_are_taken_in_any_width(tmp_path, monkeypatch):
     recipe = Recipe("wide", layers=(LayerSpec("0", ptq.Uniform(8)),), steps=("wide",))
     ptq.save(ptq.quantize(network, recipe, [(draw(8, 4), None)]), recipe, tmp_path / "a")
     assert ptq.load(tmp_path / "a", network)
+
+
+@pytest.mark.parametrize("kernel, dilation", [(3, 1), ((1, 5), 2), (2, 2)])
+def test_zeros_around_a_convolution_may_be_called_same(kernel, dilation):
+    network = nn.Sequential(nn.Conv2d(3, 4, kernel, padding="same", dilation=dilation)).eval()
+    quantized = ptq.quantize(network, W16)
+    assert noise(quantized(X), network(X)) < 1e-7
+
+
+def test_an_entry_without_formats_leaves_layers_in_float():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)).eval()
+    recipe = ptq.recipe("w8a8", network)
+    recipe = replace(recipe, layers=(LayerSpec("2"), *recipe.layers))
+    quantized = ptq.quantize(network, recipe, BATCHES)
+    assert torch.equal(quantized[2].weight, network[2].weight)
+    assert not torch.equal(quantized[0].weight, network[0].weight)

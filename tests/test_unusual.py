@@ -249,7 +249,7 @@ def test_padding_by_words_is_taken_or_refused_by_name():
     with torch.no_grad():
         assert noise(ptq.quantize(network, W16)(X), network(X)) < 1e-8
     with pytest.raises(ValueError, match="0: convolutions are quantized only with a number"):
-        ptq.quantize(after(nn.Conv2d(3, 8, 3, padding="same")), W16)
+        ptq.quantize(after(nn.Conv2d(3, 8, 4, padding="same")), W16)
     with pytest.raises(ValueError, match="a single layer: put it into an nn.Sequential"):
         ptq.quantize(nn.Linear(4, 4), W16)
 
