@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import cli
 from lab.cli import BadInput
 
 try:
@@ -47,6 +48,7 @@ def command(argv) -> Callable[[], None]:
 
     def run():
         sys.argv = [str(arg) for arg in argv]
+        cli.BEGAN = time.monotonic()  # the command's, and not that of this process
         script(sys.argv[0]).main()
 
     return run
