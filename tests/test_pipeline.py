@@ -144,7 +144,7 @@ def test_calibration_images_that_are_not_numbers_are_refused(recipe, model, batc
 
 
 def test_convolutions_with_other_than_zeros_around_are_refused():
-    for conv in (nn.Conv2d(3, 4, 3, 1, 1, padding_mode="reflect"), nn.Conv2d(3, 4, 3, 1, "same")):
+    for conv in (nn.Conv2d(3, 4, 3, 1, 1, padding_mode="reflect"), nn.Conv2d(3, 4, 2, 1, "same")):
         with pytest.raises(ValueError, match="zeros around them"):
             ptq.quantize(nn.Sequential(conv), Recipe("r", layers=(LayerSpec(".*", Uniform(4)),)))
 
