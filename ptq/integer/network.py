@@ -28,9 +28,9 @@ from ptq.integer.rescale import OutOfRange, fits
 from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
-# What recipes compute in integers, as quantized without that.
-COMPUTED = (QuantizedLayer, QuantizedAttentionCore, AttentionCore, nn.Conv2d, nn.Linear)
-COMPUTED += (nn.LayerNorm, nn.SiLU, nn.GELU)
+# Layers that recipes such as i-bert compute in integers, in float or quantized otherwise.
+QUANTIZABLE = (QuantizedLayer, QuantizedAttentionCore, AttentionCore, nn.Conv2d, nn.Linear)
+QUANTIZABLE += (nn.LayerNorm, nn.SiLU, nn.GELU)
 
 
 class IntegerNetwork(nn.Module):
@@ -146,7 +146,7 @@ def image_quantizer(network: nn.Module, traced: torch.fx.Graph) -> Quantizer:
 
 def advice(layer: nn.Module | None) -> str:
     """Say what to do about a layer in float, or about a function, which is None."""
-    return ADVICE if isinstance(layer, COMPUTED) else "no recipe computes it in integers"
+    return ADVICE if isinstance(layer, QUANTIZABLE) else "no recipe computes it in integers"
 
 
 def same_grid(a: Quantizer, b: Quantizer) -> bool:
