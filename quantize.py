@@ -38,10 +38,10 @@ import torch
 import ptq
 from lab import files, machine
 from lab.cli import BadInput
-from lab.engines import EngineMissing, integer, require_formats, torch_eager
+from lab.engines import EngineMissing, require_formats
 from lab.engines.measure import latency
 from lab.engines.products import quantized_products
-from lab.engines.registry import ENGINES, engines_for, row_kind
+from lab.engines.registry import ENGINES, IN_TORCH, engines_for, row_kind
 from lab.options import CLASSIFIERS_ONLY, flags, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
 from lab.profiles import profile_folder, write_profile
@@ -165,7 +165,7 @@ def kept(row: dict) -> str:
 
 def quantized_for(engine, subject: Subject, recipe: Recipe, n: int | None) -> dict:
     """Return what `quantized` gives; EngineMissing, before that work, if `engine` can't run it."""
-    if not (recipe.peer or engine in (torch_eager, integer)):
+    if not (recipe.peer or engine in IN_TORCH):
         require_formats(recipe)
     engine.version()  # which may be missing
     return quantized(subject, recipe, n)

@@ -1,7 +1,6 @@
 """Networks of integers alone: the bits of both ways, no float inside, what the recipe simulates."""
 
 import copy
-import json
 from fractions import Fraction
 from itertools import product
 
@@ -16,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 import ptq
 from lab.cli import BadInput
 from lab.engines import integer as engine
+from lab.engines import torch_float64
 from lab.models import vit
+from lab.report.rows import read_row
 from mobilevit import AttentionCore
 from ptq.analysis.compare import noise
 from ptq.formats import Uniform
@@ -315,12 +316,24 @@ def test_a_row_of_kind_integer(checkpoint, tmp_path):
     settings += ("--img-size", 64)  # at 32, the last feature map is a single pixel
     run(
         "quantize.py", "--checkpoint", checkpoint, "--recipes", "i-bert", "--engines", "integer",
-        "torch-eager", *settings, "--output", tmp_path,
+        "torch-eager", "torch-float64", *settings, "--output", tmp_path,
     )  # fmt: skip
-    rows = {row["kind"]: row for row in map(json.loads, map(open_text, tmp_path.rglob("*.json")))}
-    assert set(rows) == {"integer", "simulated"}
-    assert rows["integer"]["predictions"] == rows["simulated"]["predictions"]
+    found = [read_row(path) for path in tmp_path.rglob("*.json")]
+    rows = {row["engine"]: row for row in found}
+    kinds = [rows[name]["kind"] for name in ("integer", "torch-eager", "torch-float64")]
+    assert kinds == ["integer", "simulated", "simulated"] and len(found) == 3
+    for name in ("torch-eager", "torch-float64"):
+        assert rows["integer"]["predictions"] == rows[name]["predictions"]
 
 
-def open_text(path):
-    return path.read_text()
+@torch.no_grad()
+def test_integers_are_nearer_to_float64_than_float32_is():
+    quantized = quantized_by(small_network, "i-bert")
+    x = draw(4, 3, 32, 32, seed=9)
+    recipe = ptq.recipe("i-bert", small_network())
+    exact = torch_float64.load(quantized, recipe, None, x[:1]).run(x)
+    network = ptq.integer_network(quantized)
+    assert exact.dtype == torch.float64 and next(quantized.parameters()).dtype == torch.float32
+    integers, float32 = network.decode(network(network.encode(x))), quantized(x)
+    assert (integers - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert noise(float32, exact) > noise(integers, exact)

@@ -11,11 +11,13 @@ from lab.engines import (
     published,
     tensorrt_gpu,
     torch_eager,
+    torch_float64,
     torch_fx,
     torch_pt2e,
 )
 
-OURS = (torch_eager, integer, onnx_runtime, openvino_cpu, openvino_bf16)
+IN_TORCH = (torch_eager, torch_float64, integer)
+OURS = (*IN_TORCH, onnx_runtime, openvino_cpu, openvino_bf16)
 ON_GPU = (tensorrt_gpu,)
 PEERS = (  # quantize by themselves
     *(published, torch_fx, openvino_nncf, openvino_nncf_control),
@@ -37,5 +39,6 @@ def row_kind(recipe, engine) -> str:
     """
     if engine is integer:
         return "integer"
-    simulates = engine is published or (engine is torch_eager and recipe.layers)
+    only_simulates = engine in (published, torch_float64)
+    simulates = only_simulates or (engine is torch_eager and recipe.layers)
     return "simulated" if simulates else "measured"

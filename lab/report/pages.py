@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lab.cli import BadInput
 from lab.files import write_text
-from lab.report import ablations, energy, neighbours, studies, tables
+from lab.report import ablations, energy, integers, neighbours, studies, tables
 from lab.report.results import Results
 
 PAGES = {  # page: {block that it holds: its Markdown, a function of Results}
@@ -34,6 +34,7 @@ PAGES = {  # page: {block that it holds: its Markdown, a function of Results}
         "sizes": lambda found: tables.sizes_table(found.input_sizes),
         "benchmarks": lambda found: studies.benchmarks_table(found.benchmarks),
     },
+    "docs/methods.md": {"integers": lambda found: integers.integers_table(found.rows)},
     "docs/tasks.md": {
         "detection": lambda found: tables.task_table(found.rows_of("detection")),
         "detection-runs": lambda found: studies.commands_block(found.runs_of("detection")),

@@ -34,12 +34,10 @@ TITLES = {  # the published protocol
 }
 PRODUCTS = {"Conv": "convolutions", "MatMul": "matrix products"}
 BASELINE = ("fp32", "torch-eager")
+EXACT = "torch-float64"  # the engine that simulates in float64
 HEADLINE = (BASELINE, ("fp32", "openvino"), ("w8a8", "openvino"), ("w4", "openvino"))
 HEADLINE_COLUMNS = ("Model", "Method", "Engine", "Accuracy %", "Δ points (changed)", "MB", "Faster")
-SIMULATED_COLUMNS = (
-    *("Model", "Method", "Accuracy %", "Δ points (changed)", "MB", "Smaller"),
-    "File",
-)
+SIMULATED_COLUMNS = (*HEADLINE_COLUMNS[:2], *HEADLINE_COLUMNS[3:6], "Smaller", "File")
 NOT_OF_TASKS = ("ms (FP32 beside it)", "Smaller")
 SIZE_SWEEP = ("fp32", "w8a8")  # recipes of the sweep over input sides, on OpenVINO
 WORDS = {  # columns that hold no numbers
@@ -152,8 +150,8 @@ def changed_predictions(row: dict, baseline: dict) -> int:
     return sum(a != b for a, b in zip(row["predictions"], baseline["predictions"], strict=True))
 
 
-def simulated_row(row: dict, rows: list[dict]) -> dict | None:
-    """Return the row of the same recipe on the same images, simulated; None if there is none.
+def simulated_row(row: dict, rows: list[dict], engine: str = BASELINE[1]) -> dict | None:
+    """Return the row of the same recipe on the same images, simulated by `engine`, or None.
 
     GPTQ's codes depend on the CPU, so it is one from a CPU of the same name.
     """
@@ -162,8 +160,8 @@ def simulated_row(row: dict, rows: list[dict]) -> dict | None:
         same = ("checkpoint_sha256", "split", "img_size", "seed", "n_images", "cpu")
         return of["recipe"]["name"], *(of[name] for name in same)
 
-    others = (r for r in rows if r["kind"] == "simulated" and setting(r) == setting(row))
-    return next((other for other in others if other is not row), None)
+    others = (r for r in rows if (r["kind"], r["engine"]) == ("simulated", engine) and r is not row)
+    return next((other for other in others if setting(other) == setting(row)), None)
 
 
 def agreement_pct(row: dict, other: dict) -> float:
@@ -204,8 +202,10 @@ def by_side(rows: list[dict]) -> dict[tuple[str, int], dict[str, dict]]:
 
 def arithmetic(row: dict) -> str:
     """Say in which numbers the row's network computed."""
-    if row["kind"] != "measured":
-        return "FP32, simulated" if row["kind"] == "simulated" else "integers alone"
+    if row["kind"] == "integer":
+        return "integers alone"
+    if row["kind"] == "simulated":
+        return "FP64, simulated" if row["engine"] == EXACT else "FP32, simulated"
     products = row["products"]
     if products and any(products["int8"].values()):
         counts = (f"{kind} {n}/{of}" for kind, (n, of) in in_int8(products).items())
@@ -227,7 +227,7 @@ def products_text(products: dict) -> str:
     text = ", ".join(f"{n} of {of} {PRODUCTS[kind]}" for kind, (n, of) in counts.items())
     if "asked" not in products:
         return f"  {text} in INT8"
-    # Of both kinds together: an engine may compute a pointwise convolution as a matrix product.
+    # Of both kinds: an engine may compute a pointwise convolution as a matrix product.
     (n, of), asked = map(sum, zip(*counts.values())), sum(products["asked"].values())
     why = {"by the recipe": of - asked, "for want of a kernel": asked - n}
     floats = ", ".join(f"{m} {reason}" for reason, m in why.items() if m > 0)
