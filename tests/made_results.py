@@ -97,6 +97,7 @@ ROWS = (
     row("w4", "openvino", 89.5, size_bytes=2**19),
     row("int8-nncf", accuracy=80.0, ms=9.0, products=IN_INT8),
     row("w6a6", accuracy=89.5),
+    row("fp32", "torch-float64", accuracy=89.95, kind="simulated"),
     row("i-bert", "integer", changed=2, kind="integer"),
     row("i-bert", changed=3),
     row("i-bert", "torch-float64", kind="simulated"),

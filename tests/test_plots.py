@@ -95,6 +95,7 @@ def test_tables_of_rows(made):
     )
     assert simulated in blocks["simulated"] and "w6a6" not in blocks["engines"]
     assert "| mobilevit_xxs | i-bert | 90.00 | 90.00 | 1 | 2 | 3 |" in blocks["integers"]
+    assert "| FP32 | 89.95 |" in blocks["simulated"] and "torch-float64" not in blocks["results"]
     fp16 = "| mobilevit_xxs | FP16 weights | published | FP32, simulated | 90.00 | +0.00 (0) |"
     assert fp16 in blocks["results"] and " 10.0 (20.0) | - | AVX512" in blocks["results"]
     assert "1.00 (est.) | 4.00x |" in blocks["results"]

@@ -141,7 +141,7 @@ def is_baseline(row: dict) -> bool:
 def in_protocol(row: dict) -> bool:
     """Say whether it is one of the published re-implementation's four rows, all of classifiers."""
     recipe, engine = method(row)
-    ran = engine.startswith("torch") or engine == "published"
+    ran = engine in (BASELINE[1], "torch-fx", "published")
     return recipe in TITLES and ran and has_predictions(row)
 
 
