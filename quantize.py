@@ -299,7 +299,8 @@ def write_exports(pairs, args) -> int:
 
 def write_profiles(pairs, args) -> None:
     """Write what each recipe does to each tensor of its subject."""
-    folders = [profile_folder(*pair, args.output, args.force) for pair in pairs]
+    how = (args.output, args.force, args.suggest)
+    folders = [profile_folder(*pair, *how) for pair in pairs]
     for (subject, recipe), folder in zip(pairs, folders):
         made = functools.partial(quantized, subject, n_calibration=args.calibration_images)
         write_profile(subject, recipe, folder, made, args.workers, args.suggest)
