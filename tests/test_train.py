@@ -182,6 +182,10 @@ def test_a_run_may_stop_before_its_epochs_are_validated(tmp_path):
         for flags, code in (((), 3), (("--resume",), 3), (("--resume",), 0))
     ]
     assert outs[0] == "stopped at step 1 of 2: --resume goes on\n"
+    (whole / "best.pth").rename(whole / "kept.pth")  # as in a run that has validated nothing yet
+    says = "no weights chosen yet: --resume the run"
+    fails_with_one_line("train.py", "--finish", "--output", whole, says=says)
+    (whole / "kept.pth").rename(whole / "best.pth")
     assert outs[1].startswith("epoch 1") and outs[1].endswith("step 2 of 2: --resume goes on\n")
     assert outs[2].startswith("epoch 2") and "of 500" in outs[2]
     ours, theirs = (load_checkpoint(folder / "best.pth") for folder in (whole, broken))
@@ -256,6 +260,14 @@ def test_a_run_cut_short_is_finished_with_the_weights_it_has(tmp_path):
     assert metrics["command"].startswith("python train.py --task synthetic")  # not --finish
     assert load_checkpoint(tmp_path / "best.pth")["test_accuracy_pct"] is not None
     assert run("train.py", "--finish", "--output", tmp_path)[0] == out
+    # It trains on, and no epoch is better.
+    state = read_tensors(tmp_path / "last.pth")
+    torch.save(state | {"best_accuracy": 100.0}, tmp_path / "last.pth")
+    again, _ = run(*command, "--output", tmp_path, "--resume")
+    assert again.endswith(out)
+    before, metrics = metrics, files.read_json(tmp_path / "metrics.json")
+    assert (metrics["epoch"], metrics["epochs_trained"]) == (2, 4)
+    assert metrics["train_s"] > before["train_s"]
     fails_with_one_line("train.py", "--finish", "--lr", "1", says="--finish takes all else from")
 
 
@@ -295,7 +307,7 @@ def test_bad_checkpoints_are_one_line(checkpoint, tmp_path):
     for path, says in (
         (truncated, "not a readable checkpoint"),
         (pickled, "not a readable"),
-        (other, "not a checkpoint of this project"),
+        (other, "it lacks state_dict; mere weights go to --weights"),
         (tmp_path / "absent.pth", "no checkpoint at"),
     ):
         fails_with_one_line("train.py", "--eval", "--checkpoint", path, says=says)
