@@ -26,12 +26,6 @@ EXCLUDED = {
 CLASSIFIERS_ONLY = ("per_layer", "profile")
 
 
-def flags(*names: str) -> str:
-    """Return the names of options as they are typed, in a list."""
-    *first, last = (f"--{name.replace('_', '-')}" for name in names)
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def recipe_name(text: str) -> str:
     """Return `text` if a recipe has this name, or for a mixed precision's budget or a JSON file.
 
@@ -139,15 +133,15 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.rows:
         settings = ("recipes", "engines", "task", "img_size", "model", "calibration_images", "seed")
         if found := given((*settings, "held_out", *EXCLUDED, "force")):
-            p.error(f"--from takes all from the row, {flags(found[0])} excluded")
+            p.error(f"--from takes all from the row, {cli.flags(found[0])} excluded")
         args.force = True  # what is there is what the last call measured
     args.output = args.output or ("runs/results" if args.rows else "results")
     modes = given(EXCLUDED)
     if len(modes) > 1:
-        p.error(f"{flags(*EXCLUDED)} exclude each other")
+        p.error(f"{cli.flags(*EXCLUDED)} exclude each other")
     for mode in modes:
         if given(EXCLUDED[mode]):
-            p.error(f"{flags(mode)} excludes {flags(*EXCLUDED[mode])}")
+            p.error(f"{cli.flags(mode)} excludes {cli.flags(*EXCLUDED[mode])}")
     if args.suggest and not args.profile:
         p.error("--suggest goes with --profile")
     if args.suggest and args.weights:

@@ -120,7 +120,7 @@ def compared(monkeypatch, runs, *options):
     few = ("--task", "synthetic", "--img-size", "64", "--batch-size", "16", "--seeds", "2")
     argv = ["lab.bench", "ablations", *few, "--device", "cpu", "--runs", str(runs), *options]
     monkeypatch.setattr("sys.argv", argv)
-    return bench.BENCHMARKS["ablations"](bench.parse_args())
+    return bench.measured(bench.parse_args())
 
 
 def test_all_take_the_same_steps_and_finished_runs_are_kept(tmp_path, monkeypatch, capsys):

@@ -148,8 +148,8 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         taken = (option, named, *more, "data_dir", "device")
         other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
         if vars(args)[option] and other:
-            excluded = other[0].replace("_", "-")
-            p.error(f"--{option} takes all else from the --{named}, --{excluded} excluded")
+            excluded = cli.flags(other[0])
+            p.error(f"--{option} takes all else from the --{named}, {excluded} excluded")
     settle_task(p, args)
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
@@ -197,5 +197,5 @@ def settle_task(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return
     given = [option for option in OF_CLASSIFICATION if vars(args)[option]]
     if given:
-        p.error(f"--{given[0].replace('_', '-')} is not for --task {args.task}")
+        p.error(f"{cli.flags(given[0])} is not for --task {args.task}")
     args.label_smoothing = 0.0
