@@ -182,10 +182,6 @@ def test_a_run_may_stop_before_its_epochs_are_validated(tmp_path):
         for flags, code in (((), 3), (("--resume",), 3), (("--resume",), 0))
     ]
     assert outs[0] == "stopped at step 1 of 2: --resume goes on\n"
-    (whole / "best.pth").rename(whole / "kept.pth")  # as in a run that has validated nothing yet
-    says = "no weights chosen yet: --resume the run"
-    fails_with_one_line("train.py", "--finish", "--output", whole, says=says)
-    (whole / "kept.pth").rename(whole / "best.pth")
     assert outs[1].startswith("epoch 1") and outs[1].endswith("step 2 of 2: --resume goes on\n")
     assert outs[2].startswith("epoch 2") and "of 500" in outs[2]
     ours, theirs = (load_checkpoint(folder / "best.pth") for folder in (whole, broken))
@@ -260,15 +256,22 @@ def test_a_run_cut_short_is_finished_with_the_weights_it_has(tmp_path):
     assert metrics["command"].startswith("python train.py --task synthetic")  # not --finish
     assert load_checkpoint(tmp_path / "best.pth")["test_accuracy_pct"] is not None
     assert run("train.py", "--finish", "--output", tmp_path)[0] == out
-    # It trains on, and no epoch is better.
-    state = read_tensors(tmp_path / "last.pth")
-    torch.save(state | {"best_accuracy": 100.0}, tmp_path / "last.pth")
-    again, _ = run(*command, "--output", tmp_path, "--resume")
-    assert again.endswith(out)
-    before, metrics = metrics, files.read_json(tmp_path / "metrics.json")
-    assert (metrics["epoch"], metrics["epochs_trained"]) == (2, 4)
-    assert metrics["train_s"] > before["train_s"]
     fails_with_one_line("train.py", "--finish", "--lr", "1", says="--finish takes all else from")
+
+
+def test_a_judged_run_may_train_on_without_a_better_epoch(tmp_path):
+    command = ("train.py", *SYNTHETIC, "--val-size", "1800", "--batch-size", "200")
+    late, finish = ("--max-minutes", "0.0001"), ("train.py", "--finish", "--output", tmp_path)
+    run(*command, "--output", tmp_path, *late, code=3)
+    fails_with_one_line(*finish, says="has no weights chosen yet: --resume the run")
+    run(*command, "--output", tmp_path, *late, "--resume", code=3)  # validates the first epoch
+    out, _ = run(*finish)
+    before, state = files.read_json(tmp_path / "metrics.json"), read_tensors(tmp_path / "last.pth")
+    torch.save(state | {"best_accuracy": 100.0}, tmp_path / "last.pth")
+    assert run(*command, "--output", tmp_path, "--resume")[0].endswith(out)
+    after = files.read_json(tmp_path / "metrics.json")
+    assert (before["epochs_trained"], after["epochs_trained"], after["epoch"]) == (1, 2, 1)
+    assert after["train_s"] > before["train_s"]
 
 
 @pytest.mark.parametrize("at", [0, 2])
