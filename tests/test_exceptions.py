@@ -107,6 +107,10 @@ def test_options_that_do_not_go_together(monkeypatch, capsys):
         ("--suggest",): "--suggest goes with --profile",
         ("--profile", "--per-layer"): "exclude each other",
         ("--profile", "--engines", "openvino"): "--profile excludes --engines",
+        ("--profile", "--latency-runs", "5"): "--profile excludes --engines and --latency-runs",
+        ("--per-layer", "--latency-runs", "5"): "--per-layer excludes",
+        ("--export", "x", "--latency-runs", "5"): "--export excludes",
+        ("--export", "x", "--output", "y"): "--latency-runs and --output",
     }.items():
         monkeypatch.setattr("sys.argv", ["quantize.py", "--checkpoint", "A.pth", *options])
         with pytest.raises(SystemExit, match="2"):

@@ -163,6 +163,8 @@ def parsed(monkeypatch, *flags):
         (("--task", "imagefolder"), "photos are not trained on"),
         (("--resolutions", "64:20", "--epochs", "3"), "replaces"),
         (("--eval",), "go together"),
+        (("--teacher-weight", "1"), "--teacher-weight goes with --teacher"),
+        (("--temperature", "4"), "--temperature goes with --teacher"),
         (
             ("--eval", "--weights", "w.pth", "--task", "segmentation"),
             "judges classifiers: quantize.py --weights takes",
