@@ -1,5 +1,7 @@
 """`python -m lab.bench`: every benchmark takes its own options and no others."""
 
+from inspect import signature
+
 import pytest
 
 from lab.bench import __main__ as bench
@@ -51,4 +53,7 @@ def test_help_says_what_acts_there(what, parsed, capsys):
             parsed(*words)
         assert bench.ABOUT[what] in " ".join(capsys.readouterr().out.split())
     args = parsed(what, "--output", "there")
+    assert vars(args).keys() - {"what", "output"} == set(
+        signature(bench.BENCHMARKS[what]).parameters
+    )
     assert args == parsed("--output", "there", what) != parsed(what)
