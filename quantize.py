@@ -41,13 +41,14 @@ from lab.cli import BadInput
 from lab.engines import EngineMissing, require_formats
 from lab.engines.measure import latency
 from lab.engines.products import quantized_products
-from lab.engines.registry import ENGINES, IN_TORCH, engines_for, row_kind
-from lab.options import CLASSIFIERS_ONLY, flags, parse_args
+from lab.engines.registry import IN_TORCH, engines_for, row_kind
+from lab.options import CLASSIFIERS_ONLY, parse_args
 from lab.outputs import answered, export_files, prediction_text, write_reports
 from lab.profiles import profile_folder, write_profile
-from lab.recipes import calibration_images, checked_recipe, recipe_of
+from lab.recipes import calibration_images, recipe_of
+from lab.repeats import repeat_of
 from lab.report.compare import TOLERANCE, compare_rows
-from lab.report.rows import comparable, has_predictions, read_row, reusable_row, row_path, setting
+from lab.report.rows import reusable_row, row_path, setting
 from lab.report.tables import (
     has_vnni,
     in_protocol,
@@ -130,21 +131,11 @@ def write_rows(pairs, args) -> int:
     numbers = [calibration_images(recipe, args.calibration_images) for _, recipe in pairs]
     for (subject, recipe), n in zip(pairs, numbers):
         for engine in engines_for(recipe, args.engines):
-            what = f"{subject.name} {recipe.name}@{engine.NAME}"
-            try:
-                row, was_there = row_of(subject, recipe, engine, n, args)
-            except EngineMissing as missing:
-                print(f"{what}: left out, {missing}")
+            found, code = attempted(subject, recipe, engine, n, args)
+            status = max(status, code)
+            if found is None:
                 continue
-            except Exception as error:  # whatever it is, the other rows go on
-                kind = ""
-                if not isinstance(error, BadInput):
-                    traceback.print_exc()
-                    kind = f"{type(error).__name__}: "
-                status = max(status, 1 if kind else 2)
-                reason = str(error).split("\n")[0]
-                print(f"{what}: failed, {kind}{reason}", file=sys.stderr)
-                continue
+            row, was_there = found
             done.append(row)
             print(printed(row) + kept(row) * was_there, flush=True)
             if row["products"]:
@@ -155,6 +146,27 @@ def write_rows(pairs, args) -> int:
     if not done and not status:
         raise BadInput("nothing was measured: the engines asked for can't run here")
     return status
+
+
+def attempted(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple:
+    """Return what `row_of` gives and 0; where that fails, say why and return None and an exit code.
+
+    It is 0 for an engine that is missing, 2 for bad input, 1 for what nobody foresaw.
+    """
+    what = f"{subject.name} {recipe.name}@{engine.NAME}"
+    try:
+        return row_of(subject, recipe, engine, n, args), 0
+    except EngineMissing as missing:
+        print(f"{what}: left out, {missing}")
+        return None, 0
+    except Exception as error:  # whatever it is, the other rows go on
+        kind = ""
+        if not isinstance(error, BadInput):
+            traceback.print_exc()
+            kind = f"{type(error).__name__}: "
+        reason = str(error).split("\n")[0]
+        print(f"{what}: failed, {kind}{reason}", file=sys.stderr)
+        return None, 1 if kind else 2
 
 
 def kept(row: dict) -> str:
@@ -175,8 +187,6 @@ def row_of(subject: Subject, recipe: Recipe, engine, n: int, args) -> tuple[dict
     """Return a row, and whether it was there already; if not, it is measured and written."""
     same = subject.identity(recipe, engine.NAME, n, args.latency_runs)
     path = row_path(Path(args.output, subject.folder), same)
-    if args.rows and any(path.resolve() == Path(shipped).resolve() for shipped in args.rows):
-        raise BadInput(f"{path} is a row to compare with: choose another --output")
     row = None if args.force else reusable_row(path, same)
     if row is not None:
         return row, True
@@ -221,61 +231,34 @@ def show_predictions(pairs, args) -> None:
 
 
 def repeat_rows(args) -> int:
-    """Measure the rows of --from again, print them beside the shipped; return 1 if one differs."""
+    """Measure the rows of --from again, print them beside the shipped; return an exit code.
+
+    It is 1 if a row differs, 1 or 2 if one failed; the others went on.
+    """
     lines, status = [], 0
-    for path in args.rows:
-        shipped = read_row(path)
-        engine = ENGINES.get(shipped["engine"])
-        if engine is None:
-            raise BadInput(f"{path}: no engine is called {shipped['engine']}")
-        held_out = shipped["split"] == "held-out"
-        settings = (args.data_dir, shipped["task"], shipped["img_size"], held_out)
-        n_images = min(args.test_images or shipped["n_images"], shipped["n_images"])
-        subject = load_subject(shipped["checkpoint"], *settings, n_images, shipped["seed"])
-        if len(subject.images) < shipped["n_images"] and not has_predictions(shipped):
-            raise BadInput(
-                f"{path} has one score for {shipped['n_images']} images: measure them all"
-            )
-        if subject.sha256 != shipped["checkpoint_sha256"]:
-            raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
-        recipe = recipe_of_row(subject, shipped, path)
-        what = f"{shipped['model']} {recipe.name}@{engine.NAME}"
+    repeats = [repeat_of(path, args) for path in args.rows]  # all, before the first is measured
+    while repeats:
+        shipped, subject, recipe, engine = repeats.pop(0)  # its images are not kept
         of_vnni = shipped["kind"] == "measured" and recipe.quantizes_inputs and has_vnni(shipped)
         if of_vnni and not machine.has_vnni():
+            what = f"{shipped['model']} {recipe.name}@{engine.NAME}"
             print(f"{what}: not compared, it was measured on a CPU with VNNI")
             continue
-        n = shipped["calibration_images"]
-        try:
-            row, _ = row_of(subject, recipe, engine, n, args)
-        except EngineMissing as missing:
-            print(f"{what}: left out, {missing}")
+        found, code = attempted(subject, recipe, engine, shipped["calibration_images"], args)
+        status = max(status, code)
+        if found is None:
             continue
         labels = subject.images.labels.tolist() if subject.classifies else []
-        line, agree = compare_rows(shipped, row, labels)
+        line, agree = compare_rows(shipped, found[0], labels)
         status = max(status, int(not agree))
         lines.append(line)
-        print(printed(row), flush=True)
-    if not lines:
+        print(printed(found[0]), flush=True)
+    if not lines and not status:
         raise BadInput("nothing was compared: no row given can be measured here")
-    print(
-        f"\nShipped / measured here, on the images measured here:\n{markdown(lines)}\n{TOLERANCE}"
-    )
+    if lines:
+        print("\nShipped / measured here, on the images measured here:")
+        print(f"{markdown(lines)}\n{TOLERANCE}")
     return status
-
-
-def recipe_of_row(subject: Subject, row: dict, path) -> Recipe:
-    """Return the recipe that a row was measured with; BadInput if today's of that name is another.
-
-    One that has no name here is taken from the row: it was allocated on images, where machines may
-    differ, or read from a file.
-    """
-    name = row["recipe"]["name"]
-    if name not in ptq.RECIPES:
-        return checked_recipe(row["recipe"], path)
-    todays = recipe_of(subject, name)
-    if comparable(todays.asdict()) != comparable(row["recipe"]):
-        raise BadInput(f"{path}: recipe {name} is not what it was when the row was measured")
-    return todays
 
 
 def write_exports(pairs, args) -> int:
@@ -299,7 +282,8 @@ def write_exports(pairs, args) -> int:
 
 def write_profiles(pairs, args) -> None:
     """Write what each recipe does to each tensor of its subject."""
-    folders = [profile_folder(*pair, args.output, args.force) for pair in pairs]
+    how = (args.output, args.force, args.suggest)
+    folders = [profile_folder(*pair, *how) for pair in pairs]
     for (subject, recipe), folder in zip(pairs, folders):
         made = functools.partial(quantized, subject, n_calibration=args.calibration_images)
         write_profile(subject, recipe, folder, made, args.workers, args.suggest)
@@ -329,7 +313,7 @@ def main() -> int | None:
         for option in CLASSIFIERS_ONLY:
             if getattr(args, option) and not subject.classifies:
                 raise BadInput(
-                    f"{flags(option)} is for classifiers, {subject.path} is for {subject.task}"
+                    f"{cli.flags(option)} is for classifiers, {subject.path} is for {subject.task}"
                 )
     recipes = dict.fromkeys(["fp32", *args.recipes]) if args.image else args.recipes
     pairs = [(subject, recipe_of(subject, name)) for subject in subjects for name in recipes]

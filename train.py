@@ -100,6 +100,7 @@ def train(args, world: World) -> int:
     heads = heads_to_build(args.model, args.heads, args.widen, args.pretrained)
     if not args.resume:
         require_no_run(args.output)
+    writer = tensorboard_writer() if args.tensorboard else None
     if args.amp and args.precision == "fp32" and world.rank == 0:
         print("--amp: this CPU has no instructions for BF16, so this run computes in FP32")
 
@@ -123,7 +124,9 @@ def train(args, world: World) -> int:
         load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
     if args.device == "cpu":
         value_bytes = 4 if args.precision == "fp32" else 2
-        require_memory(model, args.batch_size // world.size, max(sides), value_bytes)
+        sizes = [size // world.size for _ in stages for size in sampler.sizes]
+        for size, side in set(zip(sizes, sides)):  # larger images come in smaller batches
+            require_memory(model, size, side, value_bytes)
     teacher = None
     if args.teacher:
         taught = (args.task, data.classes, args.val_size)
@@ -187,8 +190,9 @@ def train(args, world: World) -> int:
                 about = machine.provenance() | {"hardware": hardware(world), "sha256": sha256}
                 files.write_json(run.output / "config.json", run.config | about)
             run.save()
-        if args.tensorboard and world.rank == 0:
-            run.tensorboard = tensorboard_writer(run.output / "tensorboard")
+        if writer and world.rank == 0:
+            files.require_writable(run.output / "tensorboard")
+            run.tensorboard = writer(run.output / "tensorboard")
         code = loop(run, network, batches_of(stages), val, options, args.workers, args.max_minutes)
         if code == 0 and world.rank == 0:
             finish(run.output, args.data_dir, world.device)

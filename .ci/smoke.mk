@@ -5,7 +5,7 @@ PY = .venv/bin/python
 RUN = $(OUT)/trained
 BEST = $(RUN)/best.pth
 BENCH = $(PY) -m lab.bench --output $(OUT)/benchmarks
-QUANTIZE = $(PY) quantize.py --checkpoint $(BEST) --calibration-images 64 --latency-runs 5
+QUANTIZE = $(PY) quantize.py --checkpoint $(BEST) --calibration-images 64
 
 ON_CIFAR10 = $(if $(DATA_DIR),reproduce loader)
 .PHONY: all reproduce loader minutes engines profile rows per-layer export training
@@ -37,7 +37,7 @@ profile: $(BEST)
 
 rows: $(BEST)
 	$(QUANTIZE) --model xxs --recipes mixed-5bits int8-nncf int8-ort int8-pt2e \
-	    --output $(OUT)/results
+	    --latency-runs 5 --output $(OUT)/results
 
 per-layer: $(BEST)
 	$(QUANTIZE) --recipes w8a8 int8-fx --per-layer --output $(OUT)/results

@@ -1,8 +1,9 @@
 """What every command shares: its parser, types of options, signals, and one line for what fails.
 
-Exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, too little memory);
-3 training stopped by --max-minutes; 130 and 143 stopped by Ctrl-C (SIGINT) and by SIGTERM; 141 the
-reader of the output has gone (`| head -1`).
+Exit codes: 0 done; 1 something failed that nobody foresaw, or results differ from what they should
+be; 2 bad input, or a machine that refuses (a full disk, too little memory); 3 training stopped by
+--max-minutes; 130 and 143 stopped by Ctrl-C (SIGINT) and by SIGTERM; 141 the reader of the output
+has gone (`| head -1`).
 """
 
 import argparse
@@ -15,7 +16,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 # torch is imported where it is used: a script imports this module first, for its signals.
 from lab import machine
@@ -50,13 +50,16 @@ class _Parser(argparse.ArgumentParser):
     It refuses empty values: a script would take them for options that were not given.
     """
 
-    def parse_args(self, args=None, namespace=None):
-        parsed = super().parse_args(args, namespace)
+    def __init__(self, **how):
+        super().__init__(**{"formatter_class": _Help} | how)
+
+    def parse_known_args(self, args=None, namespace=None):  # also of a sub-command
+        parsed, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(parsed, action.dest, None)
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"{'/'.join(action.option_strings) or action.dest} is empty")
-        return parsed
+        return parsed, rest
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help lists all options)\n")
@@ -70,9 +73,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if absent else super()._get_help_string(action)
 
 
+def flags(*names: str) -> str:
+    """Return the names of options as they are typed, in a list."""
+    *first, last = (f"--{name.replace('_', '-')}" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser for the options of a script with this docstring."""
-    return _Parser(description=doc.split("\n")[0], formatter_class=_Help)
+    return _Parser(prog=machine.script(), description=doc.split("\n")[0])
 
 
 def at_least(low: int, high: int = MAX_COUNT) -> Callable[[str], int]:
@@ -126,13 +135,13 @@ class _Refused(argparse.Action):
         p.error(f"{option_string} {self.const}")
 
 
-def refused(p, *flags: str, why: str) -> None:
+def refused(p, *options: str, why: str) -> None:
     """Refuse options of published scripts that do not fit here, with `why` naming ours.
 
     >>> refused(p, "--patience", why="is not known: the best epoch is kept anyway")
     """
     hidden = argparse.SUPPRESS
-    p.add_argument(*flags, action=_Refused, const=why, nargs="*", help=hidden, default=hidden)
+    p.add_argument(*options, action=_Refused, const=why, nargs="*", help=hidden, default=hidden)
 
 
 def device(p: argparse.ArgumentParser, asked_for: str | None) -> str:
@@ -183,7 +192,7 @@ def exit_on_signals() -> None:
 
 def _exit_at_once(number, frame) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"{_script()}: {_stopped_by(number)}\n".encode())
+        os.write(2, f"{machine.script()}: {_stopped_by(number)}\n".encode())
     os._exit(128 + number)
 
 
@@ -231,7 +240,7 @@ def command(main: Callable[[], int | None]):
         code, message = _run(main)
         if message:
             with contextlib.suppress(OSError):
-                print(f"{_script()}: {_one_line(message)}", file=sys.stderr)
+                print(f"{machine.script()}: {_one_line(message)}", file=sys.stderr)
         _give_up_output()
         sys.exit(code)
 
@@ -285,10 +294,6 @@ def _give_up_output() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _script() -> str:
-    return Path(sys.argv[0]).name
 
 
 def _one_line(message: str) -> str:

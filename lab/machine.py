@@ -56,11 +56,17 @@ def code() -> tuple[str | None, bool | None]:
 def _command() -> str:
     world = os.environ.get("WORLD_SIZE")
     launcher = ["torchrun", f"--nproc-per-node={world}"] if world else ["python"]
-    script, root = Path(sys.argv[0]), Path(__file__).parents[1]
-    run = [script.name]
-    if script.name == "__main__.py" and script.is_relative_to(root):  # python -m lab.bench
-        run = ["-m", ".".join(script.parent.relative_to(root).parts)]
+    name = script()
+    run = [name] if name == Path(sys.argv[0]).name else ["-m", name]
     return shlex.join([*launcher, *run, *sys.argv[1:]])
+
+
+def script() -> str:
+    """Return the name of what runs: train.py or, of `python -m lab.bench`, lab.bench."""
+    path, root = Path(sys.argv[0]), Path(__file__).parents[1]
+    if path.name == "__main__.py" and path.is_relative_to(root):
+        return ".".join(path.parent.relative_to(root).parts)
+    return path.name
 
 
 def wait_for(device_type: str) -> None:

@@ -18,18 +18,12 @@ from ptq.recipes.baselines import PROTOCOL
 
 # What comes in place of rows, and the options that it excludes.
 EXCLUDED = {
-    "per_layer": ("held_out", "test_images", "engines"),
-    "profile": ("engines",),
-    "image": ("held_out", "test_images"),
-    "export": ("held_out", "test_images", "engines"),
+    "per_layer": ("held_out", "test_images", "engines", "latency_runs"),
+    "profile": ("engines", "latency_runs"),
+    "image": ("held_out", "test_images", "latency_runs"),
+    "export": ("held_out", "test_images", "engines", "latency_runs", "output"),
 }
 CLASSIFIERS_ONLY = ("per_layer", "profile")
-
-
-def flags(*names: str) -> str:
-    """Return the names of options as they are typed, in a list."""
-    *first, last = (f"--{name.replace('_', '-')}" for name in names)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def recipe_name(text: str) -> str:
@@ -70,7 +64,8 @@ def parse_args(doc: str):
 
     add = p.add_argument_group("how").add_argument
     help = (
-        f"what to do to them: {', '.join(RECIPES)}; 4 to 8 bits a layer within a budget of the "
+        f"what to do to them: {', '.join(RECIPES)}; behind a name may stand an observer (-kl) or "
+        "-tensor for one scale a weight; 4 to 8 bits a layer within a budget of the "
         "file, energy or time, as mixed-5bits, mixed-700000bytes, mixed-0.4mJ or mixed-9ms; or a "
         "JSON file with a recipe"
     )
@@ -84,18 +79,18 @@ def parse_args(doc: str):
     add("--seed", type=cli.seed, default=0, help="of the choice of calibration images")
 
     add = p.add_argument_group("how it is judged").add_argument
-    help = "only the first so many; such a row is not published"
+    help = "only the first so many; such a row is left out of the pages"
     add("--test-images", type=cli.at_least(1), help=help)
     help = "evaluate on the images that the run held out, to choose on"
     add("--held-out", action="store_true", help=help)
     help = "timed calls per row"
     add("--latency-runs", type=cli.at_least(1, 10**6), default=100, help=help)
     threads = {"type": cli.at_least(1, 1024), "default": torch.get_num_threads()}
-    add("--workers", **threads, help="threads that evaluate")
+    add("--workers", **threads, help="CPU threads that quantize and evaluate")
 
     add = p.add_argument_group("what comes of it").add_argument
     add("--output", help="folder of the result files (default: results; with --from: runs/results)")
-    add("--force", action="store_true", help="measure and replace rows that are there")
+    add("--force", action="store_true", help="replace what is there")
     help = (
         "in place of rows: how much each single weight and input that a recipe quantizes changes "
         "the logits"
@@ -139,15 +134,15 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.rows:
         settings = ("recipes", "engines", "task", "img_size", "model", "calibration_images", "seed")
         if found := given((*settings, "held_out", *EXCLUDED, "force")):
-            p.error(f"--from takes all from the row, {flags(found[0])} excluded")
+            p.error(f"--from takes all from the row, {cli.flags(found[0])} excluded")
         args.force = True  # what is there is what the last call measured
-    args.output = args.output or ("runs/results" if args.rows else "results")
     modes = given(EXCLUDED)
     if len(modes) > 1:
-        p.error(f"{flags(*EXCLUDED)} exclude each other")
+        p.error(f"{cli.flags(*EXCLUDED)} exclude each other")
     for mode in modes:
         if given(EXCLUDED[mode]):
-            p.error(f"{flags(mode)} excludes {flags(*EXCLUDED[mode])}")
+            p.error(f"{cli.flags(mode)} excludes {cli.flags(*EXCLUDED[mode])}")
+    args.output = args.output or ("runs/results" if args.rows else "results")
     if args.suggest and not args.profile:
         p.error("--suggest goes with --profile")
     if args.suggest and args.weights:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+from lab.cli import BadInput
 from lab.files import require_absent, require_writable
 from lab.report import style
 from lab.subject import Subject
@@ -22,6 +23,8 @@ COLOURS = np.concatenate((PAIRS[::2], PAIRS[1::2]))  # of classes in turn: all t
 
 def picture_path(subject: Subject, image, output: str, force: bool) -> Path:
     """Return where the picture of a photo goes; BadInput if there can be none or if it is there."""
+    if subject.task not in DRAWN:
+        raise BadInput(f"--image: nothing is drawn of what networks for {subject.task} answer")
     path = Path(output, subject.folder, "pictures", f"{Path(image).stem}.png")
     require_absent(path, force)
     require_writable(path.parent)
@@ -40,14 +43,13 @@ def write_picture(path: Path, subject: Subject, image, outputs: dict[str, Tensor
     panel_in = style.WIDTH_IN / columns * min(2, height / width) + 0.3  # with its title
     finding = f"{subject.name}: what it sees in {Path(image).name}"
     fig, axes = style.canvas(rows, columns, rows * panel_in + 1, finding)
-    draw = {"detection": draw_boxes, "segmentation": draw_classes}[subject.task]
     seen = set()
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, of_network) in zip(axes.flat, outputs.items()):
         axis.imshow(photo)
         axis.set_title(title)
-        seen |= draw(axis, of_network, height, width)
+        seen |= DRAWN[subject.task](axis, of_network, height, width)
     patches = [Patch(color=colour(k), label=subject.images.classes[k]) for k in sorted(seen)]
     fig.legend(handles=patches, loc="outside lower center", ncols=6)
     style.save(fig, path, dpi=150)
@@ -81,3 +83,6 @@ def draw_classes(axis, outputs: Tensor, height: int, width: int) -> set[int]:
 
 def colour(k: int):
     return COLOURS[k % len(COLOURS)]
+
+
+DRAWN = {"detection": draw_boxes, "segmentation": draw_classes}

@@ -25,8 +25,15 @@ EXCEPTIONS = {"16-bit": WIDE, "float": None}  # what a suggestion makes of the w
 ENOUGH = 0.5  # of the noise in the outputs is left when a suggestion excepts enough tensors
 
 
-def profile_folder(subject: Subject, recipe: Recipe, output: str, force: bool) -> Path:
-    """Return the folder of a profile's files; BadInput if there can be none or if it is there."""
+def profile_folder(
+    subject: Subject, recipe: Recipe, output: str, force: bool, exceptions: str | None = None
+) -> Path:
+    """Return the folder of a profile's files; BadInput if there can be none or if it is there.
+
+    Also if `exceptions` are asked for, and the subject's run held out no images to choose them on.
+    """
+    if exceptions:
+        held_out_images(subject)
     if not recipe.layers:
         raise BadInput(f"--profile: recipe {recipe.name} has no quantized layers: choose --recipes")
     name = f"{recipe.name}{setting(subject.img_size, subject.seed)}"

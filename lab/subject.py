@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ptq
-from lab.cli import BadInput
+from lab.cli import BadInput, shortened
 from lab.files import sha256
 from lab.models import TASK_OF, require_img_size, require_task, run_name
 from lab.models.checkpoint import model_from_checkpoint
@@ -215,16 +215,21 @@ def held_out_size(checkpoint: dict, task: str) -> int | None:
 def as_known(images, task: str, checkpoint: dict):
     """Return `images` of `task` with pixels and labels as the checkpoint's network knows them.
 
-    BadInput if the network tells other classes apart. Folders of photos may name them otherwise.
+    BadInput if the network tells other classes apart. Folders of photos may name all of them
+    otherwise, as by WordNet's ids: their order then counts.
     """
     ours, theirs = images.classes, tuple(checkpoint["classes"])
     if len(ours) != len(theirs):
         raise BadInput(f"{task} has {len(ours)} classes, the network tells {len(theirs)} apart")
-    if ours != theirs and set(ours) == set(theirs) and TASKS[task].objective is classification:
+    foreign = [name for name in ours if name not in theirs]
+    if ours != theirs and not foreign and TASKS[task].objective is classification:
         number = torch.tensor([theirs.index(name) for name in ours])
         images = replace(images, labels=number[images.labels], classes=theirs)
     elif task == checkpoint["task"] and not isinstance(images, Photos):
         require_classes(images, theirs, "the images", "the checkpoint")
+    elif 0 < len(foreign) < len(ours):
+        known = shortened(", ".join(theirs))
+        raise BadInput(f"{task} has a class {foreign[0]}, which the network does not know: {known}")
     if isinstance(images, Photos):
         pixels = {"normalize": {"mean": MEAN, "std": STD}, "resize": RESIZE}
         images = replace(images, **{k: checkpoint.get(k, v) for k, v in pixels.items()})

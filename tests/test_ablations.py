@@ -106,10 +106,13 @@ class Forked:
 
     def __init__(self, argv):
         folder = argv[argv.index("--output") + 1]
-        self.code = 3 if Path(folder).name in self.stopped else forked(argv[1:], {}).code
+        stops = Path(folder).name in self.stopped
+        self.returncode = 3 if stops else forked(argv[1:], {}).code
 
-    def wait(self):
-        return self.code
+    def poll(self):
+        return self.returncode
+
+    wait = poll
 
     def terminate(self):
         pass
@@ -120,7 +123,7 @@ def compared(monkeypatch, runs, *options):
     few = ("--task", "synthetic", "--img-size", "64", "--batch-size", "16", "--seeds", "2")
     argv = ["lab.bench", "ablations", *few, "--device", "cpu", "--runs", str(runs), *options]
     monkeypatch.setattr("sys.argv", argv)
-    return bench.BENCHMARKS["ablations"](bench.parse_args())
+    return bench.measured(bench.parse_args())
 
 
 def test_all_take_the_same_steps_and_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
@@ -171,6 +174,9 @@ def test_a_run_that_fails_ends_the_others():
     fails = [sys.executable, "-c", "import sys; sys.exit(3)"]
     with pytest.raises(SystemExit) as end:
         ablations.run_all([fails, sleeps, sleeps], jobs=2)
+    assert end.value.code == 3
+    with pytest.raises(SystemExit) as end:  # also of one that began later
+        ablations.run_all([sleeps, fails], jobs=2)
     assert end.value.code == 3
     killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     with pytest.raises(BadInput, match="SIGKILL"):

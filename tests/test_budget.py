@@ -36,6 +36,17 @@ def test_a_schedule_uses_its_time_and_not_more(speed, shares, validate_every):
     assert parse_resolutions(written(stages)) == stages
 
 
+@pytest.mark.parametrize("available_s", [45, 58, 61])
+def test_no_stage_gets_time_that_the_last_one_needs(available_s):
+    shares = parse_resolutions("128:20,256:0.5", shares=True)
+    first, last = fitting(shares, [20.0, 80.0], [0.0, 0.0], 1, available_s)
+    assert first.epochs == int(0.99 * available_s / 22) and last.epochs > 0
+
+
+def test_a_schedule_is_written_with_all_its_digits():
+    assert parse_resolutions(written(parse_resolutions("64:12345.67")))[0].epochs == 12345.67
+
+
 def test_too_short_a_time_is_one_line():
     with pytest.raises(BadInput, match="an epoch takes 40 s at 256"):
         fitting(parse_resolutions("256:1"), [40.0], [4.0], 1, available_s=4)

@@ -9,6 +9,7 @@ from made_results import CLASSES, change, flags, load, write_run, write_tree
 from lab.cli import BadInput
 from lab.files import write_json
 from lab.report.pages import PAGES, filled_page, filled_pages
+from lab.report.runs import classifies, read_metrics
 
 
 @pytest.fixture
@@ -96,6 +97,12 @@ def folder(path):
         (f"{RUN}/log.csv", lambda path: path.write_text("epoch\n"), "has no epoch"),
         (f"{RUN}/log.csv", folder, "cannot read"),
         (f"{RUN}/metrics.json", without("parameters"), "lacks parameters"),
+        (f"{RUN}/metrics.json", without("test_accuracy_pct"), "lacks test_accuracy_pct"),
+        (
+            f"{RUN}/metrics.json",
+            without("val_accuracy_pct"),
+            "lacks val_accuracy_pct or val_map50_pct or val_miou_pct",
+        ),
         ("docs/speed.md", lambda path: path.unlink(), "cannot read"),
         ("docs/speed.md", lambda path: path.write_bytes(b"\xff"), "cannot read"),
         ("docs/speed.md", lambda path: path.write_text("no markers"), "marker"),
@@ -105,6 +112,16 @@ def test_damaged_files_are_named_in_one_line(tree, name, damage, says):
     damage(tree / name)
     with pytest.raises(BadInput, match=says):
         filled_pages(load(tree), tree)
+
+
+def test_a_run_is_read_by_its_metric_whatever_its_task_is_called(tree):
+    folder = tree / RUN
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"task": "faces"}
+    without("val_accuracy_pct")(folder / "metrics.json")
+    change(folder / "metrics.json", task="faces", val_map50_pct=80.0)
+    assert not classifies(read_metrics(folder))
+    write_json(folder / "metrics.json", metrics)
+    assert classifies(read_metrics(folder))
 
 
 def test_damaged_files_end_the_command_with_2(tree):

@@ -10,6 +10,7 @@ from torchvision.models.detection import _utils as theirs
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou
 
+from lab.cli import BadInput
 from lab.models import build, settings_of
 from lab.models.ssdlite import SSDLite, anchors
 from lab.tasks import boxes, detection
@@ -205,6 +206,12 @@ def test_average_precision_by_hand():
     assert score["map50_pct"] == pytest.approx(250 / 3)
     assert detection.written(score).startswith("83.33 % mAP@0.5 (a 66.67, b 100.00; ")
     assert detection.average_precision(torch.zeros(2, 200, 6), targets, 2)[0].tolist() == [0] * 10
+
+
+def test_pictures_without_an_object_are_no_scale():
+    pytest.importorskip("pycocotools")
+    with pytest.raises(BadInput, match="no picture that is judged has an object"):
+        detection.score(found_in([]), -torch.ones(1, 2, 6), torch.ones(1), torch.zeros(1), "ab")
 
 
 def test_fx_and_export_with_any_batch():

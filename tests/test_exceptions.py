@@ -91,11 +91,26 @@ def test_what_can_have_no_profile_or_has_one_already(tmp_path):
     assert profile_folder(subject, ptq.RECIPES["w8a8"], tmp_path, True) == folder
 
 
+def test_a_suggestion_without_images_to_choose_on_is_refused_before_the_profile(
+    checkpoint, tmp_path
+):
+    trained = torch.load(checkpoint, weights_only=True)
+    torch.save(trained | {"config": {}}, tmp_path / "other.pth")
+    command = ("--checkpoint", tmp_path / "other.pth", "--profile", "--output", tmp_path / "out")
+    says = "does not say how many training images its run held out"
+    fails_with_one_line("quantize.py", *command, "--recipes", "w4", "--suggest", says=says)
+    assert not list(tmp_path.rglob("profile.json"))
+
+
 def test_options_that_do_not_go_together(monkeypatch, capsys):
     for options, says in {
         ("--suggest",): "--suggest goes with --profile",
         ("--profile", "--per-layer"): "exclude each other",
         ("--profile", "--engines", "openvino"): "--profile excludes --engines",
+        ("--profile", "--latency-runs", "5"): "--profile excludes --engines and --latency-runs",
+        ("--per-layer", "--latency-runs", "5"): "--per-layer excludes",
+        ("--export", "x", "--latency-runs", "5"): "--export excludes",
+        ("--export", "x", "--output", "y"): "--latency-runs and --output",
     }.items():
         monkeypatch.setattr("sys.argv", ["quantize.py", "--checkpoint", "A.pth", *options])
         with pytest.raises(SystemExit, match="2"):

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "lab.outputs": ("lab", "ptq"),
     "lab.pictures": ("lab",),
     "lab.profiles": ("lab", "ptq"),
+    "lab.repeats": ("lab", "ptq"),
     "lab.report": ("lab.cli", "lab.files", "lab.schema", "lab.report"),
     "lab.bench": ("lab", "ptq", "mobilevit"),
     **{script: ("lab", "ptq", "mobilevit") for script in SCRIPTS},

@@ -1,5 +1,7 @@
 """`quantize.py --image`: what networks of three families see in pictures of every kind."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from conftest import fails_with_one_line, run
 from PIL import Image
 from test_imagefolder import picture
 
+from lab.cli import BadInput
 from lab.models import build
 from lab.models.checkpoint import save_checkpoint
 from lab.models.foreign import as_checkpoint, family_of
+from lab.pictures import picture_path
 from lab.tasks import TASKS
 from lab.tasks.cifar10 import to_input
 from lab.tasks.photo import thumbnail
@@ -100,11 +104,21 @@ def test_a_picture_that_is_none_gets_one_line(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [("--held-out",), ("--test-images", "5"), ("--export", "x"), ("--per-layer",)]
+    "option",
+    [
+        *(("--held-out",), ("--test-images", "5"), ("--export", "x"), ("--per-layer",)),
+        ("--latency-runs", "5"),
+    ],
 )
 def test_options_that_do_nothing_to_a_picture_are_refused(option):
     command = ("--checkpoint", "a.pth", "--image", "b.jpg", *option)
     fails_with_one_line("quantize.py", *command, says="exclude")
+
+
+def test_of_a_task_of_which_nothing_is_drawn_there_is_no_picture(tmp_path):
+    subject = SimpleNamespace(task="depth", folder="a")
+    with pytest.raises(BadInput, match="--image: nothing is drawn of what networks for depth"):
+        picture_path(subject, "a.jpg", str(tmp_path), force=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,14 +5,15 @@ import sys
 
 import pytest
 import torch
+from conftest import SYNTHETIC
 from torch import nn
 
 import train
 from lab import machine
 from lab.cli import BadInput
 from lab.models.foreign import load_timm
+from lab.training.distributed import World
 from lab.training.optimizer import Muon, arithmetic, build_optimizer, weight_groups
-from lab.training.run import tensorboard_writer
 from lab.training.schedule import Schedule, parse_resolutions
 from lab.training.start import require_memory, values_kept
 from mobilevit import MobileViT
@@ -130,8 +131,11 @@ def test_attention_to_train_on_has_the_gradients_of_the_fused_one():
 
 def test_a_missing_tensorboard_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = tmp_path / "run"
+    args = parsed(monkeypatch, *SYNTHETIC, "--tensorboard", "--output", str(out))
     with pytest.raises(BadInput, match="pip install tensorboard"):
-        tensorboard_writer(tmp_path)
+        train.train(args, World("cpu"))
+    assert not out.exists()
 
 
 def parsed(monkeypatch, *flags):
@@ -159,6 +163,8 @@ def parsed(monkeypatch, *flags):
         (("--task", "imagefolder"), "photos are not trained on"),
         (("--resolutions", "64:20", "--epochs", "3"), "replaces"),
         (("--eval",), "go together"),
+        (("--teacher-weight", "1"), "--teacher-weight goes with --teacher"),
+        (("--temperature", "4"), "--temperature goes with --teacher"),
         (
             ("--eval", "--weights", "w.pth", "--task", "segmentation"),
             "judges classifiers: quantize.py --weights takes",

@@ -164,9 +164,10 @@ def test_weights_that_are_not_finite_are_one_line(checkpoint, tmp_path):
     state, path = torch.load(checkpoint, weights_only=True), tmp_path / "nan.pth"
     state["state_dict"]["stem.conv.weight"][0] = torch.nan
     torch.save(state, path)
-    for way in (("--per-layer",), ("--export", tmp_path / "exported"), ()):
+    to = ("--output", tmp_path)
+    for way in (("--per-layer", *to), ("--export", tmp_path / "exported"), to):
         fails_with_one_line(
-            "quantize.py", "--checkpoint", path, "--recipes", "w8a8", *way, "--output", tmp_path,
+            "quantize.py", "--checkpoint", path, "--recipes", "w8a8", *way,
             says="stem.conv.weight has values that are not finite",
         )  # fmt: skip
 

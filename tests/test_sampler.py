@@ -122,3 +122,13 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
 )
 def test_sides_and_batches_that_do_not_scale_are_one_line(options, says):
     fails_with_one_line("train.py", *SYNTHETIC, "--multi-scale", *options, says=says)
+
+
+def test_the_memory_of_every_batch_is_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "require_memory", lambda model, n, side, _: asked.append((n, side)))
+    monkeypatch.setattr(train, "loop", lambda *_: 3)
+    flags = ("--multi-scale", "--img-size", "96", "--batch-size", "16", "--output", str(tmp_path))
+    args = train.parse_args("", ["--task", "synthetic", "--device", "cpu", *flags])
+    assert train.train(args, World("cpu")) == 3
+    assert sorted(asked) == [(8, 108), (8, 120), (16, 96), (24, 72), (40, 60)]

@@ -10,8 +10,8 @@ from lab.cli import BadInput
 from lab.models import build
 from lab.models.checkpoint import save_checkpoint
 from lab.models.foreign import as_checkpoint, family_of
-from lab.subject import load_subject
-from lab.tasks import coco
+from lab.subject import as_known, load_subject
+from lab.tasks import coco, imagefolder
 from lab.training.evaluation import score_on_test_set
 from lab.training.start import training_data
 
@@ -59,6 +59,20 @@ def test_splits_of_other_classes_are_refused(categories, says, folder, tmp_path)
         score_on_test_set(path, folder, "cpu")
     with pytest.raises(BadInput, match=f"{says.split('{')[0]}|1 classes, the network tells 2"):
         load_subject(path, str(folder))
+
+
+def test_folders_name_all_classes_as_the_network_does_or_none():
+    known = ("airplane", "automobile", "bird")
+    checkpoint = {"task": "synthetic", "classes": known}
+
+    def found(*names):
+        photos = imagefolder.Photos(("a.jpg",) * 3, torch.arange(3), names)
+        return as_known(photos, "imagefolder", checkpoint)
+
+    assert found("bird", "airplane", "automobile").labels.tolist() == [2, 0, 1]
+    assert found("n01", "n02", "n03").labels.tolist() == [0, 1, 2]
+    with pytest.raises(BadInput, match="has a class plane, which .*: airplane, automobile, bird"):
+        found("automobile", "bird", "plane")
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,21 @@ def test_a_run_cut_short_is_finished_with_the_weights_it_has(tmp_path):
     fails_with_one_line("train.py", "--finish", "--lr", "1", says="--finish takes all else from")
 
 
+def test_a_judged_run_may_train_on_without_a_better_epoch(tmp_path):
+    command = ("train.py", *SYNTHETIC, "--val-size", "1800", "--batch-size", "200")
+    late, finish = ("--max-minutes", "0.0001"), ("train.py", "--finish", "--output", tmp_path)
+    run(*command, "--output", tmp_path, *late, code=3)
+    fails_with_one_line(*finish, says="has no weights chosen yet: --resume the run")
+    run(*command, "--output", tmp_path, *late, "--resume", code=3)  # validates the first epoch
+    out, _ = run(*finish)
+    before, state = files.read_json(tmp_path / "metrics.json"), read_tensors(tmp_path / "last.pth")
+    torch.save(state | {"best_accuracy": 100.0}, tmp_path / "last.pth")
+    assert run(*command, "--output", tmp_path, "--resume")[0].endswith(out)
+    after = files.read_json(tmp_path / "metrics.json")
+    assert (before["epochs_trained"], after["epochs_trained"], after["epoch"]) == (1, 2, 1)
+    assert after["train_s"] > before["train_s"]
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_loss_or_gradient_norm_that_is_not_finite_is_noticed(at, tmp_path):
     state = SimpleNamespace(world=World("cpu"), sums=torch.ones(3), step=5, output=tmp_path)
@@ -295,7 +310,7 @@ def test_bad_checkpoints_are_one_line(checkpoint, tmp_path):
     for path, says in (
         (truncated, "not a readable checkpoint"),
         (pickled, "not a readable"),
-        (other, "not a checkpoint of this project"),
+        (other, "it lacks state_dict; mere weights go to --weights"),
         (tmp_path / "absent.pth", "no checkpoint at"),
     ):
         fails_with_one_line("train.py", "--eval", "--checkpoint", path, says=says)

@@ -20,7 +20,9 @@ from lab import cli
 if __name__ == "__main__":
     cli.exit_on_signals()  # while the imports below take their seconds
 
+import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,57 +31,59 @@ import torch
 from lab import files, machine
 from lab.bench import ablations, abuse, quantization, training
 from lab.cli import above, at_least
-from lab.models import registered
+from lab.models import registered, require_mobilevit
 from lab.models.checkpoint import MAX_IMG_SIZE
 from lab.training.schedule import MAX_EPOCHS
 from mobilevit import MIN_IMG_SIZE
 from ptq import RECIPES
 
-
-def _of_training(args) -> dict:
-    names = ("model", "img_size", "batch_size", "precision", "device", "seconds")
-    return {name: getattr(args, name) for name in names}
-
-
-def _of_ablations(args) -> dict:
-    names = ("variants", "seeds", "epochs", "task", "data_dir", "img_size", "batch_size")
-    how = ("precision", "device", "runs", "jobs")
-    return {name: getattr(args, name) for name in (*names, *how)}
-
-
-BENCHMARKS = {
-    "train": lambda args: training.train(**_of_training(args)),
-    "loader": lambda args: training.loader(**_of_training(args), data_dir=args.data_dir),
-    "engines": lambda args: quantization.engines(args.checkpoint, args.recipes, args.latency_runs),
-    "profile": lambda args: quantization.profile(args.checkpoint, args.latency_runs),
-    "tensorrt": lambda args: quantization.tensorrt(args.checkpoint, args.latency_runs),
-    "abuse": lambda args: abuse.abuse(args.inputs, args.kills, args.seed),
-    "ablations": lambda args: ablations.ablations(**_of_ablations(args)),
+BENCHMARKS = {  # functions of a benchmark's own options
+    "train": training.train,
+    "loader": training.loader,
+    "engines": quantization.engines,
+    "profile": quantization.profile,
+    "tensorrt": quantization.tensorrt,
+    "abuse": abuse.abuse,
+    "ablations": ablations.ablations,
 }
-IN_TRAINING = ("train", "loader", "ablations")  # on a GPU if there is one
+ABOUT = dict(re.findall(r"lab\.bench (\w+) +# (.+)", __doc__))
+OF_SPEED = ("train", "loader")
+IN_TRAINING = (*OF_SPEED, "ablations")  # on a GPU if there is one
 OF_NETWORKS = ("engines", "profile", "tensorrt")  # a file for each model
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
+    """Return `what` to measure, where its file goes (`output`), and the options of this benchmark.
+
+    The latter have the names of its function's parameters.
+    """
     p = cli.parser(__doc__)
-    p.add_argument("what", choices=BENCHMARKS)
-    p.add_argument("--output", default="results/benchmarks", help="folder of the result files")
+    parsers = p.add_subparsers(dest="what", metavar="BENCHMARK", required=True)
+    of = {k: parsers.add_parser(k, help=ABOUT[k], description=ABOUT[k]) for k in BENCHMARKS}
+    help = "folder of the result files (default: results/benchmarks)"
+    for parser in (p, *of.values()):  # it may stand before the benchmark's name, too
+        parser.add_argument("--output", default=argparse.SUPPRESS, help=help)
 
-    add = p.add_argument_group("train, loader and ablations").add_argument
-    size = at_least(MIN_IMG_SIZE, MAX_IMG_SIZE)
-    add("--img-size", type=size, help="input side in pixels (default: 256; ablations: 128)")
-    help = "images a training step (default: 32, or 256 on a GPU; ablations: 128)"
-    add("--batch-size", type=at_least(2), help=help)
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--precision", choices=cli.PRECISIONS, help="default: as train.py's")
-    help = "folder of cifar-10-batches-py, for loader and ablations"
-    add("--data-dir", default="data", help=help)
+    def add(benchmarks, option: str, **how) -> None:
+        for name in benchmarks:
+            of[name].add_argument(option, **how)
 
-    add = p.add_argument_group("train and loader").add_argument
-    add("--model", default="mobilevit_xxs", type=registered, help="the network to train")
-    add("--seconds", type=above(0), help="of each round (default: 8, or 1 on a GPU)")
+    size, help = at_least(MIN_IMG_SIZE, MAX_IMG_SIZE), "input side in pixels"
+    add(OF_SPEED, "--img-size", type=size, default=256, help=help)
+    add(["ablations"], "--img-size", type=size, default=128, help=help)
+    help = "images a training step"
+    add(OF_SPEED, "--batch-size", type=at_least(2), help=f"{help} (default: 32, or 256 on a GPU)")
+    add(["ablations"], "--batch-size", type=at_least(2), default=128, help=help)
+    add(IN_TRAINING, "--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add(IN_TRAINING, "--precision", choices=cli.PRECISIONS, help="default: as train.py's")
+    help = "folder of cifar-10-batches-py"
+    add(("loader", "ablations"), "--data-dir", default="data", help=help)
 
-    add = p.add_argument_group("ablations").add_argument
+    help = "the network to train, a MobileViT"
+    add(OF_SPEED, "--model", default="mobilevit_xxs", type=registered, help=help)
+    add(OF_SPEED, "--seconds", type=above(0), help="of each round (default: 8, or 1 on a GPU)")
+
+    add = of["ablations"].add_argument
     kinds, help = list(ablations.VARIANTS), "what to train beside the base"
     add("--variants", nargs="+", choices=kinds, default=kinds, metavar="NAME", help=help)
     add("--seeds", type=at_least(2, 100), default=3, help="how many runs of each")
@@ -89,25 +93,36 @@ def parse_args():
     add("--runs", default="runs/ablations", help=help)
     add("--jobs", type=at_least(1, 100), default=1, help="runs side by side")
 
-    add = p.add_argument_group("engines, profile and tensorrt").add_argument
-    add("--checkpoint", default="checkpoints/mobilevit_xxs/best.pth", help="the network to run")
-    add("--latency-runs", type=at_least(1, 10**6), default=100, help="timed calls")
-    known, help = cli.known(RECIPES, "recipe"), "what engines times"
-    add("--recipes", nargs="+", type=known, default=quantization.TIMED, help=help)
+    for name in OF_NETWORKS:
+        add, best = of[name].add_argument, "checkpoints/mobilevit_xxs/best.pth"
+        add("--checkpoint", default=best, help="the network to run")
+        calls = {"dest": "n_calls", "metavar": "N", "type": at_least(1, 10**6), "default": 100}
+        add("--latency-runs", **calls, help="timed calls")
+    known = {"dest": "names", "metavar": "NAME", "type": cli.known(RECIPES, "recipe")}
+    add = of["engines"].add_argument
+    add("--recipes", nargs="+", **known, default=quantization.TIMED, help="what is timed")
 
-    add = p.add_argument_group("abuse").add_argument
-    add("--inputs", type=at_least(0, 10**6), default=600, help="malformed inputs to try")
-    add("--kills", type=at_least(0, 10**6), default=60, help="kills of training and quantize.py")
+    add, n = of["abuse"].add_argument, {"metavar": "N", "type": at_least(0, 10**6)}
+    add("--inputs", dest="n_inputs", **n, default=600, help="malformed inputs to try")
+    add("--kills", dest="n_kills", **n, default=60, help="kills of training and quantize.py")
     add("--seed", type=cli.seed, default=0, help="of the choice of inputs and of the kills' times")
 
-    args = p.parse_args()
-    args.device = cli.device(p, args.device)
-    on_gpu = args.device == "cuda"  # which is paid by the minute, and idle with few images
-    side, batch_size = (128, 128) if args.what == "ablations" else (256, 256 if on_gpu else 32)
-    args.img_size, args.batch_size = args.img_size or side, args.batch_size or batch_size
-    args.seconds = args.seconds or (1 if on_gpu else 8)
-    args.precision = cli.precision(p, args.precision, args.device)
+    args = p.parse_args(namespace=argparse.Namespace(output="results/benchmarks"))
+    if args.what in IN_TRAINING:
+        args.device = cli.device(p, args.device)
+        args.precision = cli.precision(p, args.precision, args.device)
+    if args.what in OF_SPEED:
+        require_mobilevit(args.model, f"lab.bench {args.what}")
+        on_gpu = args.device == "cuda"  # which is paid by the minute, and idle with few images
+        args.batch_size = args.batch_size or (256 if on_gpu else 32)
+        args.seconds = args.seconds or (1 if on_gpu else 8)
     return args
+
+
+def measured(args) -> dict:
+    """Return what the benchmark `args.what` gives with its options."""
+    options = {k: v for k, v in vars(args).items() if k not in ("what", "output")}
+    return BENCHMARKS[args.what](**options)
 
 
 @cli.command
@@ -115,8 +130,8 @@ def main():
     args = parse_args()
     machine.keep_freed_memory()
     files.require_writable(args.output)
-    result = BENCHMARKS[args.what](args)
-    on_gpu = args.what == "tensorrt" or (args.device == "cuda" and args.what in IN_TRAINING)
+    result = measured(args)
+    on_gpu = args.what == "tensorrt" or (args.what in IN_TRAINING and args.device == "cuda")
     device = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     name = args.what
     if name in OF_NETWORKS:  # and whether integers are faster hangs on VNNI

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ VARIANTS = {  # name -> what it is, and the options of train.py that make it so
 }
 HELD_OUT = 0.2  # of the training images
 WARM_UP = 0.1  # of the steps
+POLL_S = 0.1  # seconds from one look at the runs to the next
 
 
 def ablations(
@@ -163,12 +165,15 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
     running = []
 
     def wait():
-        code = running[0].wait()
-        running.pop(0)
-        if code < 0:
-            raise BadInput(f"a run was killed by {signal.Signals(-code).name}")
-        if code:  # it has said why
-            sys.exit(code)
+        """Return when at least one has ended, whichever that is."""
+        while all(process.poll() is None for process in running):
+            time.sleep(POLL_S)
+        for process in [process for process in running if process.poll() is not None]:
+            running.remove(process)
+            if process.returncode < 0:
+                raise BadInput(f"a run was killed by {signal.Signals(-process.returncode).name}")
+            if process.returncode:  # it has said why
+                sys.exit(process.returncode)
 
     try:
         for i, argv in enumerate(commands, start=1):

@@ -3,14 +3,12 @@
 >>> build("mobilevit_xxs", num_classes=10)
 """
 
-import argparse
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 
 from torch import nn
 
-from lab.cli import BadInput
+from lab.cli import BadInput, known
 from lab.models.ablations import ABLATED
 from lab.models.deeplab import DeepLab
 from lab.models.efficientnet import EfficientNetLite0
@@ -57,12 +55,7 @@ def registered(name: str) -> str:
 
     argparse.ArgumentTypeError for a name that is not registered.
     """
-    if full_name(name) not in MODELS:
-        alike = ", ".join(get_close_matches(name, (*MODELS, *SHORT), cutoff=0))
-        raise argparse.ArgumentTypeError(
-            f"no network is called {name}; names like it: {alike}; ptq.quantize takes any network"
-        )
-    return full_name(name)
+    return full_name(known((*MODELS, *SHORT), "network")(name))
 
 
 def default_img_size(name: str) -> int:

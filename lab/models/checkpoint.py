@@ -195,7 +195,10 @@ def load_checkpoint(path) -> dict:
             f"{path} has checkpoint format {shortened(version)}, this code reads format {FORMAT}"
         )
     if "state_dict" not in checkpoint:
-        raise BadInput(f"{path} is not a checkpoint of this project: it lacks state_dict")
+        raise BadInput(
+            f"{path} is not a checkpoint of this project: it lacks state_dict; mere weights go to "
+            "--weights"
+        )
     if version == 1:
         checkpoint = _from_format_1(checkpoint, path)
     CHECKPOINT(checkpoint, str(path))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lab.report.benchmarks import load_benchmarks
-from lab.report.rows import PUBLISHED, has_predictions, is_published, load_rows
+from lab.report.rows import MAIN_TABLES, has_predictions, in_main_tables, load_rows
 from lab.report.runs import load_report, load_runs
 from lab.report.tables import SIZE_SWEEP, has_vnni, in_order, in_protocol, model_order, on_usual_cpu
 
@@ -55,10 +55,10 @@ class Results:
 
         They are of the models that have rows at several sides.
         """
-        usual = {"split": "test", "engine": "openvino", "seed": PUBLISHED["seed"]}
+        usual = {"split": "test", "engine": "openvino", "seed": MAIN_TABLES["seed"]}
         swept = [row for row in self.every_row if usual.items() <= row.items()]
         swept = [row for row in swept if row["recipe"]["name"] in SIZE_SWEEP]
-        several = {row["model"] for row in swept if not is_published(row)}
+        several = {row["model"] for row in swept if not in_main_tables(row)}
         return on_usual_cpu(in_order([row for row in swept if row["model"] in several]))
 
     def rows_of(self, task: str) -> list[dict]:
@@ -89,7 +89,7 @@ def load_results(results, checkpoints) -> Results:
     model = REPORTED["model"]
     return Results(
         every_row=every_row,
-        rows=[row for row in every_row if is_published(row)],
+        rows=[row for row in every_row if in_main_tables(row)],
         task_rows=[row for row in rows if not has_predictions(row)],
         runs=sorted(
             (run for run in runs if run["task"] == "cifar10"),

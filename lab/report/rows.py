@@ -84,7 +84,7 @@ ANSWERS = record(
 )
 FULL = {"test": 10_000, "held-out": 2_000}  # images of a split of CIFAR-10
 # Of the rows in the main tables: at the side that the network was trained at.
-PUBLISHED = {"split": "test", "adapt_images": None, "seed": 0}
+MAIN_TABLES = {"split": "test", "adapt_images": None, "seed": 0}
 USUAL_SIDE = 256  # pixels; file names tell others
 
 
@@ -167,7 +167,7 @@ def load_rows(folder, checkpoints) -> list[dict]:
 
     def belongs(row):
         if not has_predictions(row):
-            return is_published(row)
+            return in_main_tables(row)
         return row["checkpoint_sha256"] in shipped and is_full(row)
 
     rows = [read_row(path) for path in row_files(folder)]
@@ -185,6 +185,6 @@ def is_usual(row: dict) -> bool:
     return all(row[name] == value for name, value in usual.items())
 
 
-def is_published(row: dict) -> bool:
+def in_main_tables(row: dict) -> bool:
     """Say whether a row belongs in the main tables."""
-    return all(row[name] == value for name, value in PUBLISHED.items())
+    return all(row[name] == value for name, value in MAIN_TABLES.items())

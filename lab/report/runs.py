@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lab.cli import BadInput
 from lab.files import read_json, sha256
+from lab.report.rows import ACCURACY, METRICS
 from lab.schema import integer, mapping, maybe, number, record, text
 
 CONFIG = record(
@@ -12,7 +13,7 @@ CONFIG = record(
     # Earlier runs lack these.
     optional={"optimizer": text, "widen": maybe(text), "teacher": maybe(text)},
 )
-METRICS = {
+FINISHED_RUN = {
     "model": text,
     "task": text,
     "parameters": integer(1),
@@ -22,7 +23,7 @@ METRICS = {
     "printed": text,
     "config": CONFIG,
 }
-ACCURACIES = dict.fromkeys(("val_accuracy_pct", "test_accuracy_pct"), number(0, 100))
+ACCURACIES = dict.fromkeys((f"val_{ACCURACY}", f"test_{ACCURACY}"), number(0, 100))
 LOG = ("epoch", "img_size", "window", "train_loss", "val_loss", "images_per_s", "seconds")
 REPORT = record(
     {
@@ -64,16 +65,20 @@ def load_run(folder: Path) -> dict:
 
 def read_metrics(folder: Path) -> dict:
     """Return the metrics.json of a finished run; BadInput says which field is wrong."""
-    metrics = read_json(folder / "metrics.json")
-    record(METRICS)(metrics, str(folder / "metrics.json"))
+    path = folder / "metrics.json"
+    metrics = read_json(path)
+    record(FINISHED_RUN)(metrics, str(path))
+    judged_by = [f"val_{name}" for name in METRICS]
+    if not any(name in metrics for name in judged_by):
+        raise BadInput(f"{path} lacks {' or '.join(judged_by)}")
     if classifies(metrics):
-        record(ACCURACIES)(metrics, str(folder / "metrics.json"))
+        record(ACCURACIES)(metrics, str(path))
     return metrics
 
 
 def classifies(metrics: dict) -> bool:
     """Say whether a run is judged by accuracy."""
-    return metrics["task"] not in ("detection", "segmentation")
+    return f"val_{ACCURACY}" in metrics
 
 
 def read_log(path: Path, accuracies: bool) -> list[dict]:

@@ -119,10 +119,12 @@ def score(found: Tensor, targets: Tensor, sums: Tensor, positives: Tensor, class
 
     `targets` is what is there. {"loss", METRIC at an intersection over union of 0.5, "map_pct" as
     the mean of 0.5 to 0.95, "ap50_pct" as the former of each class, "n_images"}. Classes without an
-    object are left out.
+    object are left out. BadInput if no image has one.
     """
     precision = average_precision(found, targets, len(classes))
     there = [k for k, of_class in enumerate(precision.tolist()) if of_class[0] >= 0]
+    if not there:
+        raise BadInput("no picture that is judged has an object")
     mean = 100 * precision[there].mean(0)
     return {
         "loss": (sums.sum() / positives.sum().clamp(min=1)).item(),

@@ -58,7 +58,7 @@ def fitting(
     left_s = available_s * (1 - MARGIN) - validation_s[-1]
     mean_s = sum(stage.epochs / whole * s for stage, s in zip(shares, each_s))
     *first, _ = (stage.epochs / whole * left_s / mean_s for stage in shares)
-    first = [max(1, round(epochs)) for epochs in first]
+    first = [max(1, int(epochs)) for epochs in first]  # never time that the last one needs
     last = (left_s - sum(n * s for n, s in zip(first, each_s))) / each_s[-1]
     last = int(100 * last) / 100
     if last <= 0:
@@ -83,5 +83,5 @@ def written(stages: list[Stage]) -> str:
     parts = []
     for stage in stages:
         side = f"{stage.side}" if stage.side == stage.img_size else f"{stage.side}/{stage.img_size}"
-        parts.append(f"{side}:{stage.epochs:g}")
+        parts.append(f"{side}:{stage.epochs:.12g}")
     return ",".join(parts)

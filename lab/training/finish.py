@@ -15,15 +15,13 @@ def finish(output: Path, data_dir, device) -> None:
     """Read the test set, once, with the weights chosen so far in the run that `output` holds."""
     paths = [output / name for name in ("best.pth", "last.pth", "config.json", "metrics.json")]
     best_path, last_path, about_path, metrics_path = paths
+    if last_path.exists() and not best_path.exists():
+        raise BadInput(f"{output} has no weights chosen yet: --resume the run")
     best = load_checkpoint(best_path)
     objective = trained_task(best, best_path).objective
     val, test = (f"{split}_{objective.METRIC}" for split in ("val", "test"))
     if best[test] is None:
-        state = read_tensors(last_path)
-        line = record(log_line(objective))
-        record({"history": sequence(line), "config": mapping(plain)})(state, str(last_path))
-        if not state["history"]:
-            raise BadInput(f"{last_path} has no validated epoch yet: --resume the run")
+        state = trained(last_path, objective)
         about = files.read_json(about_path)
         record({"hardware": text})(about, str(about_path))
         score, in_words = score_on_test_set(best_path, data_dir, device)
@@ -36,11 +34,10 @@ def finish(output: Path, data_dir, device) -> None:
             "task": best["task"],
             "parameters": sum(p.numel() for p in network(best, best_path).parameters()),
             "epoch": best["epoch"],
-            "epochs_trained": state["history"][-1]["epoch"],
+            **so_far(state),
             val: best[val],
             test: score[objective.METRIC],
             **{k: v for k, v in score.items() if k not in ("loss", objective.METRIC)},
-            "train_s": sum(float(row["seconds"]) for row in state["history"]),
             "printed": printed,
             "config": state["config"],
         }
@@ -49,4 +46,24 @@ def finish(output: Path, data_dir, device) -> None:
         save_checkpoint(best_path, best | {test: score[objective.METRIC]})
     metrics = files.read_json(metrics_path)
     record({"printed": text})(metrics, str(metrics_path))
+    if best[test] is not None and last_path.exists():  # it may have trained on since it was judged
+        files.write_json(metrics_path, metrics | so_far(trained(last_path, objective)))
     print(metrics["printed"])
+
+
+def trained(last_path: Path, objective) -> dict:
+    """Return what last.pth says of a run; BadInput if it has validated no epoch yet."""
+    state = read_tensors(last_path)
+    line = record(log_line(objective))
+    record({"history": sequence(line), "config": mapping(plain)})(state, str(last_path))
+    if not state["history"]:
+        raise BadInput(f"{last_path} has no validated epoch yet: --resume the run")
+    return state
+
+
+def so_far(state: dict) -> dict:
+    """Return what metrics.json says of how long a run in this `state` has trained."""
+    return {
+        "epochs_trained": state["history"][-1]["epoch"],
+        "train_s": sum(float(row["seconds"]) for row in state["history"]),
+    }

@@ -19,6 +19,7 @@ NEWTON_SCHULZ = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
+MOMENTUM = 0.95  # of Muon
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -47,9 +48,8 @@ class Muon(torch.optim.AdamW):
     at a time they would cost a GPU more than the network does.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
+    def __init__(self, groups: list[dict], lr: float):
         super().__init__(groups, lr=lr, foreach=True)
-        self.momentum = momentum
 
     @torch.no_grad()
     def step(self) -> None:
@@ -70,8 +70,8 @@ class Muon(torch.optim.AdamW):
             if p not in self.state:  # under the names of AdamW, which loads the state of both
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
         momenta = [self.state[p]["exp_avg"] for p in matrices]
-        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        updates = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov's
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         by_shape = defaultdict(list)
         for p, update in zip(matrices, updates):
             by_shape[p.flatten(1).shape].append((p, update.flatten(1)))

@@ -33,7 +33,8 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument_group("data").add_argument
     help = "synthetic needs no download; imagefolder is for --eval --weights"
     add("--task", choices=(*TRAINABLE, "imagefolder"), default="cifar10", help=help)
-    add("--data-dir", default="data", help="folder of cifar-10-batches-py, downloaded if absent")
+    help = "folder of the task's images; CIFAR-10 is downloaded there if absent"
+    add("--data-dir", default="data", help=help)
     help = "training images held out to choose on (default: 2000; synthetic: 200)"
     add("--val-size", type=at_least(1), help=help)
     kinds = sorted({kind for name in TRAINABLE for kind in TASKS[name].objective.AUGMENT})
@@ -63,15 +64,15 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     help = "passes over the training images (100 unless --resolutions)"
     add("--epochs", type=at_least(1, MAX_EPOCHS), help=help)
     help = (
-        "in place of --epochs: as many as fit, with one test at the end, into this time from the "
-        "start; the epochs of --resolutions are then shares"
+        "train as many epochs as fit into this time, from the start of the command to the end of "
+        "the test; replaces --epochs, and the epochs of --resolutions are then shares"
     )
     add("--minutes", type=above(0), help=help)
     help = "input side in pixels (the network's own unless --resolutions: 256 for MobileViT)"
     add("--img-size", type=at_least(MIN_IMG_SIZE, MAX_IMG_SIZE), help=help)
     help = (
-        "in place of the two above: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, then 4 on "
-        "128-pixel windows of 256-pixel images, then half a one at 256"
+        "in place of --epochs and --img-size: 64:8,128/256:4,256:0.5 is 8 epochs at 64 pixels, "
+        "then 4 on 128-pixel windows of 256-pixel images, then half a one at 256"
     )
     add("--resolutions", help=help)
     add("--batch-size", type=at_least(1), default=128, help="images a step, over all processes")
@@ -97,9 +98,9 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     help = "average the weights for evaluation; 0: do not"
     add("--ema-decay", type=within(0, 0.99999), default=0.0, help=help)
     add("--teacher", metavar="CHECKPOINT", help="learn from this network's answers, too")
-    help = "of the teacher's part of the loss"
+    help = "share of the teacher's part in the loss"
     add("--teacher-weight", type=within(0, 1), default=0.5, help=help)
-    help = "what logits are divided by where the teacher's are learnt from"
+    help = "both networks' logits are divided by it in the teacher's part of the loss"
     add("--temperature", type=within(0.1, 100), default=2.0, help=help)
     add("--compile", action="store_true", help="torch.compile the model")
     add = optimizer.add_mutually_exclusive_group().add_argument
@@ -148,8 +149,8 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         taken = (option, named, *more, "data_dir", "device")
         other = [k for k, v in vars(args).items() if k not in taken and v != p.get_default(k)]
         if vars(args)[option] and other:
-            excluded = other[0].replace("_", "-")
-            p.error(f"--{option} takes all else from the --{named}, --{excluded} excluded")
+            excluded = cli.flags(other[0])
+            p.error(f"--{option} takes all else from the --{named}, {excluded} excluded")
     settle_task(p, args)
     if args.resolutions is not None and (args.img_size, args.epochs) != (None, None):
         p.error("--resolutions replaces --img-size and --epochs")
@@ -178,6 +179,9 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error("--multi-scale needs sides that 8 divides, of at least 56 pixels")
     if args.multi_scale and args.batch_size < 16:
         p.error("--multi-scale needs batches of at least 16 images")
+    for name in ("teacher_weight", "temperature"):
+        if not args.teacher and getattr(args, name) != p.get_default(name):
+            p.error(f"{cli.flags(name)} goes with --teacher")
     if args.pretrained and args.heads is not None:
         p.error("--pretrained excludes --heads")
 
@@ -197,5 +201,5 @@ def settle_task(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return
     given = [option for option in OF_CLASSIFICATION if vars(args)[option]]
     if given:
-        p.error(f"--{given[0].replace('_', '-')} is not for --task {args.task}")
+        p.error(f"{cli.flags(given[0])} is not for --task {args.task}")
     args.label_smoothing = 0.0

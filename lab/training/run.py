@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lab import files, machine
-from lab.cli import BadInput, shortened
+from lab.cli import BadInput, flags, shortened
 from lab.models.checkpoint import (
     FORMAT,
     like,
@@ -291,7 +291,7 @@ def changed_options(before: dict, now: dict) -> str:
 
 
 def option(name: str) -> str:
-    return OF_RUN.get(name) or "--" + name.replace("_", "-")
+    return OF_RUN.get(name) or flags(name)
 
 
 def hardware(world: World) -> str:
@@ -308,10 +308,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return machine.peak_memory_bytes()
 
 
-def tensorboard_writer(folder):
+def tensorboard_writer() -> type:
+    """Return the class that writes tensorboard's files; BadInput without that package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise BadInput("--tensorboard needs tensorboard: pip install tensorboard") from error
-    files.require_writable(folder)
-    return SummaryWriter(folder)
+    return SummaryWriter
