@@ -194,17 +194,21 @@ def never_ran(name: str) -> ValueError:
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
     """Yield what goes into `layer` or comes out of it for each batch.
 
-    `what`: "input", a tuple of positional inputs, or "output". No more of `model` runs than it
-    takes: of a layer that runs several times, the first time counts. ValueError if it never runs.
+    `what`: "input", a tuple of all that it is given beside its defaults, by position or by name, or
+    "output". No more of `model` runs than it takes: of a layer that runs several times, the first
+    time counts. ValueError if it never runs.
     """
     seen = []
+    parameters = inspect.signature(layer.forward).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
 
-    def keep(_, inputs, output=None):
-        seen.append(inputs if what == "input" else output)
+    def keep(_, args, kwargs, output=None):
+        named = (value for name, value in kwargs.items() if value is not defaults.get(name))
+        seen.append((*args, *named) if what == "input" else output)
         raise Reached
 
     register = layer.register_forward_pre_hook if what == "input" else layer.register_forward_hook
-    with register(keep):
+    with register(keep, with_kwargs=True):
         for x, *_ in batches:
             try:
                 model(x)

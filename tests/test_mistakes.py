@@ -17,7 +17,7 @@ from lab.training.start import fresh_model
 from ptq.analysis.compare import noise
 from ptq.formats import Uniform
 from ptq.layers import QuantizedLayer
-from ptq.methods import STEPS
+from ptq.methods import STEPS, adaround
 from ptq.methods.nearest import nearest_codes
 from ptq.observers import OBSERVERS, MinMax
 from ptq.recipe import LayerSpec, Recipe
@@ -113,8 +113,10 @@ def test_a_format_of_ones_own_is_not_exported_as_another():
         assert not Recipe("r", layers=(spec,)).exportable
 
 
-@pytest.mark.parametrize("step", ["nearest", "gptq"])
-def test_layers_may_be_called_by_keyword(step):
+@pytest.mark.parametrize("step", ["nearest", "gptq", "adaround", "similarity"])
+def test_layers_may_be_called_by_keyword(step, monkeypatch):
+    monkeypatch.setattr(adaround, "STEPS", 3)
+
     class ByKeyword(nn.Module):
         def __init__(self):
             super().__init__()

@@ -144,6 +144,30 @@ def test_adaround_refuses_units_that_give_several_tensors():
         ptq.quantize(Both(), recipe, [(draw(2, 4), None)])
 
 
+class Scaled(nn.Module):
+    """Its block is told by name how often to take its output."""
+
+    class Block(nn.Sequential):
+        def forward(self, x, gain=1):
+            return gain * super().forward(x)
+
+    def __init__(self, gain):
+        super().__init__()
+        self.block, self.gain = self.Block(nn.Linear(4, 4)), gain
+
+    def forward(self, x):
+        return self.block(x, gain=self.gain)
+
+
+def test_adaround_refuses_units_that_are_told_more_by_name(monkeypatch):
+    monkeypatch.setattr(adaround, "STEPS", 3)
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("adaround",), units="block")
+    ptq.quantize(Scaled(1), recipe, [(draw(2, 4), None)])
+    for gain in (3, torch.full((1,), 3.0)):
+        with pytest.raises(ValueError, match="one input of one size, not for block"):
+            ptq.quantize(Scaled(gain), recipe, [(draw(2, 4), None)])
+
+
 def test_gptq_on_dead_inputs_rounds_to_nearest():
     layer, x = make("pointwise")
     x[:, 1:] = 0
