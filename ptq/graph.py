@@ -36,9 +36,8 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     pairs = {}
     for producer, (consumer, *others) in fed.items():
         layer = modules[producer]
-        convolution = isinstance(layer, QuantizedLayer) or (
-            computes_as(layer, nn.Conv2d) and owns_weight(layer)
-        )
+        layer = layer.layer if isinstance(layer, QuantizedLayer) else layer
+        convolution = computes_as(layer, nn.Conv2d) and owns_weight(layer)
         if consumer in norms and not others and convolution:
             pairs[consumer] = producer
     return pairs
