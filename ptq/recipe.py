@@ -39,6 +39,7 @@ class LayerSpec:
     published: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
+        _require_types(self, "an entry")
         _require_pattern(self.pattern)
         if self.kind != "product" and self.weight is not None:
             raise ValueError(f"{self.kind} layers keep their weights in float")
@@ -56,6 +57,12 @@ class LayerSpec:
             integer = self.output or self.published or isinstance(self.attention, Log2)
             if integer or (self.attention and self.kind == "pointwise"):
                 raise ValueError(f"{self.kind} layers compute in float")
+
+
+def _require_types(made, what: str) -> None:
+    for f in fields(made):
+        if not _fits(getattr(made, f.name), f.type):
+            raise ValueError(f"{f.name} of {what} can't be {getattr(made, f.name)!r:.60}")
 
 
 def _require_pattern(pattern: str) -> None:
@@ -99,8 +106,7 @@ class Recipe:
         for f in fields(self):
             if isinstance(getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
-            if not _fits(getattr(self, f.name), f.type):
-                raise ValueError(f"{f.name} of a recipe can't be {getattr(self, f.name)!r:.60}")
+        _require_types(self, "a recipe")
         if self.calibration_images < 0 or self.calibration_batch < 1:
             raise ValueError(f"recipe {self.name} calibrates on a number of images, in batches")
         if self.units:

@@ -15,7 +15,7 @@ from lab.models import MODELS
 from lab.schema import number
 from lab.training.start import fresh_model
 from ptq.analysis.compare import noise
-from ptq.formats import Uniform
+from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.layers import QuantizedLayer
 from ptq.methods import STEPS, adaround
 from ptq.methods.nearest import nearest_codes
@@ -106,6 +106,24 @@ def test_recipes_that_are_none_are_refused_where_they_are_made():
 
 
 def test_a_format_of_ones_own_is_not_exported_as_another():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerSpec(".*", 8),
+        lambda: LayerSpec(None),
+        lambda: LayerSpec(".*", Uniform(8), weight_observer=None),
+        lambda: LayerSpec(".*", input=Uniform(8), attention="x"),
+        lambda: Uniform(8.5),
+        lambda: Uniform("8"),
+        lambda: PowerOfTwo(8.0),
+        lambda: Log2(4.0),
+    ],
+)
+def test_entries_and_formats_of_other_types_are_refused(make):
+    with pytest.raises(ValueError, match="of an entry can't be|has 2 to (8|16) bits"):
+        make()
+
+
     class Other(Uniform):
         pass
 
