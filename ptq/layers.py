@@ -128,15 +128,17 @@ class QuantizedLayer(nn.Module):
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         """Take the weight that integers `codes` of its shape and `scale` [G] stand for.
 
-        ValueError for codes that the format does not have, and for scales that are not above 0.
+        ValueError for codes that the format does not have, for scales that are not above 0, and for
+        another number of them.
         """
         qmin, qmax, scale = self.format.qmin, self.format.qmax, scale.float()
         if codes.is_floating_point() or codes.shape != self.layer.weight.shape:
             raise ValueError(f"codes of a weight are integers of its shape, not {codes.dtype}")
         if codes.numel() and not qmin <= int(codes.min()) <= int(codes.max()) <= qmax:
             raise ValueError(f"codes of a weight lie from {qmin} to {qmax}: clamp them")
-        if scale.dim() != 1 or not ((scale > 0) & scale.isfinite()).all():
-            raise ValueError("scales of a weight are positive numbers [G]")
+        n = len(self.format.rows(codes))
+        if scale.shape != (n,) or not ((scale > 0) & scale.isfinite()).all():
+            raise ValueError(f"scales of a weight are positive numbers [G], here [{n}]")
         self.codes, self.scale = codes.int(), scale
         self.layer.weight.copy_(self.format.decode(self.codes, scale))
 

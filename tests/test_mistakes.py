@@ -47,6 +47,7 @@ def test_batches_that_change_from_pass_to_pass_are_refused():
         (lambda codes, scale: (codes[:1], scale), "integers of its shape"),
         (lambda codes, scale: (codes * 9, scale), "from -8 to 7: clamp"),
         (lambda codes, scale: (codes, scale[:, None]), r"positive numbers \[G\]"),
+        (lambda codes, scale: (codes, scale[:1]), r"positive numbers \[G\], here \[3\]"),
         (lambda codes, scale: (codes, -scale), r"positive numbers \[G\]"),
         (lambda codes, scale: (codes, scale * torch.nan), r"positive numbers \[G\]"),
     ],
@@ -105,7 +106,6 @@ def test_recipes_that_are_none_are_refused_where_they_are_made():
         ptq.quantize(once, W8A8, TWO)
 
 
-def test_a_format_of_ones_own_is_not_exported_as_another():
 @pytest.mark.parametrize(
     "make",
     [
@@ -124,6 +124,7 @@ def test_entries_and_formats_of_other_types_are_refused(make):
         make()
 
 
+def test_a_format_of_ones_own_is_not_exported_as_another():
     class Other(Uniform):
         pass
 
