@@ -190,7 +190,7 @@ def _scales_of_input(model: nn.Module, name: str) -> int | None:
         return 1
     layer = getattr(model.get_submodule(name.rpartition(".")[0]), "layer", None)
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.dim() == 1:
+    if weight is None or weight.dim() == 1 or format.axis != (1 if weight.dim() == 4 else -1):
         return None
     return weight.shape[1] * getattr(layer, "groups", 1)
 
