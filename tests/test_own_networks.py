@@ -173,6 +173,21 @@ def test_a_quantized_layer_has_the_attributes_of_its_own(tmp_path):
         _ = quantized.fc.stride
 
 
+    to_onnx(quantized, x[:1], tmp_path / "reader.onnx")
+    written = onnxruntime.InferenceSession(tmp_path / "reader.onnx").run(
+        None, {"images": x.numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(written[0]), quantized(x).detach())
+
+
+@pytest.mark.parametrize("of", [lambda x: {"out": x}, lambda x: (x, x)])
+def test_networks_that_give_no_logits_are_not_compared(of):
+    class Other(Reader):
+        def forward(self, x):
+            return of(self.fc(x))
+
+    with pytest.raises(ValueError, match="gives logits, or holds them"):
+        ptq.compare_models(Other().eval(), Other().eval(), [(draw(8, 4), None)])
 def test_only_logits_are_compared_by_class():
     network = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
     with pytest.raises(ValueError, match=r"logits \[b, K\], not \[8, 4, 6, 6\]"):
