@@ -48,10 +48,10 @@ def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | Non
     spread_scales(model)
     fold_norms(model, [(example,)])
     for_tensorrt = not tensorrt_fault(model)
-    int4 = []
-    for name, module in list(model.named_modules()):
+    int4, written = [], {}  # {layer: what is written for it}, also where it stands twice
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedLayer):
-            model.set_submodule(name, _Layer(module))
+            model.set_submodule(name, written.setdefault(module, _Layer(module)))
             if module.format is not None and module.format.bits <= 4:
                 int4.append(f"{name}.codes")
         elif isinstance(module, QuantizedAttentionCore):
