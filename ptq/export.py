@@ -188,11 +188,11 @@ class _Core(nn.Module):
         return self.inputs["attention"](attention) @ self.inputs["v"](v)
 
 
-class _Layer(nn.Module):
+class _Layer(QuantizedLayer):
     """A quantized layer as ONNX operators; matrices transposed, as MatMul multiplies them."""
 
     def __init__(self, quantized: QuantizedLayer):
-        super().__init__()
+        nn.Module.__init__(self)
         self.layer, self.format = quantized.layer, quantized.format
         quantizes = isinstance(quantized.input, Quantizer)
         self.input = _QDQ(quantized.input) if quantizes else nn.Identity()
@@ -210,12 +210,8 @@ class _Layer(nn.Module):
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
             self.register_buffer("scale", quantized.scale)
 
-    @property
-    def weight(self) -> Tensor:  # as QuantizedLayer has it
-        return self.layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, layer = self.input(x), self.layer
+    def forward(self, input: Tensor) -> Tensor:
+        x, layer = self.input(input), self.layer
         if self.format is None:
             return layer(x)
         attrs = {"axis": 1 if self.linear else 0}

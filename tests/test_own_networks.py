@@ -4,6 +4,7 @@ import copy
 from argparse import Namespace
 from dataclasses import replace
 
+import onnxruntime
 import pytest
 import torch
 from small import draw
@@ -159,7 +160,7 @@ class Reader(nn.Module):
         self.fc = nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.fc(x.view(-1, self.fc.in_features))
+        return self.fc(input=x.view(-1, self.fc.in_features)) - self.fc.bias
 
 
 def test_a_quantized_layer_has_the_attributes_of_its_own(tmp_path):
