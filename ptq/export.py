@@ -11,7 +11,6 @@ A file in which all codes are such as TensorRT takes (`tensorrt_fault`) is writt
 `trtexec --onnx=FILE --int8`, and from TensorRT 11 on without the flag.
 """
 
-import copy
 import logging
 import warnings
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ptq.folding import fold_norms, spread_scales
 from ptq.formats import Uniform
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, check_inputs
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, check_inputs, copied
 from ptq.recipe import exportable_input, exportable_weight
 
 OPSET = 21  # the first with INT4
@@ -44,7 +43,7 @@ def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | Non
     norms and SiLU, anything else before a quantized layer.
     """
     check_inputs(model)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     spread_scales(model)
     fold_norms(model, [(example,)])
     for_tensorrt = not tensorrt_fault(model)

@@ -6,6 +6,7 @@ them changes scales and biases, never codes.
 """
 
 import contextlib
+import copy
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,19 @@ def located(what: str):
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network; ValueError if it keeps a tensor that a gradient goes through."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise ValueError(
+            "the network keeps a tensor of its last call, which can't be copied with its gradient: "
+            "call it under torch.no_grad() first"
+        ) from error
 
 
 class Quantizer(nn.Module):

@@ -15,6 +15,7 @@ from ptq.layers import (
     QuantizedLayer,
     Quantizer,
     check_inputs,
+    copied,
     located,
     own_buffers,
 )
@@ -50,19 +51,6 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             check_complete(model, recipe)
     check_values(model)
     return model
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a network; ValueError if it keeps a tensor that a gradient goes through."""
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        if "deepcopy" not in str(error):
-            raise
-        raise ValueError(
-            "the network keeps a tensor of its last call, which can't be copied with its gradient: "
-            "call it under torch.no_grad() first"
-        ) from error
 
 
 def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Module:

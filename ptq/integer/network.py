@@ -25,7 +25,7 @@ from ptq.integer.operators import (
     Unresized,
 )
 from ptq.integer.rescale import OutOfRange, fits
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, copied
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
 # Layers that recipes such as i-bert compute in integers, in float or quantized otherwise.
@@ -83,7 +83,7 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
     """
     if products not in (torch.int64, torch.float64):
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
-    quantized = copy.deepcopy(quantized).cpu()
+    quantized = copied(quantized).cpu()
     network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
     spread_scales(network)
     fold_norms(network)

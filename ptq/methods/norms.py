@@ -1,12 +1,12 @@
 """Batch norms of a quantized network: their statistics follow what quantization changes."""
 
-import copy
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from ptq.graph import has_statistics
+from ptq.layers import copied
 from ptq.recipe import Recipe
 
 
@@ -33,10 +33,10 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
     n, n_trained = check_images(batches), check_images(trained_batches)
     if n != n_trained:
         raise ValueError(f"both sizes need the same images, but there are {n} and {n_trained}")
-    copied = copy.deepcopy(model)
+    other = copied(model)
     with torch.no_grad():
-        _shift(copied, model, statistics(model, batches), statistics(model, trained_batches))
-    return copied
+        _shift(other, model, statistics(model, batches), statistics(model, trained_batches))
+    return other
 
 
 def check_images(batches) -> int:
@@ -82,7 +82,7 @@ def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
     Of norms that keep statistics. A batch has the statistics that training would take from it. The
     network stays as it is.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     every = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     norms = {name: norm for name, norm in every.items() if has_statistics(norm)}
     for norm in norms.values():
