@@ -6,6 +6,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mobilevit import AttentionCore
 from ptq.folding import fold_norms, spread_scales
@@ -165,12 +166,11 @@ def translated(
         if node.op == "get_attr":
             constant = Constant(attrgetter(name)(network))
             return [], constant, constant.codes
+        inputs = tensors(node)
         if node.op == "call_module":
-            inputs = tensors(node)
             module = network.get_submodule(name)
             operator, codes = layer_form(module, [known[n] for n in inputs], products)
             return inputs, operator, codes
-        inputs = list(node.args[0]) if name in ("cat", "concat") else tensors(node)
         of_inputs = [known[n] for n in inputs]
         if name in MOVES:
             return inputs, None, of_inputs[0]
@@ -190,8 +190,7 @@ def name_of(node: torch.fx.Node) -> str:
 
 
 def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
-    given = (*node.args, *node.kwargs.values())
-    return [arg for arg in given if isinstance(arg, torch.fx.Node)]
+    return [arg for arg in tree_leaves((node.args, node.kwargs)) if isinstance(arg, torch.fx.Node)]
 
 
 def layer_form(
@@ -253,7 +252,8 @@ def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
 def arguments(node: torch.fx.Node, *names: str) -> dict:
     """Return what a call names after its tensors, by torch's names; ValueError for any other."""
     given = dict(zip(names, node.args[1:]))
-    given |= {{"axis": "dim", "keepdims": "keepdim"}.get(k, k): v for k, v in node.kwargs.items()}
+    named = {k: v for k, v in node.kwargs.items() if k not in ("input", "tensors")}
+    given |= {{"axis": "dim", "keepdims": "keepdim"}.get(k, k): v for k, v in named.items()}
     if given.keys() - set(names):
         raise ValueError(f"has an integer form only with {' and '.join(names)}")
     return given
