@@ -144,7 +144,6 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
         names = ", ".join(p.name for p in needed)
         raise ValueError(f"the network takes {names}, but networks are called with one tensor")
     parameter = next(model.parameters(), torch.empty(0))
-    follows_norms = any(step.endswith("norms") for step in recipe.steps)
     first, n, alike = None, 0, True
     for i, batch in enumerate(batches):
         x, *_ = batch if isinstance(batch, tuple | list) and batch else (None,)
@@ -158,7 +157,7 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
             )
         if len(x) == 0 or not x.isfinite().all():
             raise ValueError(f"batch {i} of the calibration images is empty or not finite")
-        if follows_norms and len(x) < 2:
+        if recipe.norm_steps and len(x) < 2:
             raise ValueError(
                 "norms take their statistics from calibration batches of two and more images, and "
                 f"batch {i} has one: take more or fewer"

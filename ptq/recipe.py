@@ -136,6 +136,11 @@ class Recipe:
         return any(step != "nearest" for step in self.steps)
 
     @property
+    @property
+    def norm_steps(self) -> tuple[str, ...]:
+        """Return the steps that take statistics of norms: those whose names end in `norms`."""
+        return tuple(step for step in self.steps if step.endswith("norms"))
+
     def exportable(self) -> bool:
         """Say whether QDQ ONNX can hold what it does to the network."""
         return all(

@@ -18,8 +18,7 @@ def correct_biases(model: nn.Module, reference: nn.Module, batches, recipe: Reci
     2019, section 4.2, with the expectation taken over `batches` (its appendix D). A convolution
     without bias gets one.
     """
-    norms_follow = any(step.endswith("norms") for step in recipe.steps)
-    done = set(norms_after(model, batches).values()) if norms_follow else set()
+    done = set(norms_after(model, batches).values()) if recipe.norm_steps else set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and name not in done:
             expected = mean_output(reference, reference.get_submodule(name), batches)
