@@ -221,26 +221,10 @@ def product_form(layer: QuantizedLayer, inputs: list[Codes], products: torch.dty
     return Product(layer, *inputs, products)
 
 
-def table_form(layer: nn.Module, inputs: list[Codes], products: torch.dtype) -> Table:
-    return Table(layer, *inputs)
-
-
-def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> Attention:
-    return Attention(core, *inputs, products)
-
-
-def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
-    return Norm(norm, *inputs)
-
-
 def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:
     if pool.output_size not in (1, (1, 1)):
         raise ValueError("pooling has an integer form only over the whole feature map")
     return Mean((2, 3), keep=True)
-
-
-def relu6_form(relu: nn.ReLU6, inputs: list[Codes], products: torch.dtype) -> ClippedReLU:
-    return ClippedReLU(*inputs, 6)
 
 
 def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
@@ -274,11 +258,11 @@ def cat_form(node: torch.fx.Node, inputs: list[Codes]) -> Concatenation:
 # {type of layer: function (layer, codes of its inputs, type of products) -> operator}
 FORMS: dict[type, Callable] = {
     QuantizedLayer: product_form,
-    IntegerActivation: table_form,
-    IntegerSoftmaxCore: core_form,
-    IntegerNorm: norm_form,
+    IntegerActivation: lambda layer, inputs, products: Table(layer, *inputs),
+    IntegerSoftmaxCore: lambda core, inputs, products: Attention(core, *inputs, products),
+    IntegerNorm: lambda norm, inputs, products: Norm(norm, *inputs),
     nn.AdaptiveAvgPool2d: pool_form,
-    nn.ReLU6: relu6_form,
+    nn.ReLU6: lambda relu, inputs, products: ClippedReLU(*inputs, 6),
 }
 FUNCTIONS = {
     "add": sum_form,
