@@ -134,7 +134,7 @@ def test_a_format_of_ones_own_is_not_exported_as_another():
 
 @pytest.mark.parametrize("step", ["nearest", "gptq", "adaround", "similarity"])
 def test_layers_may_be_called_by_keyword(step, monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 3)
+    monkeypatch.setattr(adaround, "ITERATIONS", 3)
 
     class ByKeyword(nn.Module):
         def __init__(self):
