@@ -1,8 +1,8 @@
 """Layers with quantizers: what `ptq.quantize` puts in the place of a network's own layers.
 
 Weights hold the values of their codes, so the float layer computes as it did. Inputs pass a
-`Quantizer`. Batch norms stay where they are: with one scale per output channel (or finer), folding
-them changes scales and biases, never codes.
+`Quantizer`. Batch norms stay where they are: with one scale per output channel, folding them
+changes scales and biases, never codes.
 """
 
 import contextlib

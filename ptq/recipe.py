@@ -19,13 +19,19 @@ LATER = {"later": True}
 class LayerSpec:
     """How the layers of a kind whose module name matches `pattern` in full are quantized.
 
-    A format that is None leaves its tensor in float. `kind` is a key of ptq.kinds.LAYERS:
-    "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
-    of q, k and v, and `attention` that of the softmax: by default that of q without a sign.
+    A format that is None leaves its tensor in float. The observers are keys of
+    ptq.observers.OBSERVERS: `weight_observer` chooses the ranges of weights, `input_observer` those
+    of `input`, `attention` and `output`. Inputs in PowerOfTwo have an observer of their own.
+    `kind` is a key of ptq.kinds.LAYERS: "product" are convolutions, linear layers and attention
+    cores. For a core, `input` is the format of q, k and v, and `attention` that of the softmax: by
+    default that of q without a sign.
     "pointwise" are layer norms and SiLU: they compute in float on inputs of that format and keep
     their weights. The kinds of ptq.methods.fq_vit, ibert and ivit compute in integers; of
     these, `output` is the format of what a layer norm puts out, and `published` asks for the
     arithmetic of the paper instead of ours.
+
+    ValueError for values of other types, for what is no pattern, for formats that layers of this
+    kind do not take, and for activations with a scale for each image.
     """
 
     pattern: str
@@ -131,16 +137,16 @@ class Recipe:
         return any(spec.input for spec in self.layers)
 
     @property
+    def norm_steps(self) -> tuple[str, ...]:
+        """Return the steps that take statistics of norms: those whose names end in `norms`."""
+        return tuple(step for step in self.steps if step.endswith("norms"))
+
+    @property
     def calibrates(self) -> bool:
         """Say whether a step needs images to look at: all but rounding to nearest do."""
         return any(step != "nearest" for step in self.steps)
 
     @property
-    @property
-    def norm_steps(self) -> tuple[str, ...]:
-        """Return the steps that take statistics of norms: those whose names end in `norms`."""
-        return tuple(step for step in self.steps if step.endswith("norms"))
-
     def exportable(self) -> bool:
         """Say whether QDQ ONNX can hold what it does to the network."""
         return all(

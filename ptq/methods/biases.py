@@ -12,8 +12,8 @@ from ptq.recipe import Recipe
 def correct_biases(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Give each quantized layer the mean output per channel that it has in `reference`.
 
-    Layers are taken in the order in which the network registers them. Those whose mean a batch norm
-    takes in, by another step of the recipe, are left alone.
+    Layers are taken in the order in which the network registers them. Convolutions before a batch
+    norm whose statistics another step takes anew are left alone: the norm takes up their mean.
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
     2019, section 4.2, with the expectation taken over `batches` (its appendix D). A convolution
     without bias gets one.

@@ -27,8 +27,8 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
     """Return a copy of a float network with batch norms for images of another size.
 
     `batches` holds the images at that size, `trained_batches` the same images at the size that the
-    network was trained at. ValueError unless both have as many, two and more a batch, that are
-    finite.
+    network was trained at. ValueError unless both have equally many images, all finite, in batches
+    of two or more.
     """
     n, n_trained = check_images(batches), check_images(trained_batches)
     if n != n_trained:
