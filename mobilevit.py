@@ -54,9 +54,10 @@ VARIANTS = {
 }  # fmt: skip
 
 
-# Pixels of the image for one of the last map -> stride and dilation of the MV2 blocks that begin
-# stages 3, 4 and 5. A stride given up dilates the depthwise convolutions after it, not its own, and
-# never those of a MobileViT block: so the authors' code has it, and the paper leaves it open.
+# Output stride (pixels of the image to one of the last map) -> stride and dilation of the MV2
+# blocks that begin stages 3, 4 and 5. A stride given up dilates the depthwise convolutions after
+# it, not its own, and never those of a MobileViT block: so the authors' code has it, and the paper
+# leaves it open.
 STRIDES = {
     32: ((2, 1), (2, 1), (2, 1)),
     16: ((2, 1), (2, 1), (1, 1)),

@@ -4,13 +4,13 @@ torch's multi-head attention reads the weights of its layers and never calls the
 transformers multiply by a function: neither leaves a quantizer a place.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from mobilevit import AttentionCore
+from ptq.layers import copied
 
 
 class OpenAttention(nn.Module):
@@ -60,7 +60,7 @@ def open_attention(model: nn.Module) -> nn.Module:
     softmax(q k^T / sqrt(d)) v stays as it is. So does that of torch's encoder layer, which has a
     way around it.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     for name, module in list(model.named_modules()):
         opener = OPENERS.get(f"{type(module).__module__}.{type(module).__name__}")
         parent = model.get_submodule(name.rpartition(".")[0])

@@ -11,7 +11,6 @@ A file in which all codes are such as TensorRT takes (`tensorrt_fault`) is writt
 `trtexec --onnx=FILE --int8`, and from TensorRT 11 on without the flag.
 """
 
-import copy
 import logging
 import warnings
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ptq.folding import fold_norms, spread_scales
 from ptq.formats import Uniform
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, check_inputs
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, check_inputs, copied
 from ptq.recipe import exportable_input, exportable_weight
 
 OPSET = 21  # the first with INT4
@@ -44,14 +43,14 @@ def to_onnx(model: nn.Module, example: Tensor, path, about: dict[str, str] | Non
     norms and SiLU, anything else before a quantized layer.
     """
     check_inputs(model)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     spread_scales(model)
     fold_norms(model, [(example,)])
     for_tensorrt = not tensorrt_fault(model)
-    int4 = []
-    for name, module in list(model.named_modules()):
+    int4, written = [], {}  # {layer: what is written for it}, also where it stands twice
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedLayer):
-            model.set_submodule(name, _Layer(module))
+            model.set_submodule(name, written.setdefault(module, _Layer(module)))
             if module.format is not None and module.format.bits <= 4:
                 int4.append(f"{name}.codes")
         elif isinstance(module, QuantizedAttentionCore):
@@ -188,11 +187,11 @@ class _Core(nn.Module):
         return self.inputs["attention"](attention) @ self.inputs["v"](v)
 
 
-class _Layer(nn.Module):
+class _Layer(QuantizedLayer):
     """A quantized layer as ONNX operators; matrices transposed, as MatMul multiplies them."""
 
     def __init__(self, quantized: QuantizedLayer):
-        super().__init__()
+        nn.Module.__init__(self)
         self.layer, self.format = quantized.layer, quantized.format
         quantizes = isinstance(quantized.input, Quantizer)
         self.input = _QDQ(quantized.input) if quantizes else nn.Identity()
@@ -210,12 +209,8 @@ class _Layer(nn.Module):
             self.register_buffer("codes", codes.T.contiguous() if self.linear else codes)
             self.register_buffer("scale", quantized.scale)
 
-    @property
-    def weight(self) -> Tensor:  # as QuantizedLayer has it
-        return self.layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, layer = self.input(x), self.layer
+    def forward(self, input: Tensor) -> Tensor:
+        x, layer = self.input(input), self.layer
         if self.format is None:
             return layer(x)
         attrs = {"axis": 1 if self.linear else 0}

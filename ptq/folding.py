@@ -1,4 +1,4 @@
-"""Folding batch norms into the convolutions before them, which quantization and export prepare."""
+"""Folding batch norms into the convolutions before them: quantization prepares, export does it."""
 
 from dataclasses import replace
 

@@ -30,7 +30,7 @@ class Uniform:
     axis: int = 0  # of the channels; 1 for activations [B, C, ...]
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 16:
+        if type(self.bits) is not int or not 2 <= self.bits <= 16:
             raise ValueError(f"a uniform format has 2 to 16 bits, not {self.bits}")
         if not (self.granularity in ("tensor", "channel") or self.group_size > 0):
             raise ValueError(f"granularity is tensor, channel or a number, not {self.granularity}")
@@ -136,7 +136,7 @@ class PowerOfTwo:
     group_size: ClassVar[int] = 0
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"a format with power-of-two factors has 2 to 8 bits, not {self.bits}")
         if not 0 <= self.most <= 7:
             raise ValueError(f"a scale is doubled at most 0 to 7 times, not {self.most}")
@@ -201,7 +201,7 @@ class Log2:
     zero_code: bool = True
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"a logarithmic format has 2 to 8 bits, not {self.bits}")
         if self.threshold not in THRESHOLDS:
             raise ValueError(f"threshold is {', '.join(THRESHOLDS)}, not {self.threshold}")

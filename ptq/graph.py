@@ -36,9 +36,8 @@ def norms_after(model: nn.Module, batches=None) -> dict[str, str]:
     pairs = {}
     for producer, (consumer, *others) in fed.items():
         layer = modules[producer]
-        convolution = isinstance(layer, QuantizedLayer) or (
-            computes_as(layer, nn.Conv2d) and owns_weight(layer)
-        )
+        layer = layer.layer if isinstance(layer, QuantizedLayer) else layer
+        convolution = computes_as(layer, nn.Conv2d) and owns_weight(layer)
         if consumer in norms and not others and convolution:
             pairs[consumer] = producer
     return pairs
@@ -194,17 +193,21 @@ def never_ran(name: str) -> ValueError:
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
     """Yield what goes into `layer` or comes out of it for each batch.
 
-    `what`: "input", a tuple of positional inputs, or "output". No more of `model` runs than it
-    takes: of a layer that runs several times, the first time counts. ValueError if it never runs.
+    `what`: "input", a tuple of all that it is given beside its defaults, by position or by name, or
+    "output". No more of `model` runs than it takes: of a layer that runs several times, the first
+    time counts. ValueError if it never runs.
     """
     seen = []
+    parameters = inspect.signature(layer.forward).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
 
-    def keep(_, inputs, output=None):
-        seen.append(inputs if what == "input" else output)
+    def keep(_, args, kwargs, output=None):
+        named = (value for name, value in kwargs.items() if value is not defaults.get(name))
+        seen.append((*args, *named) if what == "input" else output)
         raise Reached
 
     register = layer.register_forward_pre_hook if what == "input" else layer.register_forward_hook
-    with register(keep):
+    with register(keep, with_kwargs=True):
         for x, *_ in batches:
             try:
                 model(x)

@@ -1,11 +1,12 @@
 """Layers with quantizers: what `ptq.quantize` puts in the place of a network's own layers.
 
 Weights hold the values of their codes, so the float layer computes as it did. Inputs pass a
-`Quantizer`. Batch norms stay where they are: with one scale per output channel (or finer), folding
-them changes scales and biases, never codes.
+`Quantizer`. Batch norms stay where they are: with one scale per output channel, folding them
+changes scales and biases, never codes.
 """
 
 import contextlib
+import copy
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,19 @@ def located(what: str):
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a network; ValueError if it keeps a tensor that a gradient goes through."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise ValueError(
+            "the network keeps a tensor of its last call, which can't be copied with its gradient: "
+            "call it under torch.no_grad() first"
+        ) from error
 
 
 class Quantizer(nn.Module):
@@ -128,15 +142,17 @@ class QuantizedLayer(nn.Module):
     def set_weight(self, codes: Tensor, scale: Tensor) -> None:
         """Take the weight that integers `codes` of its shape and `scale` [G] stand for.
 
-        ValueError for codes that the format does not have, and for scales that are not above 0.
+        ValueError for codes that the format does not have, for scales that are not above 0, and for
+        another number of them.
         """
         qmin, qmax, scale = self.format.qmin, self.format.qmax, scale.float()
         if codes.is_floating_point() or codes.shape != self.layer.weight.shape:
             raise ValueError(f"codes of a weight are integers of its shape, not {codes.dtype}")
         if codes.numel() and not qmin <= int(codes.min()) <= int(codes.max()) <= qmax:
             raise ValueError(f"codes of a weight lie from {qmin} to {qmax}: clamp them")
-        if scale.dim() != 1 or not ((scale > 0) & scale.isfinite()).all():
-            raise ValueError("scales of a weight are positive numbers [G]")
+        n = len(self.format.rows(codes))
+        if scale.shape != (n,) or not ((scale > 0) & scale.isfinite()).all():
+            raise ValueError(f"scales of a weight are positive numbers [G], here [{n}]")
         self.codes, self.scale = codes.int(), scale
         self.layer.weight.copy_(self.format.decode(self.codes, scale))
 

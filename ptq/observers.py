@@ -45,7 +45,7 @@ class MinMax:
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def accumulate(self, rows: Tensor) -> None:
-        """Take in the values [G, n] of one tensor, behind `widen`."""
+        """Take in the values [G, n] of one tensor, after `widen`."""
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the low and high end, each [G]; ValueError if nothing was seen."""

@@ -1,6 +1,5 @@
 """The file that holds a quantized network in few bits, and the bytes that it takes."""
 
-import copy
 import json
 import re
 import tempfile
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq.formats import PowerOfTwo, Uniform
-from ptq.layers import QuantizedLayer, Quantizer, check_inputs, own_buffers
+from ptq.layers import QuantizedLayer, Quantizer, check_inputs, copied, own_buffers
 from ptq.pipeline import attach, check_formats, layer_specs
 from ptq.recipe import Recipe
 
@@ -109,7 +108,7 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
     check_patterns(recipe)
     device = next((t.device for t in model.state_dict().values()), None)
-    model = copy.deepcopy(model).cpu().eval()
+    model = copied(model).cpu().eval()
     attach(model, layer_specs(model, recipe))
     try:
         _fill(model, tensors)
@@ -190,7 +189,7 @@ def _scales_of_input(model: nn.Module, name: str) -> int | None:
         return 1
     layer = getattr(model.get_submodule(name.rpartition(".")[0]), "layer", None)
     weight = getattr(layer, "weight", None)
-    if weight is None or weight.dim() == 1:
+    if weight is None or weight.dim() == 1 or format.axis != (1 if weight.dim() == 4 else -1):
         return None
     return weight.shape[1] * getattr(layer, "groups", 1)
 

@@ -15,6 +15,7 @@ from ptq.layers import (
     QuantizedLayer,
     Quantizer,
     check_inputs,
+    copied,
     located,
     own_buffers,
 )
@@ -50,19 +51,6 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
             check_complete(model, recipe)
     check_values(model)
     return model
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a network; ValueError if it keeps a tensor that a gradient goes through."""
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        if "deepcopy" not in str(error):
-            raise
-        raise ValueError(
-            "the network keeps a tensor of its last call, which can't be copied with its gradient: "
-            "call it under torch.no_grad() first"
-        ) from error
 
 
 def with_quantized_layers(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
@@ -156,7 +144,6 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
         names = ", ".join(p.name for p in needed)
         raise ValueError(f"the network takes {names}, but networks are called with one tensor")
     parameter = next(model.parameters(), torch.empty(0))
-    follows_norms = any(step.endswith("norms") for step in recipe.steps)
     first, n, alike = None, 0, True
     for i, batch in enumerate(batches):
         x, *_ = batch if isinstance(batch, tuple | list) and batch else (None,)
@@ -170,7 +157,7 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
             )
         if len(x) == 0 or not x.isfinite().all():
             raise ValueError(f"batch {i} of the calibration images is empty or not finite")
-        if follows_norms and len(x) < 2:
+        if recipe.norm_steps and len(x) < 2:
             raise ValueError(
                 "norms take their statistics from calibration batches of two and more images, and "
                 f"batch {i} has one: take more or fewer"

@@ -19,13 +19,19 @@ LATER = {"later": True}
 class LayerSpec:
     """How the layers of a kind whose module name matches `pattern` in full are quantized.
 
-    A format that is None leaves its tensor in float. `kind` is a key of ptq.kinds.LAYERS:
-    "product" are convolutions, linear layers and attention cores. For a core, `input` is the format
-    of q, k and v, and `attention` that of the softmax: by default that of q without a sign.
+    A format that is None leaves its tensor in float. The observers are keys of
+    ptq.observers.OBSERVERS: `weight_observer` chooses the ranges of weights, `input_observer` those
+    of `input`, `attention` and `output`. Inputs in PowerOfTwo have an observer of their own.
+    `kind` is a key of ptq.kinds.LAYERS: "product" are convolutions, linear layers and attention
+    cores. For a core, `input` is the format of q, k and v, and `attention` that of the softmax: by
+    default that of q without a sign.
     "pointwise" are layer norms and SiLU: they compute in float on inputs of that format and keep
     their weights. The kinds of ptq.methods.fq_vit, ibert and ivit compute in integers; of
     these, `output` is the format of what a layer norm puts out, and `published` asks for the
     arithmetic of the paper instead of ours.
+
+    ValueError for values of other types, for what is no pattern, for formats that layers of this
+    kind do not take, and for activations with a scale for each image.
     """
 
     pattern: str
@@ -39,6 +45,7 @@ class LayerSpec:
     published: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
+        _require_types(self, "an entry")
         _require_pattern(self.pattern)
         if self.kind != "product" and self.weight is not None:
             raise ValueError(f"{self.kind} layers keep their weights in float")
@@ -56,6 +63,12 @@ class LayerSpec:
             integer = self.output or self.published or isinstance(self.attention, Log2)
             if integer or (self.attention and self.kind == "pointwise"):
                 raise ValueError(f"{self.kind} layers compute in float")
+
+
+def _require_types(made, what: str) -> None:
+    for f in fields(made):
+        if not _fits(getattr(made, f.name), f.type):
+            raise ValueError(f"{f.name} of {what} can't be {getattr(made, f.name)!r:.60}")
 
 
 def _require_pattern(pattern: str) -> None:
@@ -99,8 +112,7 @@ class Recipe:
         for f in fields(self):
             if isinstance(getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
-            if not _fits(getattr(self, f.name), f.type):
-                raise ValueError(f"{f.name} of a recipe can't be {getattr(self, f.name)!r:.60}")
+        _require_types(self, "a recipe")
         if self.calibration_images < 0 or self.calibration_batch < 1:
             raise ValueError(f"recipe {self.name} calibrates on a number of images, in batches")
         if self.units:
@@ -123,6 +135,11 @@ class Recipe:
     @property
     def quantizes_inputs(self) -> bool:
         return any(spec.input for spec in self.layers)
+
+    @property
+    def norm_steps(self) -> tuple[str, ...]:
+        """Return the steps that take statistics of norms: those whose names end in `norms`."""
+        return tuple(step for step in self.steps if step.endswith("norms"))
 
     @property
     def calibrates(self) -> bool:

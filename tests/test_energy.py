@@ -190,3 +190,5 @@ def test_what_an_engine_does_by_itself_has_no_known_energy():
     network = small_network()
     with pytest.raises(ValueError, match="int8-nncf is carried out by nncf"):
         energy(network, ptq.recipe("int8-nncf", network), draw(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="no table of prices is called oil: there are horowitz"):
+        energy(network, ptq.recipe("w8a8", network), draw(1, 3, 64, 64), "oil")

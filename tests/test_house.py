@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ptq.integer": (*BELOW_METHODS, "ptq.integer", "mobilevit"),
     "ptq.methods": (*BELOW_METHODS, "ptq.integer", "ptq.methods", "mobilevit"),
     "ptq.kinds": (*BELOW_METHODS, "ptq.methods", "mobilevit"),
-    "ptq.attention": ("mobilevit",),
+    "ptq.attention": ("ptq.layers", "mobilevit"),
     "ptq.export": BELOW_METHODS,
     "ptq.pipeline": (*BELOW_METHODS, "ptq.kinds", "ptq.methods"),
     "ptq.packing": (*BELOW_METHODS, "ptq.pipeline"),

@@ -28,6 +28,8 @@ class Ends(nn.Module):
     "of",
     [
         lambda x, y: torch.cat([x, y], axis=1),
+        lambda x, y: torch.cat(tensors=[x, y], dim=-1),
+        lambda x, y: x + torch.mean(input=y, dim=1, keepdim=True),
         lambda x, y: (x + y.mean(1, keepdims=True)).relu(),
         lambda x, y: x + y.mean(axis=1, keepdim=True),
     ],

@@ -15,9 +15,9 @@ from lab.models import MODELS
 from lab.schema import number
 from lab.training.start import fresh_model
 from ptq.analysis.compare import noise
-from ptq.formats import Uniform
+from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.layers import QuantizedLayer
-from ptq.methods import STEPS
+from ptq.methods import STEPS, adaround
 from ptq.methods.nearest import nearest_codes
 from ptq.observers import OBSERVERS, MinMax
 from ptq.recipe import LayerSpec, Recipe
@@ -47,6 +47,7 @@ def test_batches_that_change_from_pass_to_pass_are_refused():
         (lambda codes, scale: (codes[:1], scale), "integers of its shape"),
         (lambda codes, scale: (codes * 9, scale), "from -8 to 7: clamp"),
         (lambda codes, scale: (codes, scale[:, None]), r"positive numbers \[G\]"),
+        (lambda codes, scale: (codes, scale[:1]), r"positive numbers \[G\], here \[3\]"),
         (lambda codes, scale: (codes, -scale), r"positive numbers \[G\]"),
         (lambda codes, scale: (codes, scale * torch.nan), r"positive numbers \[G\]"),
     ],
@@ -105,6 +106,24 @@ def test_recipes_that_are_none_are_refused_where_they_are_made():
         ptq.quantize(once, W8A8, TWO)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerSpec(".*", 8),
+        lambda: LayerSpec(None),
+        lambda: LayerSpec(".*", Uniform(8), weight_observer=None),
+        lambda: LayerSpec(".*", input=Uniform(8), attention="x"),
+        lambda: Uniform(8.5),
+        lambda: Uniform("8"),
+        lambda: PowerOfTwo(8.0),
+        lambda: Log2(4.0),
+    ],
+)
+def test_entries_and_formats_of_other_types_are_refused(make):
+    with pytest.raises(ValueError, match="of an entry can't be|has 2 to (8|16) bits"):
+        make()
+
+
 def test_a_format_of_ones_own_is_not_exported_as_another():
     class Other(Uniform):
         pass
@@ -113,8 +132,10 @@ def test_a_format_of_ones_own_is_not_exported_as_another():
         assert not Recipe("r", layers=(spec,)).exportable
 
 
-@pytest.mark.parametrize("step", ["nearest", "gptq"])
-def test_layers_may_be_called_by_keyword(step):
+@pytest.mark.parametrize("step", ["nearest", "gptq", "adaround", "similarity"])
+def test_layers_may_be_called_by_keyword(step, monkeypatch):
+    monkeypatch.setattr(adaround, "ITERATIONS", 3)
+
     class ByKeyword(nn.Module):
         def __init__(self):
             super().__init__()

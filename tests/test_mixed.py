@@ -31,6 +31,7 @@ from ptq.analysis.mixed import (
     with_bits,
 )
 from ptq.layers import QuantizedLayer
+from ptq.methods import STEPS
 from ptq.pipeline import layer_specs
 
 BATCHES = [(draw(6, 3, 8, 8, seed=i), None) for i in range(2)]
@@ -136,8 +137,10 @@ def file_sizes(model, base):
     return [file_bytes(model, uniform[bits], BATCHES) for bits in (4, 8)]
 
 
-def test_bytes_are_those_of_the_file_where_biases_grow_after_norms():
-    steps = ("nearest", "calibrate", "shift_norms", "correct_biases")
+@pytest.mark.parametrize("norms", ["shift_norms", "norms"])
+def test_bytes_are_those_of_the_file_where_biases_grow_after_norms(norms, monkeypatch):
+    monkeypatch.setitem(STEPS, "norms", STEPS["shift_norms"])  # as a step of one's own
+    steps = ("nearest", "calibrate", norms, "correct_biases")
     recipe = dataclasses.replace(ptq.recipe("w4a8", network()), steps=steps)
     made = ptq.quantize(network(), recipe, BATCHES)
     assert made[0].layer.bias is None  # of a convolution that had none, before a norm

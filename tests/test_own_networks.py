@@ -4,6 +4,7 @@ import copy
 from argparse import Namespace
 from dataclasses import replace
 
+import onnxruntime
 import pytest
 import torch
 from small import draw
@@ -15,13 +16,14 @@ from lab import cli, files
 from lab.cli import BadInput
 from lab.recipes import read_recipe
 from ptq.analysis.compare import noise
+from ptq.analysis.energy import count
 from ptq.analysis.mixed import parse_name
 from ptq.export import to_onnx
 from ptq.folding import fold_norms, make_norms_positive
 from ptq.graph import consumers
 from ptq.methods import STEPS
 from ptq.methods.nearest import nearest_codes
-from ptq.methods.norms import statistics
+from ptq.methods.norms import adapted, statistics
 from ptq.recipe import LayerSpec, Recipe
 
 FINE = ptq.Uniform(16, granularity="channel")  # all but lossless
@@ -159,7 +161,7 @@ class Reader(nn.Module):
         self.fc = nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.fc(x.view(-1, self.fc.in_features))
+        return self.fc(input=x.view(-1, self.fc.in_features)) - self.fc.bias
 
 
 def test_a_quantized_layer_has_the_attributes_of_its_own(tmp_path):
@@ -171,6 +173,21 @@ def test_a_quantized_layer_has_the_attributes_of_its_own(tmp_path):
         assert torch.equal(again(x), quantized(x)) and again.fc.out_features == 3
     with pytest.raises(AttributeError, match="no attribute 'stride'"):
         _ = quantized.fc.stride
+    to_onnx(quantized, x[:1], tmp_path / "reader.onnx")
+    written = onnxruntime.InferenceSession(tmp_path / "reader.onnx").run(
+        None, {"images": x.numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(written[0]), quantized(x).detach())
+
+
+@pytest.mark.parametrize("of", [lambda x: {"out": x}, lambda x: (x, x)])
+def test_networks_that_give_no_logits_are_not_compared(of):
+    class Other(Reader):
+        def forward(self, x):
+            return of(self.fc(x))
+
+    with pytest.raises(ValueError, match="gives logits, or holds them"):
+        ptq.compare_models(Other().eval(), Other().eval(), [(draw(8, 4), None)])
 
 
 def test_only_logits_are_compared_by_class():
@@ -277,6 +294,15 @@ def test_features_kept_with_their_gradient_are_named():
     network(draw(4, 4))
     with pytest.raises(ValueError, match="call it under torch.no_grad"):
         ptq.quantize(network, W16)
+    batches = [(draw(4, 4), None)]
+    for copies in (
+        ptq.open_attention,
+        lambda network: adapted(network, batches, batches),
+        lambda network: count(network, draw(4, 4)),
+        lambda network: to_onnx(network, draw(4, 4), "nowhere.onnx"),
+    ):
+        with pytest.raises(ValueError, match="call it under torch.no_grad"):
+            copies(network)
     with torch.no_grad():
         network(draw(4, 4))
     ptq.quantize(network, W16)

@@ -122,6 +122,19 @@ def test_codes_that_a_format_does_not_have_are_refused(name, wrong, tmp_path):
             packing.load(tmp_path / "bad", model)
 
 
+@pytest.mark.parametrize("axis", [1, 2, -1])
+@pytest.mark.parametrize(
+    "layer, shape", [(nn.Linear(6, 5), (8, 7, 6)), (nn.Conv2d(6, 5, 3), (8, 6, 7, 9))]
+)
+def test_scales_of_inputs_may_lie_along_any_axis(layer, shape, axis, tmp_path):
+    model, x = nn.Sequential(layer).eval(), torch.randn(shape)
+    inputs = Uniform(8, False, "channel", axis)
+    recipe = Recipe("r", layers=(LayerSpec(".*", Uniform(8), inputs),))
+    quantized = ptq.quantize(model, recipe, [(x, None)])
+    packing.save(quantized, recipe, tmp_path / "a")
+    assert torch.equal(packing.load(tmp_path / "a", model)[0](x), quantized(x))
+
+
 def test_inputs_of_pointwise_layers_may_have_scales_per_channel(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 5)).eval()

@@ -158,7 +158,7 @@ WHOLE_BLOCKS = replace(RECIPES["w4"], units=r"stages\.\d\.\d")  # MobileViT's am
 def test_a_learnt_recipe_beats_its_baseline_and_takes_every_layer_once(
     recipe, model, batches, monkeypatch
 ):
-    monkeypatch.setattr(adaround, "STEPS", 50)
+    monkeypatch.setattr(adaround, "ITERATIONS", 50)
     learnt = ptq.quantize(model, recipe, batches)
     layers = nearest_module.layers_to_round(learnt)
     taken = [

@@ -143,6 +143,17 @@ def test_inputs_are_compared_alone_and_in_the_network(network, images):
     assert found["outputs_db"] == pytest.approx(db, abs=0.05)
 
 
+def test_channels_of_a_convolution_of_another_name_are_told_apart():
+    class Other(nn.Conv2d):
+        pass
+
+    images = [(draw(4, 3, 8, 8) * torch.tensor([1, 0.1, 0.01])[:, None, None], None)]
+    other, plain = (nn.Sequential(kind(3, 6, 3), nn.Flatten()) for kind in (Other, nn.Conv2d))
+    plain.load_state_dict(other.state_dict())
+    found = [of(profiled(net.eval(), "w8a8", images)[1], "0", "input") for net in (other, plain)]
+    assert found[0] == found[1]
+
+
 def test_every_quantized_tensor_is_there_once(network, images):
     quantized, found = profiled(network, "w8a8", images)
     names = [(t["layer"], t["role"]) for t in found["tensors"]]

@@ -208,6 +208,28 @@ def test_scores_depend_on_queries_and_keys_and_on_no_other_layer():
     torch.testing.assert_close(doubled, 2 * found.scores())
 
 
+class Sized(SeparateHeads):
+    """Attention that is told a size besides, which it can't do without."""
+
+    def forward(self, x, size):
+        return super().forward(x.view(len(x), *size))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_attention_may_take_more_than_a_tensor(by_name):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = Sized()
+
+        def forward(self, x):
+            return self.attn(x, size=(5, 8)) if by_name else self.attn(x, (5, 8))
+
+    layers = ["attn.query", "attn.key", "attn.value", "attn.out"]
+    (found,) = Attention.all_in(Outer().eval(), layers, [(draw(3, 40), None)])
+    assert found.feeders == ["attn.query", "attn.key"]
+
+
 def test_a_part_of_the_rows_is_drawn_alike_each_time(monkeypatch):
     monkeypatch.setattr(ranking, "ROWS", 8)
     network = nn.Sequential(SeparateHeads())

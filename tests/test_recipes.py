@@ -33,10 +33,30 @@ def test_a_name_may_end_in_an_observer_and_in_one_scale_a_weight(base, observer)
     assert seen - {"factors"} == {observer}  # FQ-ViT's norms have ranges with factors
 
 
-@pytest.mark.parametrize("name", ["w4-kl", "w8a8-mse", "fp32-tensor", "i-bert-taste", "-kl"])
+VAIN = ["w4-kl", "w8a8-mse", "fp32-tensor", "i-bert-taste", "-kl"]
+VAIN += ["w4-kl-tensor", "w8a8-mse-tensor", "uniform8-tensor-tensor"]
+
+
+@pytest.mark.parametrize("name", VAIN)
 def test_names_whose_end_changes_nothing_are_refused(name):
-    with pytest.raises(ValueError, match="would be|no recipe is called"):
+    with pytest.raises(ValueError, match="would be in vain|no recipe is called"):
         ptq.recipe(name)
+
+
+def test_one_scale_may_follow_a_recipe_whose_own_name_ends_in_an_observer():
+    (spec,) = ptq.recipe("w4-minmax-tensor").layers
+    assert spec == LayerSpec(".*", Uniform(4), weight_observer="minmax")
+
+
+@pytest.mark.parametrize("name", ["w8a8-minmax", "w8a8-percentile", "w8a8-kl", "w8a8-tensor"])
+def test_ranges_and_scales_of_the_ablation_are_there_for_other_networks(name):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4))
+    specs = layer_specs(network, ptq.recipe(name, network))
+    assert specs["1"].input.granularity == "channel"
+    if name == "w8a8-tensor":
+        assert {spec.weight for spec in specs.values()} == {Uniform(8)}
+    else:
+        assert {spec.input_observer for spec in specs.values()} == {name.removeprefix("w8a8-")}
 
 
 def test_recipes_that_contradict_themselves_are_refused():

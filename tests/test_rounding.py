@@ -68,7 +68,7 @@ def test_moments_give_the_output_error(kind):
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_outputs_come_closer_than_with_nearest(kind, method, monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 300)
+    monkeypatch.setattr(adaround, "ITERATIONS", 300)
     layer, x = make(kind)
     errors = {
         m: (quantized(layer, x, m)(x) - layer(x)).square().mean() for m in ("nearest", method)
@@ -144,6 +144,30 @@ def test_adaround_refuses_units_that_give_several_tensors():
         ptq.quantize(Both(), recipe, [(draw(2, 4), None)])
 
 
+class Scaled(nn.Module):
+    """Its block is told by name how often to take its output."""
+
+    class Block(nn.Sequential):
+        def forward(self, x, gain=1):
+            return gain * super().forward(x)
+
+    def __init__(self, gain):
+        super().__init__()
+        self.block, self.gain = self.Block(nn.Linear(4, 4)), gain
+
+    def forward(self, x):
+        return self.block(x, gain=self.gain)
+
+
+def test_adaround_refuses_units_that_are_told_more_by_name(monkeypatch):
+    monkeypatch.setattr(adaround, "ITERATIONS", 3)
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("adaround",), units="block")
+    ptq.quantize(Scaled(1), recipe, [(draw(2, 4), None)])
+    for gain in (3, torch.full((1,), 3.0)):
+        with pytest.raises(ValueError, match="one input of one size, not for block"):
+            ptq.quantize(Scaled(gain), recipe, [(draw(2, 4), None)])
+
+
 def test_gptq_on_dead_inputs_rounds_to_nearest():
     layer, x = make("pointwise")
     x[:, 1:] = 0
@@ -153,7 +177,7 @@ def test_gptq_on_dead_inputs_rounds_to_nearest():
 
 
 def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 100)
+    monkeypatch.setattr(adaround, "ITERATIONS", 100)
     layer, x = make("dense")
     result = quantized(layer, x, "adaround")[0]
     exact = FORMAT.rows(layer.weight.detach()) / result.scale[:, None]
@@ -162,7 +186,7 @@ def test_adaround_only_moves_a_weight_to_one_of_its_two_neighbours(monkeypatch):
 
 
 def test_adaround_is_near_the_best_of_all_ways_up_or_down(monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 300)
+    monkeypatch.setattr(adaround, "ITERATIONS", 300)
     totals = torch.zeros(3, dtype=torch.float64)  # best, AdaRound, nearest
     ups = torch.tensor(list(itertools.product((0, 1), repeat=6)))
     for seed in range(8):
@@ -182,7 +206,7 @@ def test_adaround_is_near_the_best_of_all_ways_up_or_down(monkeypatch):
 
 @pytest.mark.parametrize("method", ["nearest", "gptq", "adaround"])
 def test_constant_filters_stay_what_they_are(method, monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 100)
+    monkeypatch.setattr(adaround, "ITERATIONS", 100)
     layer, x = make("dense")
     with torch.no_grad():
         layer.weight[0], layer.weight[1] = 0, 0.3
@@ -205,7 +229,7 @@ def test_units_are_the_outermost_matches_in_order():
 
 
 def test_learning_a_unit_as_one_beats_layer_by_layer(monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 500)
+    monkeypatch.setattr(adaround, "ITERATIONS", 500)
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(8, 12, 1), nn.SiLU(), nn.Conv2d(12, 8, 1))
     net, x = nn.Sequential(block), correlated(32, 8, 6, 6)
@@ -218,7 +242,7 @@ def test_learning_a_unit_as_one_beats_layer_by_layer(monkeypatch):
 
 
 def test_places_of_a_linear_layer_may_lie_in_rows_and_columns(monkeypatch):
-    monkeypatch.setattr(adaround, "STEPS", 300)
+    monkeypatch.setattr(adaround, "ITERATIONS", 300)
     spec = LayerSpec(".*", FORMAT)
     x, found = correlated(16, 2, 8, 6), []  # more channels than rows
     for inputs in (x, x.flatten(1, 2)):

@@ -80,6 +80,14 @@ class Tied(nn.Module):
         return self.norm(self.conv(x)), F.conv2d(x, self.conv.weight)
 
 
+def test_a_norm_behind_a_quantized_linear_layer_is_not_folded():
+    layers = nn.Linear(12, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 4 * 3, 2)
+    network, batches = nn.Sequential(*layers).eval(), [(draw(8, 5, 4, 12), None)]
+    quantized = ptq.quantize(network, W16, batches)
+    fold_norms(quantized, batches)
+    assert isinstance(quantized[1], nn.BatchNorm2d)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("network", [Features(True), Features(False), Tied()])
 def test_what_leaves_a_network_beside_its_logits_stays_what_it_was(network):

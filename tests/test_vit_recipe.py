@@ -245,6 +245,7 @@ def test_networks_are_compared_by_their_logits():
     [
         ({"method": "entropy"}, "no method is called entropy: there are tensor, channel, histo"),
         ({"parts": ("norms",)}, "no part is called norms: there are attention, mlp, classifier"),
+        ({"parts": ()}, "for one part at least of attention, mlp, classifier"),
         ({"share": 0}, "a share is above 0 and at most 1, not 0"),
         ({"share": 1.5}, "not 1.5"),
         ({"bits": 1}, "2 to 16 bits, not 1"),

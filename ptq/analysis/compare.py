@@ -50,5 +50,9 @@ def noise(outputs: Tensor, expected: Tensor) -> float:
 
 
 def logits_of(output) -> Tensor:
-    """Return the logits [b, K] in what a network puts out."""
-    return output if isinstance(output, Tensor) else output.logits
+    """Return the logits [b, K] in what a network puts out; ValueError if there are none."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        kind = type(output).__name__
+        raise ValueError(f"a network gives logits, or holds them as `logits`: this gives a {kind}")
+    return logits

@@ -22,6 +22,7 @@ from ptq.analysis.compare import logits_of, noise
 from ptq.analysis.sensitivity import set_tensor
 from ptq.folding import make_norms_positive
 from ptq.graph import hooked, never_ran, norms_after
+from ptq.layers import copied
 from ptq.methods.gptq import hessians, round_weights
 from ptq.methods.nearest import layers_to_round, nearest_codes
 from ptq.methods.norms import shifted
@@ -179,7 +180,7 @@ def _matrices(layer: nn.Module, output: Tensor) -> Tensor:
 def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
     """Return the network in float, and {bits: {name of a layer: its weight rounded}}."""
     check_batches(model, next(iter(recipes.values())), batches)
-    network = copy.deepcopy(model).eval()
+    network = copied(model).eval()
     make_norms_positive(network, batches)
     twins = [float_twin(network, _weights_only(recipe), batches) for recipe in recipes.values()]
     by_width = [layers_to_round(twin) for twin in twins]

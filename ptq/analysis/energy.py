@@ -5,7 +5,6 @@
 A model, not a measurement: it says what arithmetic and memory would take at the prices of a table.
 """
 
-import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import ceil
@@ -18,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from ptq.formats import Log2, Uniform
 from ptq.graph import running
-from ptq.pipeline import layer_specs
+from ptq.layers import copied
+from ptq.pipeline import entry, layer_specs
 from ptq.recipe import Recipe
 
 
@@ -43,7 +43,7 @@ def count(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerCount], lis
     a MAC), for the innermost module that runs. The second value names all other operators, so that
     one with products of its own can't hide. The network is run on a copy, in evaluation mode.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator a layer, without a formula
     try:
@@ -136,11 +136,13 @@ def energy(model: nn.Module, recipe: Recipe, example: Tensor, prices: str = "hor
     read from DRAM once a call, however many images it has. Activations are written to and read from
     SRAM once. Only layers with products count: norms and activation functions are left out, as
     is the attention map of fused attention, which never leaves the chip. What stays in float has 32
-    bits. ValueError for a recipe that an engine carries out by its own methods.
+    bits. ValueError for prices that are not there, and for a recipe that an engine carries out by
+    its own methods.
     """
     if recipe.peer:
         raise ValueError(f"recipe {recipe.name} is carried out by {recipe.peer}: no formats known")
-    specs, table = layer_specs(model, recipe), PRICES[prices]
+    table = entry(PRICES, prices, "table of prices")
+    specs = layer_specs(model, recipe)
     layers = {}
     for name, layer in count(model, example)[0].items():
         spec = specs.get(name)

@@ -27,7 +27,6 @@ from ptq.recipes import recipe as recipe_of
 BITS = (4, 5, 6, 7, 8)
 COST, BASE = "noise", "w4a8"  # where a name has none: of COSTS, and of RECIPES
 PREFIX = "mixed-"
-BIASES_FOLLOW = ("shift_norms", "replace_norms", "correct_biases")  # steps that decide which grow
 PJ_PER_MJ = 1e9
 _NAME = re.compile(
     rf"{PREFIX}([\d.]+(?:e[+-]?\d+)?)(bits|bytes|mJ|ms)(?:-({'|'.join(COSTS)}))?(?:-(.+))?"
@@ -165,13 +164,15 @@ def within_bytes(model, batches, costs: Mapping, budget: float, unit: str, named
 
 def file_bytes(model: nn.Module, recipe: Recipe, batches) -> int:
     """Return the bytes of the file of a network quantized by `recipe`, without its slow steps."""
+    # Which biases grow, these decide.
+    kept = [s for s in recipe.steps if s == "correct_biases" or s in recipe.norm_steps]
     fast = replace(
         recipe,
         layers=tuple(
             replace(spec, weight_observer="minmax", input_observer="minmax")
             for spec in recipe.layers
         ),
-        steps=("nearest", "calibrate", *(s for s in recipe.steps if s in BIASES_FOLLOW)),
+        steps=("nearest", "calibrate", *kept),
         units=None,
     )
     x, *_ = next(iter(batches))

@@ -268,7 +268,8 @@ def watched_tensors(
 ) -> list[Watched]:
     """Return the tensors that a layer's `spec` quantizes, with their grids in `quantized`."""
     layer, found = quantized.get_submodule(name), []
-    axis = CHANNEL_AXIS.get(type(model.get_submodule(name)))
+    module = model.get_submodule(name)
+    axis = next((axis for kind, axis in CHANNEL_AXIS.items() if isinstance(module, kind)), None)
     if isinstance(layer, QuantizedLayer) and layer.format is not None:
         grid = (layer.scale, torch.zeros_like(layer.scale, dtype=torch.int32))
         found.append(Watched(name, "weight", None, TensorStats(layer.format, grid, 0)))

@@ -43,8 +43,8 @@ def noises(network: nn.Module, outputs, alone: dict) -> dict:
 
     The change is a mean square over the outputs' variance: {"noise": {kind: {name: of that tensor
     alone}}, "noise_of_rest": of all but the `largest` together, "noise_of_all": of all together,
-    "largest": their number}. `alone`: {kind: {name: function}}. Each function gives the context in
-    which that one tensor takes the values of its format.
+    "largest": their number}. `alone`: {kind: {name: function}}. Each function gives a context in
+    which that tensor alone takes the values of its format.
     """
     expected = outputs(network)
 

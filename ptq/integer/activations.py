@@ -26,6 +26,7 @@ C = 1 / A
 # Units", arXiv 1606.08415, section 2. It is within 0.0005 of the exact form, I-BERT's within 0.018.
 LINEAR, CUBIC = math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)
 GELU_UNIT = 2**-14  # of the sigmoid's argument
+FRACTION = 12  # bits of the sigmoid
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _shift_units(scale: float, terms: int) -> tuple[int, float, int, int]:
     return shift, fine, n, one << n
 
 
-def sigmoid(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
+def sigmoid(codes: Tensor, scale: float, bits: int = FRACTION) -> Tensor:
     """Return 1 / (1 + exp(-x)) in units of 2**-bits, element by element.
 
     I-ViT (Li and Gu, ICCV 2023) subtracts the largest element of a row first, and small elements
@@ -157,13 +158,13 @@ def _sigmoid(codes: Tensor, e: Tensor, one: int, bits: int) -> Tensor:
     return round_divide(torch.where(codes >= 0, one, e) << bits, e + one)
 
 
-def silu(codes: Tensor, scale: float, bits: int = 12) -> Tensor:
+def silu(codes: Tensor, scale: float, bits: int = FRACTION) -> Tensor:
     """Return x sigmoid(x) in units of scale / 2**bits, int32; 12 bits are a thousandth off."""
     return fits(codes * sigmoid(codes, scale, bits), 32, "SiLU")
 
 
-def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) -> Tensor:
-    """Return x sigmoid(slope x) in units of scale / 2**bits, int32, by shifts and sums.
+def shift_silu(codes: Tensor, scale: float, slope: float = 1.0) -> Tensor:
+    """Return x sigmoid(slope x) in units of scale / 2**FRACTION, int32, by shifts and sums.
 
     A slope of 1.702 gives GELU. Li and Gu, "I-ViT", ICCV 2023, section 3.5 (ShiftGELU). Deviations:
     codes are moved first, exp(-|x|) does not depend on the largest of a row, and the division is
@@ -171,11 +172,11 @@ def shift_silu(codes: Tensor, scale: float, slope: float = 1.0, bits: int = 12) 
     """
     shift, fine, n, one = _shift_units(slope * scale, 2)
     e = shift_exp(-fits(codes, 32, "what ShiftExp takes in").abs() << shift, fine, n)
-    return fits(codes * _sigmoid(codes, e, one, bits), 32, "SiLU by shifts")
+    return fits(codes * _sigmoid(codes, e, one, FRACTION), 32, "SiLU by shifts")
 
 
-def gelu(codes: Tensor, scale: float, bits: int = 12, width: int = 9) -> Tensor:
-    """Return GELU in units of scale / 2**bits, int32, of signed codes of `width` bits.
+def gelu(codes: Tensor, scale: float, width: int = 9) -> Tensor:
+    """Return GELU in units of scale / 2**FRACTION, int32, of signed codes of `width` bits.
 
     Our own: a sigmoid of a cubic polynomial, both in integers.
     """
@@ -190,4 +191,4 @@ def gelu(codes: Tensor, scale: float, bits: int = 12, width: int = 9) -> Tensor:
     first, third = round(first * 2**fraction), round(third * 2**fraction)
     argument = round_shift(codes * (first + third * codes * codes), fraction)
     argument = argument.clamp(-(2**20), 2**20)  # beyond 64 the sigmoid is 0 or 1
-    return fits(codes * sigmoid(argument, GELU_UNIT, bits), 32, "GELU")
+    return fits(codes * sigmoid(argument, GELU_UNIT), 32, "GELU")

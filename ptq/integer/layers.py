@@ -20,8 +20,6 @@ from ptq.integer.rescale import OutOfRange, fits, look_up
 from ptq.layers import IntegerLayer, Quantizer
 from ptq.recipe import LayerSpec
 
-FRACTION = 12  # bits of a refined sigmoid
-
 
 class IntegerSoftmaxCore(IntegerLayer):
     """softmax(q k^T / sqrt(d/h)) v over [B*P, h, N, d/h], its softmax in integers.

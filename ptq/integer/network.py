@@ -6,6 +6,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mobilevit import AttentionCore
 from ptq.folding import fold_norms, spread_scales
@@ -25,7 +26,7 @@ from ptq.integer.operators import (
     Unresized,
 )
 from ptq.integer.rescale import OutOfRange, fits
-from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer
+from ptq.layers import QuantizedAttentionCore, QuantizedLayer, Quantizer, copied
 
 ADVICE = "take a recipe that computes it in integers, such as i-bert"
 # Layers that recipes such as i-bert compute in integers, in float or quantized otherwise.
@@ -83,7 +84,7 @@ def integer_network(quantized: nn.Module, products: torch.dtype = torch.float64)
     """
     if products not in (torch.int64, torch.float64):
         raise ValueError(f"integers are multiplied in torch.int64 or torch.float64, not {products}")
-    quantized = copy.deepcopy(quantized).cpu()
+    quantized = copied(quantized).cpu()
     network = copy.deepcopy(quantized).double().eval()  # scales are folded and divided in float64
     spread_scales(network)
     fold_norms(network)
@@ -165,12 +166,11 @@ def translated(
         if node.op == "get_attr":
             constant = Constant(attrgetter(name)(network))
             return [], constant, constant.codes
+        inputs = tensors(node)
         if node.op == "call_module":
-            inputs = tensors(node)
             module = network.get_submodule(name)
             operator, codes = layer_form(module, [known[n] for n in inputs], products)
             return inputs, operator, codes
-        inputs = list(node.args[0]) if name in ("cat", "concat") else tensors(node)
         of_inputs = [known[n] for n in inputs]
         if name in MOVES:
             return inputs, None, of_inputs[0]
@@ -190,8 +190,7 @@ def name_of(node: torch.fx.Node) -> str:
 
 
 def tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
-    given = (*node.args, *node.kwargs.values())
-    return [arg for arg in given if isinstance(arg, torch.fx.Node)]
+    return [arg for arg in tree_leaves((node.args, node.kwargs)) if isinstance(arg, torch.fx.Node)]
 
 
 def layer_form(
@@ -222,26 +221,10 @@ def product_form(layer: QuantizedLayer, inputs: list[Codes], products: torch.dty
     return Product(layer, *inputs, products)
 
 
-def table_form(layer: nn.Module, inputs: list[Codes], products: torch.dtype) -> Table:
-    return Table(layer, *inputs)
-
-
-def core_form(core: nn.Module, inputs: list[Codes], products: torch.dtype) -> Attention:
-    return Attention(core, *inputs, products)
-
-
-def norm_form(norm: nn.Module, inputs: list[Codes], products: torch.dtype) -> Norm:
-    return Norm(norm, *inputs)
-
-
 def pool_form(pool: nn.AdaptiveAvgPool2d, inputs: list[Codes], products: torch.dtype) -> Mean:
     if pool.output_size not in (1, (1, 1)):
         raise ValueError("pooling has an integer form only over the whole feature map")
     return Mean((2, 3), keep=True)
-
-
-def relu6_form(relu: nn.ReLU6, inputs: list[Codes], products: torch.dtype) -> ClippedReLU:
-    return ClippedReLU(*inputs, 6)
 
 
 def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
@@ -253,7 +236,8 @@ def sum_form(node: torch.fx.Node, inputs: list[Codes]) -> Sum:
 def arguments(node: torch.fx.Node, *names: str) -> dict:
     """Return what a call names after its tensors, by torch's names; ValueError for any other."""
     given = dict(zip(names, node.args[1:]))
-    given |= {{"axis": "dim", "keepdims": "keepdim"}.get(k, k): v for k, v in node.kwargs.items()}
+    named = {k: v for k, v in node.kwargs.items() if k not in ("input", "tensors")}
+    given |= {{"axis": "dim", "keepdims": "keepdim"}.get(k, k): v for k, v in named.items()}
     if given.keys() - set(names):
         raise ValueError(f"has an integer form only with {' and '.join(names)}")
     return given
@@ -274,11 +258,11 @@ def cat_form(node: torch.fx.Node, inputs: list[Codes]) -> Concatenation:
 # {type of layer: function (layer, codes of its inputs, type of products) -> operator}
 FORMS: dict[type, Callable] = {
     QuantizedLayer: product_form,
-    IntegerActivation: table_form,
-    IntegerSoftmaxCore: core_form,
-    IntegerNorm: norm_form,
+    IntegerActivation: lambda layer, inputs, products: Table(layer, *inputs),
+    IntegerSoftmaxCore: lambda core, inputs, products: Attention(core, *inputs, products),
+    IntegerNorm: lambda norm, inputs, products: Norm(norm, *inputs),
     nn.AdaptiveAvgPool2d: pool_form,
-    nn.ReLU6: relu6_form,
+    nn.ReLU6: lambda relu, inputs, products: ClippedReLU(*inputs, 6),
 }
 FUNCTIONS = {
     "add": sum_form,

@@ -184,8 +184,8 @@ class Table(nn.Module):
         self.input = Requantize(x, layer.input)
         low, high = int(self.input.low), int(self.input.high)
         values, scale = layer.integers(torch.arange(low, high + 1), self.input.scales[0])
-        self.register_buffer("values", values if scale > 0 else -values)
-        self.codes = Codes(abs(scale), int(values.abs().max()))
+        self.register_buffer("values", values)
+        self.codes = Codes(scale, int(values.abs().max()))
 
     def forward(self, x: Tensor) -> Tensor:
         return look_up(self.values, self.input(x) - self.input.low)

@@ -109,14 +109,14 @@ def i_gelu(codes: Tensor, scale: float, shift: int = 0) -> tuple[Tensor, float]:
     return fits(out, 32, "i-GELU"), scale * one_scale / 2
 
 
-def i_silu(codes: Tensor, scale: float, bits: int = 8) -> Tensor:
-    """Return SiLU with I-BERT's exp, in units of scale / 2**bits.
+def i_silu(codes: Tensor, scale: float) -> Tensor:
+    """Return SiLU with I-BERT's exp, in units of scale / 2**8.
 
     The paper has no SiLU. This is what its exp and its division give for x sigmoid(x).
     """
     e = _i_exp_of_16_bits(-codes.abs(), scale)
     numerator = torch.where(codes >= 0, 32767, e)
-    return codes * ((numerator * (2**32 // (e + 32767))) >> (32 - bits))
+    return codes * ((numerator * (2**32 // (e + 32767))) >> 24)
 
 
 def i_layer_norm(codes: Tensor, shift: int = 0) -> Tensor:
@@ -151,22 +151,20 @@ def shift_exp(codes: Tensor, scale: float, n: int) -> Tensor:
     return fits((line << shift) >> 1, 62, "ShiftExp")
 
 
-def shiftmax(scores: Tensor, scale: float, bits: int = 8, n: int = 15) -> Tensor:
+def shiftmax(scores: Tensor, scale: float, bits: int = 8) -> Tensor:
     """Return I-ViT's softmax over the last axis, in units of 2**-(bits - 1)."""
-    e = shift_exp(scores - scores.amax(-1, keepdim=True), scale, n)
+    e = shift_exp(scores - scores.amax(-1, keepdim=True), scale, n=15)
     return _shift_division(e, _row_sum(e, "ShiftExp"), bits)
 
 
-def shift_gelu(
-    codes: Tensor, scale: float, slope: float = 1.702, bits: int = 8, n: int = 23
-) -> Tensor:
-    """Return I-ViT's GELU of rows along the last axis, in units of scale / 2**(bits - 1).
+def shift_gelu(codes: Tensor, scale: float, slope: float = 1.702) -> Tensor:
+    """Return I-ViT's GELU of rows along the last axis, in units of scale / 2**7.
 
     A slope of 1 makes it SiLU, which the paper does not have.
     """
     largest = codes.amax(-1, keepdim=True)
-    e = shift_exp(codes - largest, slope * scale, n)
-    return codes * _shift_division(e, e + shift_exp(-largest, slope * scale, n), bits)
+    e = shift_exp(codes - largest, slope * scale, n=23)
+    return codes * _shift_division(e, e + shift_exp(-largest, slope * scale, n=23), bits=8)
 
 
 def _shift_division(e: Tensor, total: Tensor, bits: int) -> Tensor:

@@ -27,11 +27,10 @@ def fits(values: Tensor, bits: int, what: str) -> Tensor:
     return values
 
 
-def positive(scale: float, what: str) -> float:
-    """Return `scale`, or raise OutOfRange unless it is a number above 0."""
+def positive(scale: float, what: str) -> None:
+    """Raise OutOfRange unless `scale` is a number above 0."""
     if not (math.isfinite(scale) and scale > 0):
         raise OutOfRange(f"{what} has to be a number above 0, not {scale}")
-    return scale
 
 
 @dataclass(frozen=True)

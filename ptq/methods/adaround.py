@@ -12,8 +12,8 @@ from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
 
 # Nagel et al., section 5, take 10,000 steps of 32 images at a rate of 1e-3. These take less time.
-STEPS = 1000  # a unit
-STEP_IMAGES = 8  # drawn anew each step
+ITERATIONS = 1000  # a unit
+BATCH_IMAGES = 8  # drawn anew each step
 LEARNING_RATE = 1e-2
 # As in BRECQ's code.
 WARM_UP = 0.2  # share of the steps without regularisation
@@ -71,7 +71,7 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
         if not all(x.square().sum().isfinite() for x in (inputs, outputs)):
             raise ValueError(f"what goes into or comes out of {name} is not finite when squared")
         n_images = sum(len(x) for x, *_ in batches)
-        n = max(1, STEP_IMAGES * len(inputs) // n_images)
+        n = max(1, BATCH_IMAGES * len(inputs) // n_images)
         reconstruct(unit, name, inputs, outputs, n)
 
 
@@ -90,14 +90,14 @@ def reconstruct(unit: nn.Module, name: str, inputs: Tensor, outputs: Tensor, n: 
     learnt = [rounding.v for rounding in soft.values()]
     optimizer = torch.optim.Adam(learnt, LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
-    began = WARM_UP * STEPS
+    began = WARM_UP * ITERATIONS
     with torch.enable_grad():
-        for step in range(STEPS):
+        for step in range(ITERATIONS):
             drawn = torch.randint(len(inputs), (n,), generator=generator)
             error = (unit(inputs[drawn]) - outputs[drawn]).square().sum(channels).mean()
             if step >= began:
                 # A cosine between the two exponents, as the authors anneal it.
-                way = 0.5 * (1 + math.cos(math.pi * (step - began) / (STEPS - began)))
+                way = 0.5 * (1 + math.cos(math.pi * (step - began) / (ITERATIONS - began)))
                 beta = BETAS[1] + (BETAS[0] - BETAS[1]) * way
                 open_ = sum((1 - (2 * r.h() - 1).abs() ** beta).sum() for r in soft.values())
                 error = error + ROUNDING_WEIGHT * open_

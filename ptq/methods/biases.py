@@ -12,14 +12,13 @@ from ptq.recipe import Recipe
 def correct_biases(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> None:
     """Give each quantized layer the mean output per channel that it has in `reference`.
 
-    Layers are taken in the order in which the network registers them. Those whose mean a batch norm
-    takes in, by another step of the recipe, are left alone.
+    Layers are taken in the order in which the network registers them. Convolutions before a batch
+    norm whose statistics another step takes anew are left alone: the norm takes up their mean.
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
     2019, section 4.2, with the expectation taken over `batches` (its appendix D). A convolution
     without bias gets one.
     """
-    norms_follow = any(step.endswith("norms") for step in recipe.steps)
-    done = set(norms_after(model, batches).values()) if norms_follow else set()
+    done = set(norms_after(model, batches).values()) if recipe.norm_steps else set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and name not in done:
             expected = mean_output(reference, reference.get_submodule(name), batches)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ptq.formats import Uniform
 from ptq.integer import published
-from ptq.integer.activations import gelu, silu
+from ptq.integer.activations import FRACTION, gelu, silu
 from ptq.integer.layers import (
-    FRACTION,
     IntegerActivation,
     IntegerNorm,
     IntegerSoftmaxCore,
@@ -72,7 +71,7 @@ class IBertActivation(IntegerActivation):
         if isinstance(self.layer, nn.GELU):
             if self.published:
                 return published.i_gelu(codes, scale)
-            return gelu(codes, scale, FRACTION, self.input.format.width), scale / 2**FRACTION
+            return gelu(codes, scale, self.input.format.width), scale / 2**FRACTION
         if self.published:
-            return published.i_silu(codes, scale, 8), scale / 2**8
-        return silu(codes, scale, FRACTION), scale / 2**FRACTION
+            return published.i_silu(codes, scale), scale / 2**8
+        return silu(codes, scale), scale / 2**FRACTION

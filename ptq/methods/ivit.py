@@ -11,9 +11,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from ptq.integer import published
-from ptq.integer.activations import shift_silu, shift_softmax
+from ptq.integer.activations import FRACTION, shift_silu, shift_softmax
 from ptq.integer.layers import (
-    FRACTION,
     IntegerActivation,
     IntegerNorm,
     IntegerSoftmaxCore,
@@ -48,7 +47,7 @@ class ShiftActivation(IntegerActivation):
         return (y.double() * scale / 2**7).float()
 
     def integers(self, codes: Tensor, scale: float) -> tuple[Tensor, float]:
-        return shift_silu(codes, scale, self.slope, FRACTION), scale / 2**FRACTION
+        return shift_silu(codes, scale, self.slope), scale / 2**FRACTION
 
     @property
     def slope(self) -> float:

@@ -1,12 +1,12 @@
 """Batch norms of a quantized network: their statistics follow what quantization changes."""
 
-import copy
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from ptq.graph import has_statistics
+from ptq.layers import copied
 from ptq.recipe import Recipe
 
 
@@ -27,16 +27,16 @@ def adapted(model: nn.Module, batches, trained_batches) -> nn.Module:
     """Return a copy of a float network with batch norms for images of another size.
 
     `batches` holds the images at that size, `trained_batches` the same images at the size that the
-    network was trained at. ValueError unless both have as many, two and more a batch, that are
-    finite.
+    network was trained at. ValueError unless both have equally many images, all finite, in batches
+    of two or more.
     """
     n, n_trained = check_images(batches), check_images(trained_batches)
     if n != n_trained:
         raise ValueError(f"both sizes need the same images, but there are {n} and {n_trained}")
-    copied = copy.deepcopy(model)
+    other = copied(model)
     with torch.no_grad():
-        _shift(copied, model, statistics(model, batches), statistics(model, trained_batches))
-    return copied
+        _shift(other, model, statistics(model, batches), statistics(model, trained_batches))
+    return other
 
 
 def check_images(batches) -> int:
@@ -82,7 +82,7 @@ def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
     Of norms that keep statistics. A batch has the statistics that training would take from it. The
     network stays as it is.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     every = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     norms = {name: norm for name, norm in every.items() if has_statistics(norm)}
     for norm in norms.values():

@@ -265,31 +265,27 @@ class Attention:
 
         With `outputs`, one a batch, in the place of what the layer of this name puts out.
         """
-        outputs = outputs or [None] * len(self.inputs)
-        pairs = (self._reach(x, name, y) for x, y in zip(self.inputs, outputs))
+        calls = zip(self.inputs, outputs or itertools.repeat(None))
+        pairs = (self._reach(x, name, lambda _, y=y: y) for x, y in calls)
         return torch.cat([_rows(*pair, rows) for pair, rows in zip(pairs, self.drawn)])
 
-    def _reach(self, inputs, name=None, output=None) -> tuple[Tensor, Tensor]:
-        """Return q and k of one batch, with `output` in the place of what layer `name` puts out."""
+    def _reach(self, inputs, name=None, change=None) -> tuple[Tensor, Tensor]:
+        """Return q and k of one batch, with what layer `name`, if any, puts out `change`d."""
         reached = []
 
         def found(q, k):
             reached.append((q, k))
             raise Reached
 
-        replaced = hooked(self.reference, {name: name} if name else {}, lambda *_: output)
-        with contextlib.suppress(Reached), replaced, _AtAttention(found):
+        paths = {name: name} if name else {}
+        changed = hooked(self.reference, paths, lambda *call: change(call[-1]))
+        with contextlib.suppress(Reached), changed, _AtAttention(found):
             self.unit(*inputs)
         return reached[0]
 
     def _depends_on(self, name: str) -> bool:
         """Say whether q or k change when the layer of this name puts out zeros."""
-        layer = self.reference.get_submodule(name)
-        try:
-            (output,) = captured(self.unit, layer, [self.inputs[0]], "output")
-        except ValueError:
-            return False  # never runs
-        zeros = self._reach(self.inputs[0], name, torch.zeros_like(output))
+        zeros = self._reach(self.inputs[0], name, torch.zeros_like)
         exact = self._reach(self.inputs[0])
         return not all(map(torch.equal, zeros, exact))
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ptq.formats import Uniform
 from ptq.recipe import LayerSpec, Recipe
+from ptq.recipes.fq_vit import ACTIVATIONS, NORMS
 from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, CORES, W8A8_STEPS, layers, weights
 
 
@@ -20,16 +21,13 @@ def _pointwise(pattern: str, bits: int = 8) -> LayerSpec:
     return LayerSpec(pattern, input=Uniform(bits, symmetric=False), kind="pointwise")
 
 
-SILU = r".*\.act|.*\.ffn\.1"
-
-
 def _fx(name, title, *kept: LayerSpec, bits=7, silu=True, steps=("nearest", "calibrate")) -> Recipe:
     """Return a recipe for what torch FX rounds: inputs of all layers, and of SiLU.
 
     Nothing within attention is rounded. Layers of `kept` keep their inputs in float.
     """
     every = LayerSpec(".*", weights(8), Uniform(bits, symmetric=False))
-    specs = (*kept, LayerSpec(CORES), every, *([_pointwise(SILU, bits)] if silu else []))
+    specs = (*kept, LayerSpec(CORES), every, *([_pointwise(ACTIVATIONS, bits)] if silu else []))
     return Recipe(f"as-fx{name}", title, specs, steps, **CALIBRATED)
 
 
@@ -65,10 +63,8 @@ ABLATION = (
     _w8a8("kl", "with activations of least KL divergence", input_observer="kl"),
     _w8a8("tensor", "with one scale per weight tensor", weight=Uniform(8)),
     _w8a8("early", "with 8-bit inputs of the first five layers, too", layers(8, 8)[1:]),
-    _w8a8(
-        "norms", "with 8-bit inputs of layer norms, too", (*layers(8, 8), _pointwise(r".*norm\d?"))
-    ),
-    _w8a8("silu", "with 8-bit inputs of SiLU, too", (*layers(8, 8), _pointwise(SILU))),
+    _w8a8("norms", "with 8-bit inputs of layer norms, too", (*layers(8, 8), _pointwise(NORMS))),
+    _w8a8("silu", "with 8-bit inputs of SiLU, too", (*layers(8, 8), _pointwise(ACTIVATIONS))),
     Recipe("w8a7", "with 7 bits for activations", layers(8, 7), W8A8_STEPS, **CALIBRATED),
     _fx("", "what torch FX rounds, in 7 bits"),
     _fx("-8bit", "in 8 bits", bits=8),

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ptq.formats import Log2, PowerOfTwo, Uniform
 from ptq.recipe import LayerSpec, Recipe
-from ptq.recipes.mobilevit import BLOCKS, CALIBRATED, CORES, W8A8_STEPS, layers, weights
+from ptq.recipes.mobilevit import CALIBRATED, CORES, GPTQ_INPUTS, W8A8_STEPS, layers, weights
 
 UNSIGNED, SIGNED = Uniform(8, symmetric=False), Uniform(8)
 NORMS, ACTIVATIONS = r".*norm\d?", r".*\.act|.*\.ffn\.1"
@@ -23,7 +23,7 @@ AS_PUBLISHED = {"input_observer": "minmax", "published": True}
 
 def products(weight_bits: int = 8) -> tuple[LayerSpec, ...]:
     """Return our formats: 8-bit inputs, of depthwise convolutions with a scale per channel."""
-    depthwise, others = layers(weight_bits, 8)[1], layers(weight_bits, 8)[-1]
+    _, depthwise, _, others = layers(weight_bits, 8)
     return depthwise, others
 
 
@@ -85,7 +85,6 @@ _PUBLISHED_I_VIT = (
     *published_products(SIGNED),
 )
 _OURS = {"steps": W8A8_STEPS, **CALIBRATED}
-_W4 = {"steps": ("gptq", *W8A8_STEPS[1:]), "units": BLOCKS, **CALIBRATED}
 
 INTEGER = (
     Recipe("fq-vit", "FQ-ViT, corrected, 8-bit softmax", _fq_vit(UNSIGNED), **_OURS),
@@ -100,7 +99,7 @@ INTEGER = (
         **CALIBRATED,
     ),
     Recipe("i-bert", "I-BERT, refined", _i_bert(), **_OURS),
-    Recipe("i-bert-w4", "I-BERT, refined, GPTQ to 4-bit weights", _i_bert(4), **_W4),
+    Recipe("i-bert-w4", "I-BERT, refined, GPTQ to 4-bit weights", _i_bert(4), **GPTQ_INPUTS),
     Recipe("i-bert-published", "I-BERT as published", _PUBLISHED_I_BERT, **CALIBRATED),
     Recipe("i-vit", "I-ViT, corrected", _I_VIT, **_OURS),
     Recipe("i-vit-published", "I-ViT as published", _PUBLISHED_I_VIT, **CALIBRATED),

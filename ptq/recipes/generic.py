@@ -17,7 +17,7 @@ from ptq.recipes.uniform import UNIFORM
 
 # Recipes that name no layer but by its kind.
 GENERIC = ("w8a8", "w8a8-nearest", "w7a8", "w6a6", "w6a6-nearest", "w4a8", "w4a8-nearest")
-GENERIC += ("w5a8", "w6a8")
+GENERIC += ("w5a8", "w6a8", "w8a8-minmax", "w8a8-percentile", "w8a8-kl", "w8a8-tensor")
 GENERIC += ("w4", "w4-nearest", "w4-gptq", "w4-adaround", "w4-shift", "w4-minmax")
 GENERIC += tuple(recipe.name for recipe in UNIFORM + INTEGER + RANKING + TENSORRT)
 

@@ -62,7 +62,7 @@ _MIXED = (LayerSpec(r"stem\.conv|.*\.depthwise\.conv|classifier", weights(8)), *
 
 CALIBRATED = {"calibration_images": 256, "calibration_batch": 32}
 W8A8_STEPS = ("nearest", "shift_norms", "calibrate", "shift_norms")
-_GPTQ_INPUTS = {"steps": ("gptq", *W8A8_STEPS[1:]), "units": BLOCKS, **CALIBRATED}
+GPTQ_INPUTS = {"steps": ("gptq", *W8A8_STEPS[1:]), "units": BLOCKS, **CALIBRATED}
 _NEAREST_INPUTS = {"steps": ("nearest", "calibrate"), **CALIBRATED}
 
 OURS = (
@@ -85,12 +85,12 @@ OURS = (
         W8A8_STEPS,
         **CALIBRATED,
     ),
-    Recipe("w6a6", "GPTQ, norms shifted", layers(6, 6), **_GPTQ_INPUTS),
+    Recipe("w6a6", "GPTQ, norms shifted", layers(6, 6), **GPTQ_INPUTS),
     Recipe("w6a6-nearest", "W6A6: to nearest", layers(6, 6), **_NEAREST_INPUTS),
-    Recipe("w4a8", "GPTQ, norms shifted", layers(4, 8), **_GPTQ_INPUTS),
+    Recipe("w4a8", "GPTQ, norms shifted", layers(4, 8), **GPTQ_INPUTS),
     # What a width for each layer (ptq.analysis.mixed) is compared with.
-    Recipe("w5a8", "GPTQ, norms shifted", layers(5, 8), **_GPTQ_INPUTS),
-    Recipe("w6a8", "GPTQ, norms shifted", layers(6, 8), **_GPTQ_INPUTS),
+    Recipe("w5a8", "GPTQ, norms shifted", layers(5, 8), **GPTQ_INPUTS),
+    Recipe("w6a8", "GPTQ, norms shifted", layers(6, 8), **GPTQ_INPUTS),
     Recipe("w4a8-nearest", "W4A8: to nearest", layers(4, 8), **_NEAREST_INPUTS),
     # AdaRound makes up for norms as they are. Shifting them afterwards would undo a part of that.
     Recipe("w4", "AdaRound by block", layers(4), ("adaround",), BLOCKS, **CALIBRATED),

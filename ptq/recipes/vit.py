@@ -50,8 +50,8 @@ def vit_recipe(
     `parts`: of PARTS. `share`: of their layers and products, drawn with `seed`; a larger share
     contains a smaller one of the same seed. The recipe names those that were drawn.
 
-    ValueError for an unknown method or part, a share that is not above 0 and at most 1, and a part
-    that the network does not have.
+    ValueError for an unknown method or part, for none, a share that is not above 0 and at most 1,
+    and a part that the network does not have.
     """
     granularity, observer = entry(METHODS, method, "method")
     if not 0 < share <= 1:
@@ -69,6 +69,8 @@ def vit_recipe(
 
 def layers_of(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
     """Return the names of linear layers and products in these parts, as registered."""
+    if not parts:
+        raise ValueError(f"a recipe is for one part at least of {', '.join(PARTS)}")
     for part in parts:
         entry(PARTS, part, "part")
     part_of = {
