@@ -83,7 +83,7 @@ def test_a_picture_that_viewers_turn_is_refused(task, tmp_path):
 
 def of(made):
     _, folder, path = made
-    return "quantize.py", "--checkpoint", path, "--data-dir", folder, "--latency-runs", "3"
+    return "quantize.py", "--checkpoint", path, "--data-dir", folder
 
 
 def test_rows_hold_the_metric_of_the_task(made, tmp_path):
@@ -91,7 +91,7 @@ def test_rows_hold_the_metric_of_the_task(made, tmp_path):
     task, folder, path = made
     metric = METRICS[task]
     column = {"detection": "mAP@0.5 %", "segmentation": "mIoU %"}[task]
-    command = (*of(made), "--output", tmp_path)
+    command = (*of(made), "--latency-runs", "3", "--output", tmp_path)
     run(*command, "--recipes", "fp32")
     command += ("--recipes", "w8a8", "--engines", "torch-eager", "openvino")
     out, _ = run(*command)
@@ -122,7 +122,8 @@ def test_rows_hold_the_metric_of_the_task(made, tmp_path):
 
 
 def test_held_out_are_the_images_that_choose_the_weights(made, tmp_path):
-    run(*of(made), "--recipes", "fp32", "--held-out", "--output", tmp_path)
+    command = (*of(made), "--latency-runs", "3", "--output", tmp_path)
+    run(*command, "--recipes", "fp32", "--held-out")
     (path,) = tmp_path.rglob("*.json")
     row = files.read_json(path)
     assert (row["split"], row["n_images"], path.parent.name) == ("held-out", 3, "ablation")

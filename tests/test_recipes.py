@@ -1,6 +1,7 @@
 """Recipes as data: what they say of layers, and what is refused."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from small import draw, small_network
@@ -19,8 +20,11 @@ W8A8 = Recipe(
 )
 
 
-@pytest.mark.parametrize("base", ["w8a8", "fq-vit", "i-bert", "i-bert-published", "i-vit"])
-@pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "kl"])
+RANGED = list(product(["w8a8", "fq-vit", "i-bert", "i-vit"], ["minmax", "ema", "percentile", "kl"]))
+RANGED += [("i-bert-published", observer) for observer in ("ema", "percentile", "kl")]
+
+
+@pytest.mark.parametrize("base, observer", RANGED)
 def test_a_name_may_end_in_an_observer_and_in_one_scale_a_weight(base, observer):
     model = small_network()
     spoken = ptq.recipe(f"{base}-{observer}-tensor", model)
@@ -33,7 +37,7 @@ def test_a_name_may_end_in_an_observer_and_in_one_scale_a_weight(base, observer)
     assert seen - {"factors"} == {observer}  # FQ-ViT's norms have ranges with factors
 
 
-VAIN = ["w4-kl", "w8a8-mse", "fp32-tensor", "i-bert-taste", "-kl"]
+VAIN = ["w4-kl", "w8a8-mse", "fp32-tensor", "i-bert-taste", "-kl", "i-bert-published-minmax"]
 VAIN += ["w4-kl-tensor", "w8a8-mse-tensor", "uniform8-tensor-tensor"]
 
 
