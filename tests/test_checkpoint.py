@@ -237,3 +237,23 @@ def test_a_last_pth_of_wrong_content_is_named(change, says, stopped, tmp_path, m
     with pytest.raises(BadInput, match=f"last.pth.*({says})"):
         train.train(train.parse_args(train.__doc__), World("cpu"))
     assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_a_checkpoint_of_format_1_is_read_with_its_heads_and_its_task(tmp_path):
+    network = MobileViT("xxs", 3, heads=2)
+    old = {
+        "format": 1,
+        "model": "xxs",
+        "num_classes": 3,
+        "heads": [2, 2, 2],
+        "img_size": 64,
+        "config": {"dataset": "synthetic", "val_size": 9},
+        "epoch": 4,
+        "state_dict": network.state_dict(),
+    }
+    save_checkpoint(tmp_path / "old.pth", old)
+    again, checkpoint = model_from_checkpoint(tmp_path / "old.pth")
+    assert again.heads == (2, 2, 2) and checkpoint["classes"] == ["class 0", "class 1", "class 2"]
+    assert (checkpoint["model"], checkpoint["task"]) == ("mobilevit_xxs", "synthetic")
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(again(x), network.eval()(x))

@@ -192,3 +192,39 @@ def test_processes_mix_what_one_process_would():
         assert torch.equal(part, whole[rank::3]) and torch.equal(part_targets, targets[rank::3])
     with pytest.raises(BadInput, match="mix images in pairs"):
         TrainBatches(batch, images, 15, 0, STRONG, 0, 3)
+
+
+def test_every_choice_of_an_augmentation_has_a_number_of_its_own():
+    x = synthetic.load(None, True).images[:20]
+    draws = torch.randint(2**31, (20, DRAWS), generator=torch.Generator().manual_seed(0))
+    augment, other = Augmentation("crop-flip"), draws.clone()
+    other[:, 2] ^= 1
+    assert torch.equal(augment.images(x, other, 32), augment.images(x, draws, 32).flip(-1))
+
+
+def test_shares_are_drawn_from_beta_and_each_way_of_mixing_comes_as_often():
+    x = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    x[1] = 200
+
+    def mixed(augment):
+        for seed in range(400):
+            images, shares = augment.mixed(x, torch.eye(2), np.random.default_rng(seed))
+            yield shares[0, 0].item(), set(images.unique().tolist()) <= {0, 200}
+
+    spread = np.mean([share * (1 - share) for share, _ in mixed(Augmentation(mixup=0.2))])
+    assert spread == pytest.approx(0.2**2 / (0.4 * 1.4), abs=0.015)  # that of Beta(0.2, 0.2)
+    patched = [patch for _, patch in mixed(Augmentation(mixup=1.0, cutmix=1.0))]
+    assert 160 < sum(patched) < 240
+
+
+def test_the_order_of_an_epoch_is_drawn_with_the_seed():
+    first, same, other = (
+        TrainBatches(batch, numbered(), 20, seed, Augmentation("none"))[0][0] for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_every_step_mixes_by_a_share_of_its_own():
+    batches = TrainBatches(batch, synthetic.load(None, True), 12, 3, STRONG)
+    shares = {float(t[t > 0].min()) for t in (batches[step][1] for step in range(6))}
+    assert len(shares) > 3

@@ -237,3 +237,9 @@ def test_settings_build_the_same_network(variant):
 def test_impossible_networks_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         build("ssdlite_mobilevit_xxs", **settings)
+
+
+def test_an_anchor_that_overlaps_by_just_enough_stands_for_the_object():
+    anchors = torch.tensor([[0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1], [0.75, 0.5, 0.5, 1]])
+    box = torch.tensor([[[0, 0, 0.5, 1]]])
+    assert boxes.match(box, torch.tensor([[True]]), anchors).tolist() == [[0, 0, -1]]

@@ -135,3 +135,20 @@ def test_an_engine_that_fails_is_told_and_the_others_are_timed(checkpoint, monke
     (path,) = tmp_path.glob("engines-*.json")
     found = json.loads(path.read_text())
     assert found["faults"] == [says] and list(found["latency_ms"]) == ["fp32@torch-eager"]
+
+
+def test_latency_is_of_counted_calls_that_take_turns(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def call(name, ms):
+        def act():
+            clock[0] += 9.0 if order.count(name) < 2 else ms / 1000
+            order.append(name)
+
+        return act
+
+    stats = latency({"a": call("a", 4), "b": call("b", 2)}, n=5, warmup=2)
+    assert order == ["a", "b"] * 7
+    assert [stats[name]["median"] for name in "ab"] == pytest.approx([4, 2])
+    assert stats["a"]["p90"] == pytest.approx(4) and stats["a"]["runs"] == 5

@@ -1,5 +1,6 @@
 """Formats, layers and recipes of FQ-ViT and I-BERT: integers within a float network."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -288,3 +289,18 @@ def test_other_networks_get_the_layers_that_they_have():
     assert {spec.kind for spec in recipe.layers} == {"i-bert-norm", "i-bert-act", "product"}
     network = torchvision.models.resnet18()
     assert [spec.kind for spec in ptq.recipe("fq-vit", network).layers] == ["product"]
+
+
+def test_fq_vits_layer_norm_in_pythons_numbers():
+    """Every token and channel has a floored multiplier of 8 bits and a shift of its own."""
+    token, scale, out = (3, -1, 4, 1, -5, 9, 2, -6), 0.05, 0.004
+    weight, bias = 1 + 0.5 * draw(8, seed=1), 0.3 * draw(8, seed=2)
+    got = fq_vit.fq_vit_norm(torch.tensor(token), scale, weight, bias, out)
+    mean, n = scale * sum(token) / 8, 8
+    deviation = scale / n * math.sqrt(n * sum(q * q for q in token) - sum(token) ** 2)
+    for q, w, b, y in zip(token, weight.tolist(), bias.tolist(), got.tolist()):
+        factor = scale * w / (deviation * out)
+        shift = 7 - math.floor(math.log2(abs(factor)))
+        multiplier = math.copysign(math.floor(abs(factor) * 2**shift), factor)
+        offset = round((b - mean * w / deviation) / out * 2**shift)
+        assert y == pytest.approx(round((multiplier * q + offset) / 2**shift) * out)

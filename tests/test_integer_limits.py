@@ -9,6 +9,7 @@ from ptq.formats import Log2
 from ptq.integer import OutOfRange, published
 from ptq.integer.activations import Exp, exp, gelu, log2_softmax, row_exp, silu, softmax
 from ptq.integer.norm import layer_norm, layer_norm_table, normalised
+from ptq.integer.operators import integer_product
 from ptq.integer.rescale import dyadic, isqrt, rescale
 
 
@@ -89,3 +90,10 @@ def test_a_layer_norm_of_a_fine_scale_gives_about_its_bias(scale):
     values = layer_norm(codes, table, -512, 511, 16) * 0.01
     exact = torch.nn.functional.layer_norm(codes * scale, (768,), weight, bias, eps=1e-5)
     assert (values - exact).abs().max() < 0.03
+
+
+def test_sums_that_might_leave_32_bits_are_refused():
+    row = torch.ones(1, 4, dtype=torch.int64)
+    assert integer_product(row, row.mT, 2**29 - 1, torch.int64).item() == 4
+    with pytest.raises(OutOfRange, match="sums of 4 products up to 536870912 do not fit 32 bits"):
+        integer_product(row, row.mT, 2**29, torch.int64)

@@ -1,5 +1,7 @@
 """Uniform formats and observers against torch's own fake-quantize and brute force in float64."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +236,21 @@ def test_constant_channels_are_written_exactly(name):
     observer.update(weight)
     scale, _ = fmt.grid(*observer.range())
     torch.testing.assert_close(fmt.decode(fmt.encode(weight, scale), scale), weight)
+
+
+def test_an_average_range_moves_by_a_hundredth_with_each_later_batch():
+    observer = OBSERVERS["ema"](Uniform(8, symmetric=False))
+    low = high = None
+    for i in range(4):
+        x = (i + 1) * draw(50, seed=i)
+        observer.update(x)
+        ends = float(x.min()), float(x.max())
+        low, high = ends if i == 0 else (0.99 * low + 0.01 * ends[0], 0.99 * high + 0.01 * ends[1])
+    assert [float(end) for end in observer.range()] == pytest.approx([low, high])
+
+
+def test_percentiles_are_the_outer_edges_of_their_bins():
+    observer = OBSERVERS["percentile"](Uniform(8, symmetric=False))
+    observer.update(torch.cat([torch.full((99_990,), 0.30001), torch.tensor([1.0] * 10)]))
+    low, high = (float(end) for end in observer.range())
+    assert low == 0 and high == pytest.approx((math.floor(0.30001 * 2048) + 1) / 2048, abs=1e-6)

@@ -1,5 +1,7 @@
 """Packed files: bits by hand, a round trip, damage."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -144,3 +146,18 @@ def test_inputs_of_pointwise_layers_may_have_scales_per_channel(tmp_path):
     quantized = ptq.quantize(model, recipe, [(x, None)])
     packing.save(quantized, recipe, tmp_path / "a")
     assert torch.equal(packing.load(tmp_path / "a", model)[0](x), quantized(x))
+
+
+def test_files_with_slow_patterns_or_numbers_that_are_not_finite_are_refused(tmp_path):
+    network, path = nn.Sequential(nn.Linear(4, 3)).eval(), tmp_path / "a"
+    recipe, slow = (Recipe("r", layers=(LayerSpec(p, Uniform(8)),)) for p in ("0", ".*.*.*.*0"))
+    packing.save(ptq.quantize(network, recipe), recipe, path)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    for noted, stored, says in (
+        ({}, {"0.layer.bias": torch.full((3,), torch.nan)}, "0.layer.bias is not finite"),
+        ({"recipe": json.dumps(slow.asdict())}, {}, "repeats too much"),
+    ):
+        save_file(tensors | stored, path, metadata=header | noted)
+        with pytest.raises(ValueError, match=says):
+            packing.load(path, network)

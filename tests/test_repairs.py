@@ -210,3 +210,14 @@ def test_pairs_of_an_untraceable_network_are_seen_in_a_call():
     network = TwoReaders().eval()
     assert norms_after(network) == {}
     assert norms_after(network, [(draw(2, 3, 4, 4), None)]) == {"norms.1": "convs.1"}
+
+
+def test_a_channel_that_never_varies_keeps_the_statistics_of_its_norm():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    network[0].weight.data[2] = 0
+    network[1].running_var.fill_(3)
+    layers = (LayerSpec(".*", Uniform(4, granularity="channel")),)
+    recipe = Recipe("r", layers=layers, steps=("nearest", "shift_norms"))
+    quantized = ptq.quantize(network, recipe, [(draw(4, 3, 6, 6), None)])
+    assert quantized[1].running_var[2] == 3 and (quantized[1].running_var[:2] != 3).all()

@@ -5,16 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fails_with_one_line, run
+from made_results import row
 from small import small_network
 
 import ptq
+import quantize
 from lab import files
 from lab.cli import BadInput
 from lab.models import build
 from lab.models.checkpoint import save_checkpoint
 from lab.models.foreign import as_checkpoint, family_of
 from lab.repeats import recipe_of_row
+from lab.report.compare import compare_rows
+from lab.subject import load_subject
 from lab.tasks import TASKS
+from ptq import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +71,34 @@ def test_names_with_an_ending_are_compared_and_allocated_ones_are_taken_from_the
     for name in ("mixed-5bits", "w8a8-suggested"):
         row["recipe"]["name"] = name
         assert recipe_of_row(subject, row, "row.json").asdict() == row["recipe"]
+
+
+@pytest.mark.parametrize(
+    "change, agree",
+    [
+        ({}, True),
+        ({"size_bytes": 1009}, True),
+        ({"size_bytes": 1011}, False),
+        ({"score": {"accuracy_pct": 90.4}}, True),
+        ({"score": {"accuracy_pct": 90.6}}, False),
+        ({"predictions": [1] * 20 + [0] * 980}, True),
+        ({"predictions": [1] * 21 + [0] * 979}, False),
+    ],
+)
+def test_rows_agree_within_the_limits_that_are_printed(change, agree):
+    shipped = row("w8a8", n_images=2000, size_bytes=1000, accuracy=80.0)
+    measured = row("w8a8", n_images=1000, size_bytes=1000, accuracy=90.0) | change
+    labels = [0] * 900 + [1] * 100  # on these images, the shipped row is right for 90 %
+    assert compare_rows(shipped, measured, labels)[1] is agree
+
+
+def test_rows_of_another_kind_of_cpu_are_not_compared(checkpoint, tmp_path, monkeypatch, capsys):
+    recipe, path = RECIPES["w8a8"], tmp_path / "a.json"
+    subject = load_subject(checkpoint, None)
+    shipped = row("w8a8", "openvino", n_images=500, checkpoint=str(checkpoint))
+    files.write_json(path, shipped | subject.origin(recipe))
+    monkeypatch.setattr("lab.machine.has_vnni", lambda: False)
+    options = {"data_dir": None, "test_images": None, "latency_runs": 3, "force": True}
+    with pytest.raises(BadInput, match="nothing was compared"):
+        quantize.repeat_rows(SimpleNamespace(rows=[path], output=tmp_path / "again", **options))
+    assert "not compared, it was measured on a CPU with VNNI" in capsys.readouterr().out

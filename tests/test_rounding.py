@@ -251,3 +251,66 @@ def test_places_of_a_linear_layer_may_lie_in_rows_and_columns(monkeypatch):
         adaround.reconstruct(unit, "", inputs, unit.layer(inputs).detach(), 8)
         found.append(unit.codes)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("units", ["0", None])
+def test_gptq_sees_inputs_of_all_batches_from_before_its_unit_is_rounded(units):
+    """Without units every layer is one, and what comes before it is rounded already."""
+    torch.manual_seed(0)
+    unit = nn.Sequential(nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 24))
+    x = correlated(64, 24) * torch.linspace(0.2, 2, 64)[:, None]
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("gptq",), units=units)
+    made = ptq.quantize(nn.Sequential(unit), recipe, [(x[:40], None), (x[40:], None)])[0]
+    fresh = QuantizedLayer(copy.deepcopy(unit[2]), None, FORMAT, "mse")
+
+    @torch.no_grad()
+    def codes(first, images):
+        moments = input_moments(unit[2], unit[1](first(images)))
+        return gptq_codes(fresh, made[2].scale, moments)
+
+    found = {"0": codes(unit[0], x), None: codes(made[0], x), "part": codes(unit[0], x[40:])}
+    assert torch.equal(made[2].codes, found[units])
+    assert not torch.equal(found["0"], found[None]) and not torch.equal(found["0"], found["part"])
+
+
+def test_a_unit_learns_outputs_in_float_from_inputs_of_the_quantized_network(monkeypatch):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), correlated(64, 6)
+    seen, reconstruct = {}, adaround.reconstruct
+
+    def watched(unit, name, *io):
+        seen[name] = io
+        return reconstruct(unit, name, *io)
+
+    monkeypatch.setattr(adaround, "ITERATIONS", 20)
+    monkeypatch.setattr(adaround, "reconstruct", watched)
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("adaround",))
+    made = ptq.quantize(net, recipe, [(x[:40], None), (x[40:], None)])
+    inputs, outputs, _ = seen["1"]
+    torch.testing.assert_close(inputs, made[0](x))
+    torch.testing.assert_close(outputs, net(x))
+
+
+def test_what_is_learnt_ends_at_whole_codes(monkeypatch):
+    """The regularization sees to it: it is flat at first and steep in the end."""
+    made, soft = [], adaround.SoftRounding
+    monkeypatch.setattr(adaround, "SoftRounding", lambda *how: made.append(soft(*how)) or made[-1])
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6)), 0.2 * correlated(64, 8)
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("adaround",))
+    ptq.quantize(net, recipe, [(x, None)])
+    assert ((2 * made[0].h() - 1).abs() > 0.99).all()
+
+
+def test_a_convolution_of_a_pixel_learns_the_codes_of_a_linear_layer(monkeypatch):
+    monkeypatch.setattr(adaround, "ITERATIONS", 300)
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(8, 6), nn.Conv2d(8, 6, 1)
+    conv.weight.data, conv.bias.data = linear.weight.data[..., None, None], linear.bias.data
+    x = 0.1 * correlated(64, 8)
+    recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),), steps=("adaround",))
+    codes = [
+        ptq.quantize(nn.Sequential(layer), recipe, [(images, None)])[0].codes.flatten()
+        for layer, images in ((linear, x), (conv, x[..., None, None]))
+    ]
+    assert torch.equal(*codes)
