@@ -28,11 +28,8 @@ if __name__ == "__main__":
     cli.exit_on_signals()  # while the imports below take their seconds
 
 import contextlib
-import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -46,7 +43,7 @@ from lab.models import settings_of
 from lab.tasks import TASKS
 from lab.tasks.augment import Augmentation
 from lab.tasks.batches import TrainBatches
-from lab.training import budget
+from lab.training.budget import chosen_before, stages_that_fit, written
 from lab.training.distributed import World
 from lab.training.evaluation import score_on_test_set, weights_score
 from lab.training.finish import finish
@@ -54,7 +51,7 @@ from lab.training.loader import loader
 from lab.training.optimizer import arithmetic, averaged, build_optimizer
 from lab.training.options import NOT_IN_CONFIG, WARM_UP, parse_args
 from lab.training.run import Run, hardware, tensorboard_writer
-from lab.training.schedule import MAX_EPOCHS, Schedule, Stage, parse_resolutions
+from lab.training.schedule import Schedule, Stage, parse_resolutions
 from lab.training.start import (
     fresh_model,
     heads_to_build,
@@ -104,77 +101,38 @@ def train(args, world: World) -> int:
     if args.amp and args.precision == "fp32" and world.rank == 0:
         print("--amp: this CPU has no instructions for BF16, so this run computes in FP32")
 
-    task = TASKS[args.task]
     with world.first_then_others():  # one of them may have to download it
-        data, val, test = training_data(task, args.data_dir, args.val_size, world.size)
+        data, val, test = training_data(TASKS[args.task], args.data_dir, args.val_size, world.size)
     stages = parse_resolutions(args.resolutions, shares=bool(args.minutes))
-
-    def batches_of(stages: list[Stage]) -> TrainBatches:
-        augment = Augmentation(args.augment, args.erase, args.mixup, args.cutmix, args.jpeg)
-        by_epoch = [stage for stage in stages for _ in range(math.ceil(stage.epochs))]
-        how = (args.batch_size, args.seed, augment, world.rank, world.size, by_epoch)
-        return TrainBatches(task.objective.batch, data, *how, args.multi_scale)
-
+    batches_of = partial(train_batches, args, data, world)
     sampler = batches_of(stages).sampler
     sides = [stage.scaled(scale).side for stage in stages for scale in sampler.scales]
-    settings = network_settings(args.settings)
-    model = fresh_model(args.model, len(data.classes), heads, args.seed, sides, settings)
-    if not args.resume:
-        source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
-        load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
+    model = starting_network(args, len(data.classes), heads, sides)
     if args.device == "cpu":
         value_bytes = 4 if args.precision == "fp32" else 2
         sizes = [size // world.size for _ in stages for size in sampler.sizes]
         for size, side in set(zip(sizes, sides)):  # larger images come in smaller batches
             require_memory(model, size, side, value_bytes)
-    teacher = None
-    if args.teacher:
-        taught = (args.task, data.classes, args.val_size)
-        how = (args.teacher_weight, args.temperature, world.device, args.precision)
-        teacher = Teacher(args.teacher, *taught, *how)
-        teacher.require_sides(stages)
+    teacher = teacher_of(args, data.classes, stages, world) if args.teacher else None
     options = StepOptions(args.precision, args.label_smoothing, args.clip_norm, teacher)
-
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:
         # Once a side, and faster than for any. Beyond its limit torch would not compile any more.
         torch._dynamo.config.recompile_limit = max(8, len(set(sides)))
         network = torch.compile(network, dynamic=False)
-
-    def run_of(stages: list[Stage]) -> Run:
-        warmup = args.warmup_epochs or 0  # of a trial, none is chosen yet
-        config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
-        config |= {"train_images": len(data), "classes": list(data.classes)}
-        return Run(
-            output=args.output,
-            world=world,
-            model=model,
-            ema=averaged(model, args.ema_decay),
-            optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
-            scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
-            schedule=Schedule(stages, sampler.steps_per_epoch, args.lr, warmup, args.min_lr),
-            sampler=sampler,
-            validate_every=args.validate_every,
-            about={
-                "model": args.model,
-                "settings": settings_of(model),
-                "task": args.task,
-                "classes": list(data.classes),
-                "img_size": args.img_size,
-            },
-            config=config | {"world_size": world.size},
-        )
+    run_of = partial(new_run, args, data, sampler, model, world)
 
     with files.locked(args.output) if world.rank == 0 else contextlib.nullcontext():
         if args.minutes:
             args.shares = args.resolutions
             if args.resume:
-                stages = budget.chosen_before(args.output)
+                stages = chosen_before(args.output)
             else:
+                take_step = partial(step, options=options)
                 made = (run_of, batches_of, args.workers, val, len(test))
-                stages = stages_that_fit(args.minutes, stages, network, *made, options)
-            args.resolutions = budget.written(stages)
+                stages = stages_that_fit(args.minutes, stages, network, take_step, *made)
+            args.resolutions = written(stages)
             args.epochs = sum(stage.epochs for stage in stages)
             if args.warmup_epochs is None:
                 args.warmup_epochs = min(WARM_UP, round(args.epochs / 10, 3))
@@ -182,14 +140,7 @@ def train(args, world: World) -> int:
         if args.resume:
             run.resume()
         else:
-            if world.rank == 0:
-                require_no_run(run.output)  # now that no other process can begin one
-                # What a path says may be replaced later.
-                used = {k: getattr(args, k) for k in ("init", "widen", "teacher")}
-                sha256 = {k: files.sha256(path) for k, path in used.items() if path}
-                about = machine.provenance() | {"hardware": hardware(world), "sha256": sha256}
-                files.write_json(run.output / "config.json", run.config | about)
-            run.save()
+            begin(run, {k: getattr(args, k) for k in ("init", "widen", "teacher")})
         if writer and world.rank == 0:
             files.require_writable(run.output / "tensorboard")
             run.tensorboard = writer(run.output / "tensorboard")
@@ -199,53 +150,68 @@ def train(args, world: World) -> int:
     return code
 
 
-def stages_that_fit(
-    minutes: float,
-    shares: list[Stage],
-    network: nn.Module,
-    run_of: Callable[[list[Stage]], Run],
-    batches_of: Callable[[list[Stage]], TrainBatches],
-    workers: int,
-    val,
-    n_test: int,
-    options: StepOptions,
-) -> list[Stage]:
-    """Return `shares` with the epochs that fit into `minutes`, by trials that leave no weights."""
+def train_batches(args, data, world: World, stages: list[Stage]) -> TrainBatches:
+    """Return the batches of a run through `stages` that this process takes, step by step."""
+    augment = Augmentation(args.augment, args.erase, args.mixup, args.cutmix, args.jpeg)
+    by_epoch = [stage for stage in stages for _ in range(math.ceil(stage.epochs))]
+    how = (args.batch_size, args.seed, augment, world.rank, world.size, by_epoch)
+    return TrainBatches(TASKS[args.task].objective.batch, data, *how, args.multi_scale)
 
-    def seconds(trial: Run, share: Stage, batches) -> tuple[float, float]:
-        """Return what a step and a validation of `share` take, in seconds."""
-        world, model = trial.world, trial.model
-        # On a CPU, all would take half a minute. Those at the beginning may be alike.
-        some = val[:: min(8, len(val) // world.size)]
-        before = copy.deepcopy(model.state_dict())
-        network.train()
-        each = partial(budget.seconds_each, world=world, budget_s=60 * minutes)
-        warm = trial.sampler.steps_to_all_scales  # each side is compiled anew
-        step_s = each(lambda: step(trial, network, *next(batches), options), uncounted=warm)
-        some_s = each(lambda: trial.evaluate(some, share.img_size))
-        model.load_state_dict(before)
-        model.zero_grad()
-        return step_s, some_s * len(val) / len(some)
 
-    epoch_s, validation_s = [], []
-    for share in shares:
-        stage = replace(share, epochs=MAX_EPOCHS)  # more than a trial takes
-        trial = run_of([stage])
-        steps = range(len(trial.schedule))
-        batches = loader(batches_of([stage]), steps, workers, trial.world)
-        step_s, of_validation = seconds(trial, share, batches)
-        epoch_s.append(trial.sampler.steps_per_epoch * step_s)
-        validation_s.append(of_validation)
-    spent_s = trial.world.max(math.ceil(time.monotonic() - cli.BEGAN))  # the same in all processes
-    available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
-    stages = budget.fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
-    if trial.world.rank == 0:
-        speeds = ", ".join(
-            f"{trial.sampler.seen(trial.sampler.steps_per_epoch) / s:.0f} images/s at {stage.side}"
-            for stage, s in zip(shares, epoch_s)
-        )
-        print(f"--minutes {minutes:g}: {speeds}, so --resolutions {budget.written(stages)}")
-    return stages
+def starting_network(args, n_classes: int, heads: int | None, sides: list[int]) -> nn.Module:
+    """Return the network with the weights that a run begins with, or one for it to resume."""
+    settings = network_settings(args.settings)
+    model = fresh_model(args.model, n_classes, heads, args.seed, sides, settings)
+    if not args.resume:
+        source = {"init": args.init, "widened": args.widen, "pretrained": args.pretrained}
+        load_start(model, args.model, **source, task=args.task, val_size=args.val_size)
+    return model
+
+
+def teacher_of(args, classes: tuple[str, ...], stages: list[Stage], world: World) -> Teacher:
+    """Return the teacher that the options name, once it is known to take the run's images."""
+    taught = (args.task, classes, args.val_size)
+    how = (args.teacher_weight, args.temperature, world.device, args.precision)
+    teacher = Teacher(args.teacher, *taught, *how)
+    teacher.require_sides(stages)
+    return teacher
+
+
+def new_run(args, data, sampler, model: nn.Module, world: World, stages: list[Stage]) -> Run:
+    """Return a run of `model` through `stages`, before its first step."""
+    warmup = args.warmup_epochs or 0  # of a trial, none is chosen yet
+    config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+    of_run = {"train_images": len(data), "classes": list(data.classes), "world_size": world.size}
+    return Run(
+        output=args.output,
+        world=world,
+        model=model,
+        ema=averaged(model, args.ema_decay),
+        optimizer=build_optimizer(model, args.optimizer, args.lr, args.weight_decay),
+        scaler=torch.amp.GradScaler(enabled=args.precision == "fp16"),
+        schedule=Schedule(stages, sampler.steps_per_epoch, args.lr, warmup, args.min_lr),
+        sampler=sampler,
+        validate_every=args.validate_every,
+        about={
+            "model": args.model,
+            "settings": settings_of(model),
+            "task": args.task,
+            "classes": list(data.classes),
+            "img_size": args.img_size,
+        },
+        config=config | of_run,
+    )
+
+
+def begin(run: Run, used: dict[str, str | None]) -> None:
+    """Write config.json and the first last.pth of a run that `used` files, by their options."""
+    if run.world.rank == 0:
+        require_no_run(run.output)  # now that no other process can begin one
+        # What a path says may be replaced later.
+        sha256 = {option: files.sha256(path) for option, path in used.items() if path}
+        about = machine.provenance() | {"hardware": hardware(run.world), "sha256": sha256}
+        files.write_json(run.output / "config.json", run.config | about)
+    run.save()
 
 
 def loop(

@@ -1,19 +1,89 @@
 """A schedule that fits into a time: how fast each stage is here, how many epochs that allows."""
 
+import copy
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from lab import machine
+from torch import nn
+
+from lab import cli, machine
 from lab.cli import BadInput
 from lab.models.checkpoint import read_tensors
 from lab.schema import record, text
+from lab.tasks.batches import TrainBatches
 from lab.training.distributed import World
-from lab.training.schedule import Stage, parse_resolutions
+from lab.training.loader import loader
+from lab.training.run import Run
+from lab.training.schedule import MAX_EPOCHS, Stage, parse_resolutions
 
 TRIAL = 0.005  # of the time, at least, that the steps take by which a stage is judged
 MARGIN = 0.01  # of the time, for what is not measured: files, loader processes
+
+
+def stages_that_fit(
+    minutes: float,
+    shares: list[Stage],
+    network: nn.Module,
+    take_step: Callable,
+    run_of: Callable[[list[Stage]], Run],
+    batches_of: Callable[[list[Stage]], TrainBatches],
+    workers: int,
+    val,
+    n_test: int,
+) -> list[Stage]:
+    """Return `shares` with the epochs that fit into `minutes`, by trials that leave no weights.
+
+    `take_step` trains a run's `network`, as it is called, on a batch of images and their targets.
+    `val` is what each validation judges, and `n_test` the number of images of the test at the end.
+    """
+    epoch_s, validation_s = [], []
+    for share in shares:
+        stage = replace(share, epochs=MAX_EPOCHS)  # more than a trial takes
+        trial = run_of([stage])
+        steps = range(len(trial.schedule))
+        batches = loader(batches_of([stage]), steps, workers, trial.world)
+        how = (network, take_step, batches, val, share.img_size, minutes)
+        step_s, of_validation = trial_s(trial, *how)
+        epoch_s.append(trial.sampler.steps_per_epoch * step_s)
+        validation_s.append(of_validation)
+    spent_s = trial.world.max(math.ceil(time.monotonic() - cli.BEGAN))  # the same in all processes
+    available_s = 60 * minutes - spent_s - validation_s[-1] * n_test / len(val)
+    stages = fitting(shares, epoch_s, validation_s, trial.validate_every, available_s)
+    if trial.world.rank == 0:
+        speeds = ", ".join(
+            f"{trial.sampler.seen(trial.sampler.steps_per_epoch) / s:.0f} images/s at {stage.side}"
+            for stage, s in zip(shares, epoch_s)
+        )
+        print(f"--minutes {minutes:g}: {speeds}, so --resolutions {written(stages)}")
+    return stages
+
+
+def trial_s(
+    trial: Run,
+    network: nn.Module,
+    take_step: Callable,
+    batches: Iterator,
+    val,
+    img_size: int,
+    minutes: float,
+) -> tuple[float, float]:
+    """Return what a step of `trial` takes and a validation, in seconds; its weights stay."""
+    world, model = trial.world, trial.model
+    # On a CPU, all would take half a minute. Those at the beginning may be alike.
+    some = val[:: min(8, len(val) // world.size)]
+    before = copy.deepcopy(model.state_dict())
+    network.train()
+    each = partial(seconds_each, world=world, budget_s=60 * minutes)
+    warm = trial.sampler.steps_to_all_scales  # each side is compiled anew
+    step_s = each(lambda: take_step(trial, network, *next(batches)), uncounted=warm)
+    some_s = each(lambda: trial.evaluate(some, img_size))
+    model.load_state_dict(before)
+    model.zero_grad()
+    return step_s, some_s * len(val) / len(some)
 
 
 def seconds_each(
