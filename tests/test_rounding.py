@@ -190,7 +190,7 @@ def test_adaround_is_near_the_best_of_all_ways_up_or_down(monkeypatch):
     totals = torch.zeros(3, dtype=torch.float64)  # best, AdaRound, nearest
     ups = torch.tensor(list(itertools.product((0, 1), repeat=6)))
     for seed in range(8):
-        # As small as errors of a layer's outputs are: they are weighed against the regularization.
+        # As small as errors of a layer's outputs are: they are weighed against the regularisation.
         layer, x = nn.Linear(6, 1, bias=False), 0.2 * correlated(64, 6)
         with torch.no_grad():
             layer.weight.copy_(draw(1, 6, seed=seed))
@@ -291,8 +291,15 @@ def test_a_unit_learns_outputs_in_float_from_inputs_of_the_quantized_network(mon
     torch.testing.assert_close(outputs, net(x))
 
 
+def test_the_regularisation_begins_late_flat_and_ends_steep(monkeypatch):
+    monkeypatch.setattr(adaround, "ITERATIONS", 100)
+    found = [adaround.exponent(step) for step in range(100)]
+    assert not any(found[:20]) and found[20] == 20 and found[60] == pytest.approx(11)
+    assert found[20:] == sorted(found[20:], reverse=True) and 2 < found[99] < 2.01
+
+
 def test_what_is_learnt_ends_at_whole_codes(monkeypatch):
-    """The regularization sees to it: it is flat at first and steep in the end."""
+    """The regularisation sees to it."""
     made, soft = [], adaround.SoftRounding
     monkeypatch.setattr(adaround, "SoftRounding", lambda *how: made.append(soft(*how)) or made[-1])
     torch.manual_seed(0)

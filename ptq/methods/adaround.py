@@ -90,15 +90,11 @@ def reconstruct(unit: nn.Module, name: str, inputs: Tensor, outputs: Tensor, n: 
     learnt = [rounding.v for rounding in soft.values()]
     optimizer = torch.optim.Adam(learnt, LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
-    began = WARM_UP * ITERATIONS
     with torch.enable_grad():
         for step in range(ITERATIONS):
             drawn = torch.randint(len(inputs), (n,), generator=generator)
             error = (unit(inputs[drawn]) - outputs[drawn]).square().sum(channels).mean()
-            if step >= began:
-                # A cosine between the two exponents, as the authors anneal it.
-                way = 0.5 * (1 + math.cos(math.pi * (step - began) / (ITERATIONS - began)))
-                beta = BETAS[1] + (BETAS[0] - BETAS[1]) * way
+            if beta := exponent(step):
                 open_ = sum((1 - (2 * r.h() - 1).abs() ** beta).sum() for r in soft.values())
                 error = error + ROUNDING_WEIGHT * open_
             optimizer.zero_grad()
@@ -110,3 +106,15 @@ def reconstruct(unit: nn.Module, name: str, inputs: Tensor, outputs: Tensor, n: 
     for name, layer in rounded.items():
         parametrize.remove_parametrizations(layer.layer, "weight", leave_parametrized=False)
         layer.set_weight(soft[name].codes(), scales[name])
+
+
+def exponent(step: int) -> float:
+    """Return the exponent of the regularisation in a step: 0 for none, later less and less.
+
+    It falls along a cosine, as the authors anneal it.
+    """
+    began = WARM_UP * ITERATIONS
+    if step < began:
+        return 0.0
+    way = 0.5 * (1 + math.cos(math.pi * (step - began) / (ITERATIONS - began)))
+    return BETAS[1] + (BETAS[0] - BETAS[1]) * way
