@@ -62,7 +62,7 @@ def test_an_export_that_an_engine_computes_otherwise_is_told(
     assert json.loads(noted["classes"]) == subject.checkpoint["classes"]
 
 
-def test_computedof_pixels_are_as_expected_if_they_have_little_noise():
+def test_outputs_of_pixels_are_as_expected_if_they_have_little_noise():
     expected = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     computed = expected.clone()
     computed[1] += 0.5
