@@ -5,7 +5,7 @@ PY = .venv/bin/python
 RUN = $(OUT)/trained
 BEST = $(RUN)/best.pth
 BENCH = $(PY) -m lab.bench --output $(OUT)/benchmarks
-QUANTIZE = $(PY) quantize.py --checkpoint $(BEST) --calibration-images 64
+QUANTIZE = $(PY) quantize.py --checkpoint $(BEST) --calibration-images 16
 
 ON_CIFAR10 = $(if $(DATA_DIR),reproduce loader)
 .PHONY: all reproduce loader minutes engines profile rows per-layer export training

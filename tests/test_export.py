@@ -56,6 +56,14 @@ def quantized(request, model, x):
     return request.param, ptq.quantize(model, request.param, [(x, None)])
 
 
+@pytest.fixture(scope="module")
+def exported(quantized, x, tmp_path_factory):
+    recipe, network = quantized
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    to_onnx(network, x[:1], path)
+    return path, network(x).detach()
+
+
 def close(a, b, scale, share):
     """Whether two outputs differ by little beside the spread of a third."""
     return (a - b).abs().max() < share * scale.std()
@@ -110,16 +118,13 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
         assert not any(loaded.products["int8"].values())
 
 
-def test_a_profile_says_what_ran_in_integers(quantized, model, x):
-    recipe, network = quantized
-    networks = {
-        n: (openvino_cpu.exported(m, x)[0], "f32")
-        for n, m in ((recipe.name, network), ("float", model))
-    }
+def test_a_profile_says_what_ran_in_integers(model, x):
+    made = {"float": model, "w7a8": ptq.quantize(model, W7A8, [(x, None)])}
+    networks = {name: (openvino_cpu.exported(m, x)[0], "f32") for name, m in made.items()}
     spent = openvino_cpu.operators_ms(networks, x[:1], 2)
     assert all(ms > 0 for ms in spent["float"].values())
     assert not any("INT8" in node for node in spent["float"])
-    assert ("Convolution INT8" in spent[recipe.name]) == (recipe is W7A8)
+    assert "Convolution INT8" in spent["w7a8"]
 
 
 @pytest.mark.parametrize("engine", [onnx_runtime, openvino_cpu], ids=lambda e: e.NAME)
@@ -168,10 +173,9 @@ def test_the_float_network_exports_too(model, x):
     assert loaded.products["int8"] == {"Conv": 0, "MatMul": 0}
 
 
-def test_codes_are_stored_in_the_bits_of_the_recipe(quantized, x, tmp_path):
+def test_codes_are_stored_in_the_bits_of_the_recipe(quantized, exported):
     recipe, network = quantized
-    path = tmp_path / "model.onnx"
-    to_onnx(network, x[:1], path)
+    path, _ = exported
     proto = onnx.load(path)
     onnx.checker.check_model(proto)
     stored = {t.name: t for t in proto.graph.initializer if t.name.endswith(".codes")}
@@ -208,14 +212,6 @@ def test_a_truncated_file_is_refused(model, x, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="model.onnx is no ONNX file that runs"):
         onnx_runtime.loaded(path)
-
-
-@pytest.fixture(scope="module")
-def exported(quantized, x, tmp_path_factory):
-    recipe, network = quantized
-    path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    to_onnx(network, x[:1], path)
-    return path, network(x).detach()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -304,16 +300,15 @@ def test_parity_does_not_check_a_damaged_file(model, x, tmp_path):
     assert all("not checked" in parity.in_words(r) for r in results)
 
 
-def test_settings_that_compute_as_simulated(quantized, x, tmp_path):
-    recipe, network = quantized
-    to_onnx(network, x[:1], tmp_path / "a.onnx")
-    (note,) = onnx.load(tmp_path / "a.onnx").metadata_props
+def test_settings_that_compute_as_simulated(quantized, exported, x):
+    path, expected = exported
+    (note,) = onnx.load(path).metadata_props
     assert all(f"{k}={v}" in note.value for k, v in openvino_cpu.AS_SIMULATED.items())
-    if recipe is W4:
+    if quantized[0] is W4:
         openvino = pytest.importorskip("openvino")
-        read = openvino.Core().read_model(tmp_path / "a.onnx")
+        read = openvino.Core().read_model(path)
         compiled = openvino.Core().compile_model(read, "CPU", openvino_cpu.AS_SIMULATED)
-        logits, expected = torch.from_numpy(compiled(x.numpy())[0]), network(x).detach()
+        logits = torch.from_numpy(compiled(x.numpy())[0])
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -83,14 +83,14 @@ def test_both_predictions_are_printed(name, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("kind", PICTURES)
 def test_pictures_of_every_kind_are_taken(kind, checkpoints, tmp_path):
-    path, _ = checkpoints["resnet18"]
+    path, _ = checkpoints["mobilevit_xxs"]
     image = PICTURES[kind](tmp_path)
     out, _ = run("quantize.py", "--checkpoint", path, "--recipes", "fp32", "--image", image)
     assert len(out.splitlines()) == 1 and out.count("%") == 3
 
 
 def test_a_picture_that_is_none_gets_one_line(checkpoints, tmp_path):
-    path, _ = checkpoints["resnet18"]
+    path, _ = checkpoints["mobilevit_xxs"]
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "cut.jpg").write_bytes(PICTURES["jpeg"](tmp_path).read_bytes()[:500])
     for name, says in {
@@ -123,7 +123,7 @@ def test_of_a_task_of_which_nothing_is_drawn_there_is_no_picture(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_engine_that_is_missing_is_left_out(checkpoints, tmp_path):
-    path, _ = checkpoints["resnet18"]
+    path, _ = checkpoints["mobilevit_xxs"]
     image, engines = PICTURES["jpeg"](tmp_path), ("--engines", "torch-eager", "tensorrt")
     command = ("--checkpoint", path, "--recipes", "fp32", "--image", image, *engines)
     out, _ = run("quantize.py", *command)

@@ -87,30 +87,25 @@ def of(made):
 
 
 def test_rows_hold_the_metric_of_the_task(made, tmp_path):
-    pytest.importorskip("openvino")
     task, folder, path = made
     metric = METRICS[task]
     column = {"detection": "mAP@0.5 %", "segmentation": "mIoU %"}[task]
     command = (*of(made), "--latency-runs", "3", "--output", tmp_path)
     run(*command, "--recipes", "fp32")
-    command += ("--recipes", "w8a8", "--engines", "torch-eager", "openvino")
+    command += ("--recipes", "w8a8")
     out, _ = run(*command)
     rows = {p.stem: files.read_json(p) for p in tmp_path.rglob("*.json")}
-    names = ("fp32-64@torch-eager", "w8a8-64@torch-eager", "w8a8-64@openvino")
-    fp32, simulated, measured = (rows.pop(name) for name in names)
+    fp32, simulated = (rows.pop(f"{name}-64@torch-eager") for name in ("fp32", "w8a8"))
     assert not rows
     line, _ = run("train.py", "--eval", "--checkpoint", path, "--data-dir", folder)
     assert f"test {fp32['score'][metric]:.2f} %" in line and fp32["score"][metric] > 0
-    # A detector that never learnt ranks its boxes by chance: the next test compares outputs.
-    bound = {"detection": 20, "segmentation": 3}[task]
-    assert abs(measured["score"][metric] - simulated["score"][metric]) < bound
     assert simulated["calibration"]["n"] == 12 and simulated["n_images"] == 6
     assert simulated["size_bytes"] < 0.4 * fp32["size_bytes"]
     assert not {"predictions", "confusion", "n_correct"} & simulated.keys()
     header, *_, last = (line for line in out.splitlines() if line.startswith("|"))
     assert f"| {column} | Δ points | MB |" in header and "w8a8" in last and "changed" not in out
     again, _ = run(*command)
-    assert again.count(", kept") == 2
+    assert again.count(", kept") == 1
     shipped = next(tmp_path.rglob("fp32-64@torch-eager.json"))
     repeat = ("quantize.py", "--from", shipped, "--data-dir", folder, "--latency-runs", "3")
     repeat += ("--output", tmp_path / "again")
@@ -119,6 +114,19 @@ def test_rows_hold_the_metric_of_the_task(made, tmp_path):
     fails_with_one_line(*repeat, "--test-images", "2", says="has one score for 6 images")
     files.write_json(shipped, fp32 | {"score": {"map_pct": 3.0}})
     fails_with_one_line(*repeat, says="score lacks accuracy_pct or map50_pct or miou_pct")
+
+
+@pytest.mark.parametrize("made", ["segmentation"], indirect=True)
+def test_an_engine_scores_about_what_the_simulation_does(made, tmp_path):
+    """A detector that never learnt ranks its boxes by chance: the next test compares outputs."""
+    pytest.importorskip("openvino")
+    command = (*of(made), "--recipes", "w8a8", "--engines", "torch-eager", "openvino")
+    run(*command, "--latency-runs", "3", "--output", tmp_path)
+    simulated, measured = (
+        files.read_json(next(tmp_path.rglob(f"w8a8-64@{engine}.json")))["score"]["miou_pct"]
+        for engine in ("torch-eager", "openvino")
+    )
+    assert abs(measured - simulated) < 3
 
 
 def test_held_out_are_the_images_that_choose_the_weights(made, tmp_path):

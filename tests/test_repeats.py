@@ -27,8 +27,10 @@ def rows(tmp_path_factory):
     """Two rows of a fresh network."""
     torch.manual_seed(0)
     folder, classes = tmp_path_factory.mktemp("rows"), TASKS["synthetic"].load(None, False).classes
-    network = build("resnet18", num_classes=len(classes)).eval()
-    checkpoint = as_checkpoint(network, "resnet18", family_of("resnet18").layouts[0], classes)
+    network = build("mobilevit_xxs", num_classes=len(classes)).eval()
+    checkpoint = as_checkpoint(
+        network, "mobilevit_xxs", family_of("mobilevit_xxs").layouts[0], classes
+    )
     path = folder / "run" / "best.pth"
     path.parent.mkdir()
     save_checkpoint(path, checkpoint | {"task": "synthetic", "img_size": 32})

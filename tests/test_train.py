@@ -226,20 +226,20 @@ def test_a_compiled_run_learns_the_same(tmp_path):
 
 
 def test_a_run_chooses_the_epochs_that_fit_its_minutes(tmp_path):
-    shares = "--minutes 3 --resolutions 32/64:0.5,64:0.5 --validate-every 3"
+    shares = "--minutes 1 --resolutions 32/64:0.5,64:0.5 --validate-every 3"
     data = "--task synthetic --batch-size 50 --augment crop-flip --jpeg 0.5 --erase 0.5"
     command = ("train.py", *shares.split(), *data.split(), "--output", tmp_path)
     out, _ = run(*command, "--max-minutes", "0.001", code=3)
-    assert out.startswith("--minutes 3: ") and " images/s at 64, so --resolutions 32/64:" in out
+    assert out.startswith("--minutes 1: ") and " images/s at 64, so --resolutions 32/64:" in out
     config = files.read_json(tmp_path / "config.json")
-    assert (config["minutes"], config["shares"]) == (3, "32/64:0.5,64:0.5")
+    assert (config["minutes"], config["shares"]) == (1, "32/64:0.5,64:0.5")
     assert config["warmup_epochs"] == min(10, round(config["epochs"] / 10, 3))
     assert f"so --resolutions {config['resolutions']}\n" in out
     # Resumed, it goes on with these epochs, whatever the time.
     out, _ = run(*command, "--resume", "--max-minutes", "0.001", code=3)
     assert "--minutes" not in out and "--resume goes on" in out
-    fails_with_one_line(*command, "--resume", "--minutes", "9", says="--minutes 3.0 (now 9.0)")
-    both = ("--minutes", "3", "--epochs", "2")
+    fails_with_one_line(*command, "--resume", "--minutes", "9", says="--minutes 1.0 (now 9.0)")
+    both = ("--minutes", "1", "--epochs", "2")
     fails_with_one_line("train.py", *both, says="--minutes replaces --epochs")
 
 

@@ -30,12 +30,11 @@ TIMED = (
     *("fp32", "w7a8-convs", "w7a8", "w8a8", "w4"),
     *(name for name, r in RECIPES.items() if r.peer and r.peer not in NOT_TIMED),
 )
-PROFILED = (
-    ("fp32", openvino_cpu),
-    ("int8-nncf", openvino_cpu),
-    ("w8a8", openvino_cpu),
-    ("w8a8", openvino_bf16),
-)
+PROFILED = {
+    "fp32": (openvino_cpu,),
+    "int8-nncf": (openvino_cpu,),
+    "w8a8": (openvino_cpu, openvino_bf16),
+}
 
 
 def engines(checkpoint, names, n_calls: int) -> dict:
@@ -85,23 +84,26 @@ def profile(checkpoint, n_calls: int) -> dict:
     """
     model, described, batches, example = on_noise(checkpoint)
     networks, recipes = {}, {}
-    for name, engine in PROFILED:
-        for recipe in recipes_for(model, [name]):
-            what = f"{name}@{engine.NAME}"
+    for recipe in recipes_for(model, PROFILED):
+        network = ptq.quantize(model, to_nearest(recipe), batches)
+        try:
+            if recipe.peer:
+                how = (openvino_nncf.recommended, network, batches, example)
+                written = openvino_nncf.quantized(*how)
+            else:
+                written, _ = openvino_cpu.exported(network, example)
+        except EngineMissing as missing:
+            print(f"{recipe.name}: left out, {missing}")
+            continue
+        for engine in PROFILED[recipe.name]:
+            what = f"{recipe.name}@{engine.NAME}"
             try:
                 engine.version()
-                network = ptq.quantize(model, to_nearest(recipe), batches)
-                if recipe.peer:
-                    network = openvino_nncf.quantized(
-                        openvino_nncf.recommended, network, batches, example
-                    )
-                else:
-                    network, _ = openvino_cpu.exported(network, example)
             except EngineMissing as missing:
                 print(f"{what}: left out, {missing}")
                 continue
-            networks[what] = network, engine.PRECISION
-            recipes[name] = recipe.asdict()
+            networks[what] = written, engine.PRECISION
+            recipes[recipe.name] = recipe.asdict()
     if not networks:
         raise BadInput("nothing can be profiled here")
     return described | {
