@@ -48,15 +48,9 @@ from lab.profiles import profile_folder, write_profile
 from lab.recipes import calibration_images, recipe_of
 from lab.repeats import repeat_of
 from lab.report.compare import TOLERANCE, compare_rows
+from lab.report.reading import has_vnni, in_protocol
 from lab.report.rows import reusable_row, row_path, setting
-from lab.report.tables import (
-    has_vnni,
-    in_protocol,
-    markdown,
-    printed,
-    products_text,
-    results_table,
-)
+from lab.report.tables import markdown, printed, products_text, results_table
 from lab.subject import Subject, load_subject, named
 from ptq import packing
 from ptq.analysis.energy import energy_by_prices

@@ -19,7 +19,7 @@ from made_results import (
 )
 
 from lab.files import write_json
-from lab.report import row_figures, study_figures, tables
+from lab.report import reading, row_figures, study_figures
 from lab.report.figures import FIGURES
 from lab.report.pages import PAGES
 from lab.report.rows import in_main_tables, load_rows, row_path
@@ -245,7 +245,7 @@ def test_models_that_are_not_known_follow_by_name(tree):
             content = row(recipe, model=name)
             write_json(row_path(tree / "results" / name, content), content)
     found = load(tree)
-    assert tables.models_of(found.rows) == ["mobilevit_xxs", "deit_tiny", "resnet18"]
+    assert reading.models_of(found.rows) == ["mobilevit_xxs", "deit_tiny", "resnet18"]
     assert "| resnet18 | w8a8 |" in blocks_of(found)["simulated"]
     for draw in FIGURES.values():
         assert draw(found) is not None

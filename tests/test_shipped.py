@@ -14,9 +14,9 @@ from lab.files import read_json, sha256
 from lab.models import build
 from lab.models.checkpoint import load_checkpoint, model_from_checkpoint
 from lab.report.figures import FIGURES
+from lab.report.reading import accuracy, agreement_pct, simulated_row
 from lab.report.results import load_results
 from lab.report.rows import has_predictions, metric, read_row, row_path, setting
-from lab.report.tables import accuracy, agreement_pct, simulated_row
 from lab.tasks import TASKS
 from lab.tasks.batches import EvalBatches
 from lab.training import evaluation

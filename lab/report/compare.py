@@ -1,8 +1,8 @@
 """A row that was measured again beside the shipped one, and whether the two agree."""
 
 from lab.files import MB
+from lab.report.reading import accuracy, changed_predictions, speed_up
 from lab.report.rows import METRICS, has_predictions, metric
-from lab.report.tables import accuracy, changed_predictions, speed_up
 
 POINTS, CHANGED_PCT, SIZE_PCT = 0.5, 2.0, 1.0  # how far the two may be apart
 TOLERANCE = (

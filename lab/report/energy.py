@@ -1,7 +1,8 @@
 """Modelled energy of rows, in a table: what ptq.analysis.energy says, as their files hold it."""
 
 from lab.files import MB
-from lab.report.tables import accuracy, baseline_of, cell, in_order, markdown, title_of
+from lab.report.reading import accuracy, baseline_of, in_order, title_of
+from lab.report.tables import cell, markdown
 
 PJ_PER_MJ = 1e9
 SIMULATED = "torch-eager"

@@ -1,16 +1,14 @@
 """Networks of integers beside the simulations of the same recipe."""
 
-from lab.report.tables import (
+from lab.report.reading import (
     BASELINE,
-    EXACT,
     accuracy,
     baseline_of,
-    cell,
     changed_predictions,
     in_order,
-    markdown,
     simulated_row,
 )
+from lab.report.tables import EXACT, cell, markdown
 
 
 def integers_table(rows: list[dict]) -> str:

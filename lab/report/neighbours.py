@@ -1,7 +1,8 @@
 """The published figures of a neighbouring system, beside ours by the same formats."""
 
 from lab.report.energy import SIMULATED
-from lab.report.tables import accuracy, baseline_of, cell, markdown
+from lab.report.reading import accuracy, baseline_of
+from lab.report.tables import cell, markdown
 
 # README of "Vision Transformer Quantization", in %: symmetric uniform weights with a scale a
 # channel, activations in float; ResNet-18 on CIFAR-10, DeiT-Tiny on 10,000 images of ImageNet.

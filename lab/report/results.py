@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 
 from lab.report.benchmarks import load_benchmarks
+from lab.report.reading import (
+    SIZE_SWEEP,
+    has_vnni,
+    in_order,
+    in_protocol,
+    model_order,
+    on_usual_cpu,
+)
 from lab.report.rows import MAIN_TABLES, has_predictions, in_main_tables, load_rows
 from lab.report.runs import load_report, load_runs
-from lab.report.tables import SIZE_SWEEP, has_vnni, in_order, in_protocol, model_order, on_usual_cpu
 
 REPORTED = {"model": "mobilevit_xxs", "recipes": ("w8a8-early", "int8-fx")}  # layer by layer
 

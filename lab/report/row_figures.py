@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from lab.files import MB
-from lab.report import style, tables
+from lab.report import reading, style
+from lab.report.reading import accuracy, models_of, short_name
 from lab.report.results import Results
-from lab.report.tables import accuracy, models_of, short_name
+from lab.report.tables import PUBLISHED
 
 HEADLINE = {  # (recipe, engine): label, colour, marker
     ("fp32", "openvino"): ("FP32, OpenVINO", style.DARK, "o"),
@@ -29,14 +30,14 @@ LABELLED = {"fp32": ("center", (0, 8)), "w8a8": ("left", (7, -3)), "w4": ("cente
 
 def lost(row, rows) -> float:
     """Return how many points of accuracy a row has less than FP32 in torch, one of `rows`."""
-    return accuracy(tables.baseline_of(row, rows)) - accuracy(row)
+    return accuracy(reading.baseline_of(row, rows)) - accuracy(row)
 
 
 def headline(found: Results):
     """Draw accuracy lost against speed-up: ours and what others would use, a panel a MobileViT."""
-    rows = [row for row in found.rows if tables.method(row) in HEADLINE]
-    rows = tables.on_usual_cpu([row for row in rows if row["model"] in tables.MODELS])
-    rows = [row for row in rows if tables.baseline_of(row, found.rows)]
+    rows = [row for row in found.rows if reading.method(row) in HEADLINE]
+    rows = reading.on_usual_cpu([row for row in rows if row["model"] in reading.MODELS])
+    rows = [row for row in rows if reading.baseline_of(row, found.rows)]
     if not rows:
         return None
     models = models_of(rows)
@@ -47,14 +48,14 @@ def headline(found: Results):
                 draw_loss(axis, row, lost(row, found.rows))
         axis.set_title(short_name(model), loc="left", fontweight="bold")
         axis.set_xlabel("times as fast as FP32 in torch")
-        axis.set_xlim(0.8, 0.25 + max(map(tables.speed_up, rows)))
+        axis.set_xlim(0.8, 0.25 + max(map(reading.speed_up, rows)))
         axis.grid(visible=False, axis="x")
     set_losses(axes[0], [lost(row, found.rows) for row in rows])
     axes[0][0].set_ylabel("accuracy lost, points")
-    shown = [key for key in HEADLINE if any(tables.method(row) == key for row in rows)]
+    shown = [key for key in HEADLINE if any(reading.method(row) == key for row in rows)]
     handles = [Line2D([], [], **mark(key)) for key in shown]
     how = {"ncols": len(handles), "columnspacing": 1, "handletextpad": 0.2}
-    title = f"one image, one thread, {tables.cpu_kind(rows[0])}"
+    title = f"one image, one thread, {reading.cpu_kind(rows[0])}"
     fig.legend(handles=handles, loc="outside lower center", title=title, **how)
     return fig
 
@@ -76,8 +77,8 @@ def set_losses(axes, losses: list[float]) -> None:
 
 
 def draw_loss(axis, row, loss: float) -> None:
-    x, y = tables.speed_up(row), loss if loss <= LOSS_SHOWN else BELOW
-    axis.plot(x, y, clip_on=False, zorder=3, **mark(tables.method(row)))
+    x, y = reading.speed_up(row), loss if loss <= LOSS_SHOWN else BELOW
+    axis.plot(x, y, clip_on=False, zorder=3, **mark(reading.method(row)))
     if loss > LOSS_SHOWN:
         style.note(axis, f"{loss:.1f}", (x, y), (8, 0), va="center")
 
@@ -95,12 +96,12 @@ def mark(key) -> dict:
 def headline_finding(shown, rows) -> str:
     """Say what the panels have in common, if the same method is fastest in all of them."""
     fastest = [
-        max((r for r in shown if r["model"] == m), key=tables.speed_up) for m in models_of(shown)
+        max((r for r in shown if r["model"] == m), key=reading.speed_up) for m in models_of(shown)
     ]
-    if len({tables.method(row) for row in fastest}) > 1:
+    if len({reading.method(row) for row in fastest}) > 1:
         return "Accuracy lost against speed-up, a mark a method"
-    label = HEADLINE[tables.method(fastest[0])][0]
-    speeds = [tables.speed_up(row) for row in fastest]
+    label = HEADLINE[reading.method(fastest[0])][0]
+    speeds = [reading.speed_up(row) for row in fastest]
     return (
         f"{label} is the fastest of these, {min(speeds):.1f} to {max(speeds):.1f} times FP32, "
         f"and loses at most {max(lost(row, rows) for row in fastest):.2f} points"
@@ -150,14 +151,14 @@ def methods(found: Results):
 
 def values(row) -> tuple:
     """Return what PANELS show of a row; None for the time where floats stood in for few bits."""
-    time_pct = 100 / tables.speed_up(row) if row["kind"] == "measured" else None
+    time_pct = 100 / reading.speed_up(row) if row["kind"] == "measured" else None
     return accuracy(row), row["size_bytes"] / MB, time_pct
 
 
 def published_values(model: str, recipe: str) -> tuple:
     """Return what PANELS show of a published method; None for what was not published."""
-    pct, mb, ms = tables.PUBLISHED.get((model, recipe), (None, None, None))
-    return pct, mb, ms and 100 * ms / tables.PUBLISHED[model, "fp32"][2]
+    pct, mb, ms = PUBLISHED.get((model, recipe), (None, None, None))
+    return pct, mb, ms and 100 * ms / PUBLISHED[model, "fp32"][2]
 
 
 def methods_finding(rows, models) -> str:
@@ -185,13 +186,13 @@ def pareto(found: Results):
 
     The published methods are grey.
     """
-    rows = [row for row in found.rows if row["model"] in tables.MODELS]
+    rows = [row for row in found.rows if row["model"] in reading.MODELS]
     measured = [row for row in rows if row["kind"] == "measured" and row["recipe"]["layers"]]
     models = models_of(measured)
     if not models:
         return None
-    ours = measured + [r for r in rows if r["model"] in models and tables.is_baseline(r)]
-    theirs = [r for r in found.protocol if r["model"] in models and not tables.is_baseline(r)]
+    ours = measured + [r for r in rows if r["model"] in models and reading.is_baseline(r)]
+    theirs = [r for r in found.protocol if r["model"] in models and not reading.is_baseline(r)]
     floor = min(map(accuracy, ours)) - 1.2
     cut = floor + 0.6  # what is less accurate lies on the floor, with its accuracy beside
     fig, axes = style.canvas(1, 1, 4.4, pareto_finding(ours, found.rows))
@@ -213,7 +214,7 @@ def pareto(found: Results):
                 best[name] = max(best.get(name, at), at, key=lambda point: point[1])
         for name, (align, offset) in LABELLED.items():
             if name in best:
-                text = f"{short_name(model)} {tables.title_of(name)}"
+                text = f"{short_name(model)} {reading.title_of(name)}"
                 style.note(axis, text, best[name], offset, ha=align, color=colour[model])
     axis.plot([], [], "o", color=style.DARK, ms=4, label="small: our other recipes")
     axis.plot([], [], "s", color=style.GREY, label="published methods on the same weights")
@@ -231,10 +232,10 @@ def pareto(found: Results):
 
 def pareto_finding(ours, rows) -> str:
     """Say what 4-bit weights save in size and cost in accuracy."""
-    w4 = [r for r in ours if r["recipe"]["name"] == "w4" and tables.baseline_of(r, rows)]
+    w4 = [r for r in ours if r["recipe"]["name"] == "w4" and reading.baseline_of(r, rows)]
     if not w4:
         return "Accuracy against the size of the file"
-    smaller = [tables.baseline_of(row, rows)["size_bytes"] / row["size_bytes"] for row in w4]
+    smaller = [reading.baseline_of(row, rows)["size_bytes"] / row["size_bytes"] for row in w4]
     times = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(smaller), max(smaller))))
     names = ", ".join(short_name(model) for model in models_of(w4))
     return (
@@ -245,7 +246,7 @@ def pareto_finding(ours, rows) -> str:
 
 def confusion(found: Results):
     """Draw which classes the first model's FP32 takes for which, in percent of the true class."""
-    row = next((row for row in tables.in_order(found.rows) if tables.is_baseline(row)), None)
+    row = next((row for row in reading.in_order(found.rows) if reading.is_baseline(row)), None)
     if row is None:
         return None
     classes, counts = row["classes"], np.array(row["confusion"])
@@ -289,8 +290,8 @@ def input_sizes(found: Results):
     for model in models_of(rows):
         for recipe, colour, at in (("fp32", style.DARK, (-8, -11)), ("w8a8", style.BLUE, (8, 5))):
             line = [r for r in rows if (r["model"], r["recipe"]["name"]) == (model, recipe)]
-            xs, ys = [tables.speed_up(row) for row in line], [accuracy(row) for row in line]
-            label = f"{short_name(model)}, {tables.title_of(recipe)}"
+            xs, ys = [reading.speed_up(row) for row in line], [accuracy(row) for row in line]
+            label = f"{short_name(model)}, {reading.title_of(recipe)}"
             axis.plot(xs, ys, "o-", color=colour, label=label)
             for row, *point in zip(line, xs, ys):
                 style.note(axis, str(row["img_size"]), point, at, ha="center", color=colour)
@@ -303,8 +304,8 @@ def input_sizes(found: Results):
 
 def sizes_finding(rows) -> str:
     """Say what w8a8 gains at every side, if it loses less than 0.2 points at each."""
-    pairs = [(of["fp32"], of["w8a8"]) for of in tables.by_side(rows).values() if len(of) == 2]
-    gains = [tables.speed_up(b) / tables.speed_up(a) for a, b in pairs]
+    pairs = [(of["fp32"], of["w8a8"]) for of in reading.by_side(rows).values() if len(of) == 2]
+    gains = [reading.speed_up(b) / reading.speed_up(a) for a, b in pairs]
     if gains and min(gains) > 1 and all(accuracy(b) > accuracy(a) - 0.2 for a, b in pairs):
         lost = max(accuracy(a) - accuracy(b) for a, b in pairs)
         kept = f"loses at most {lost:.2f} points" if lost > 0 else "is as accurate as FP32"

@@ -3,22 +3,19 @@
 import statistics
 from pathlib import Path
 
-from lab.report.tables import (
-    PUBLISHED,
+from lab.report.reading import (
     accuracy,
-    cell,
     changed_predictions,
-    code,
     cpu_kind,
     in_order,
     is_baseline,
-    markdown,
     model_order,
     models_of,
     order,
     short_name,
     title_of,
 )
+from lab.report.tables import PUBLISHED, cell, code, markdown
 
 # The order of the recipes on held-out images; others follow by name. The last three lines are
 # ranking: without, alone, both, and as published.

@@ -5,7 +5,8 @@ from itertools import groupby
 
 from matplotlib.ticker import LogLocator, NullLocator
 
-from lab.report import style, tables
+from lab.report import style
+from lab.report.reading import MODELS, accuracy, models_of, short_name, title_of
 from lab.report.results import Results
 from lab.report.studies import (
     NODES,
@@ -15,7 +16,6 @@ from lab.report.studies import (
     noises_of,
     run_chain,
 )
-from lab.report.tables import accuracy, models_of, short_name, title_of
 
 BANDS = ("#FBF3DD", "#F6E3B4", "#E4EFF7", "#C5DEEF", "#A3CAE5", "#8CBBDB")  # backgrounds
 STEPS = ("w4-minmax", "w4-nearest", "w4-shift", "w4-gptq", "w4")  # each with the one before, better
@@ -85,7 +85,7 @@ def training_finding(chains, minutes) -> str:
     """Say how far the best MobileViT, or else the best network, came, in what time, on what."""
 
     def merit(i: int) -> tuple[bool, float]:
-        return chains[i][-1]["model"] in tables.MODELS, chains[i][-1]["val_accuracy_pct"]
+        return chains[i][-1]["model"] in MODELS, chains[i][-1]["val_accuracy_pct"]
 
     i = max(range(len(chains)), key=merit)
     last, time = chains[i][-1], minutes[i]

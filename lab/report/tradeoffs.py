@@ -8,8 +8,8 @@ import re
 from lab.files import MB
 from lab.report import style
 from lab.report.energy import SIMULATED, energy_mj
+from lab.report.reading import models_of, short_name
 from lab.report.results import Results
-from lab.report.tables import models_of, short_name
 
 MIXED = r"mixed-[^-]+(-.*)?"  # the name of a recipe, with what it has besides a budget
 UNIFORM = ("w4a8", "w5a8", "w6a8", "w8a8")  # the same inputs, one width for all weights
