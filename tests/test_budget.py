@@ -1,11 +1,16 @@
 """A schedule that fits a time, checked by adding up what it takes."""
 
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import run
+from torch import nn
 
+from lab import cli
 from lab.cli import BadInput
+from lab.training import budget
 from lab.training.budget import fitting, seconds_each, written
 from lab.training.distributed import World
 from lab.training.schedule import parse_resolutions
@@ -70,3 +75,41 @@ def test_time_counts_from_before_the_imports():
     code = f"import time; {code}; print(time.monotonic() - began)"
     before, all_imports = map(float, run(module=("-c", code))[0].split())
     assert before < all_imports / 3
+
+
+def test_validations_and_the_test_are_taken_from_the_time(monkeypatch):
+    world = World("cpu")
+    trial = SimpleNamespace(
+        world=world,
+        schedule=range(3),
+        sampler=SimpleNamespace(steps_per_epoch=10, seen=lambda step: 500),
+        validate_every=2,
+    )
+    monkeypatch.setattr(cli, "BEGAN", time.monotonic())
+    monkeypatch.setattr(budget, "loader", lambda *_: None)
+    monkeypatch.setattr(budget, "trial_s", lambda *_: (0.1, 4.0))  # a step, a validation
+    asked = []
+    monkeypatch.setattr(budget, "fitting", lambda shares, *given: asked.append(given) or shares)
+    shares = parse_resolutions("32:1,64:1", shares=True)
+    how = (lambda stages: trial, lambda stages: None, 0)
+    budget.stages_that_fit(2.0, shares, None, None, *how, val=range(100), n_test=250)
+    epoch_s, validation_s, validate_every, available_s = asked[0]
+    assert (epoch_s, validation_s, validate_every) == ([1.0, 1.0], [4.0, 4.0], 2)
+    assert 120 - 10 - 2 <= available_s < 120 - 10  # less the seconds since the start
+
+
+def test_a_validation_is_timed_by_a_part_of_its_images(monkeypatch):
+    model, judged = nn.Linear(2, 2), []
+    trial = SimpleNamespace(
+        world=World("cpu"),
+        model=model,
+        sampler=SimpleNamespace(steps_to_all_scales=1),
+        evaluate=lambda some, img_size: judged.append(len(some)),
+    )
+    # A step takes 3 s and 10 images of a validation a second.
+    monkeypatch.setattr(
+        budget, "seconds_each", lambda act, **_: 3.0 if act() == "step" else judged[-1] / 10
+    )
+    step = (model, lambda *_: "step", iter([(None, None)]))
+    assert budget.trial_s(trial, *step, range(80), 32, 1.0) == pytest.approx((3.0, 8.0))
+    assert judged == [10]

@@ -29,6 +29,15 @@ def test_a_map_is_seen_at_the_rates():
     assert rates == [1, 3, 6, 9]
 
 
+def test_dropout_is_of_values_in_the_pyramid_and_of_channels_behind_it():
+    torch.manual_seed(0)
+    model, ones = DeepLab("xxs").train(), torch.ones(1, 4000, 2, 2)
+    channels, values = model.dropout(ones)[0], model.pyramid.dropout(ones)[0]
+    for y in (channels, values):
+        assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert (channels.flatten(1).std(1) == 0).all() and (values.flatten(1).std(1) > 0).any()
+
+
 def test_fx_and_export_with_any_batch():
     model = randomized(DeepLab("xxs", 3, output_stride=8, rates=(1, 2, 3)))
     example, x = torch.randn(2, 3, 72, 64), torch.randn(3, 3, 72, 64)

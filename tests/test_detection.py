@@ -48,6 +48,14 @@ def test_a_prediction_stands_beside_the_anchor_of_its_cell():
     assert torch.equal(found[5 * 60 + 2 * 6 + 3], torch.arange(21.0, 28))
 
 
+def test_the_map_of_the_whole_image_has_no_values_below_0():
+    torch.manual_seed(0)
+    model, seen = SSDLite("xxs", 3).eval(), []
+    model.heads[-1].register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    model(torch.randn(2, 3, 64, 64))
+    assert seen[0].shape == (2, 64, 1, 1) and seen[0].min() == 0 < seen[0].max()
+
+
 def test_anchors_by_hand():
     found = anchors(PAPER, 0.1)
     assert found.shape == (20 * 20 * 6 + 10 * 10 * 6 + 25 * 6 + 9 * 6 + 4 * 6 + 4, 4)
@@ -175,6 +183,14 @@ def test_what_is_found_by_a_loop():
     assert not boxes.detections(outputs).any()
 
 
+def test_boxes_down_to_a_score_of_a_hundredth_are_found():
+    scores = torch.tensor([0.5, 0.011, 0.009])
+    logits = torch.stack((1 - scores, scores), 1).log()  # background and one class
+    anchor = torch.tensor([[0.1, 0.5, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.9, 0.5, 0.1, 0.1]])
+    found = boxes.detections(torch.cat((torch.zeros(3, 4), logits, anchor), 1)[None])[0]
+    assert found[:3, 4].tolist() == pytest.approx([0.5, 0.011, 0])
+
+
 def found_in(*images):
     """Detections (box, score, class) of images, padded."""
     rows = torch.zeros(len(images), 200, 6)
@@ -204,8 +220,32 @@ def test_average_precision_by_hand():
     score = detection.score(found, targets, torch.tensor([3.0, 1]), torch.tensor([2, 0]), "abc")
     assert score["loss"] == 2 and score["ap50_pct"] == pytest.approx({"a": 200 / 3, "b": 100})
     assert score["map50_pct"] == pytest.approx(250 / 3)
+    assert score["map_pct"] == pytest.approx(50 * (0.2 + 0.35 * 51 / 101 + 1))
     assert detection.written(score).startswith("83.33 % mAP@0.5 (a 66.67, b 100.00; ")
     assert detection.average_precision(torch.zeros(2, 200, 6), targets, 2)[0].tolist() == [0] * 10
+
+
+def test_overlaps_go_up_to_095_and_a_hundred_boxes_of_an_image_count():
+    pytest.importorskip("pycocotools")
+    wide = found_in([((0.0, 0.0, 1.0, 0.92), 0.9, 0)])
+    precision = detection.average_precision(wide, torch.tensor([[[0, 0, 1, 1, 0, 0.0]]]), 1)
+    assert precision[0].tolist() == pytest.approx([1] * 9 + [0])
+    x = torch.arange(100) / 100
+    many = torch.stack((x, 0 * x, x + 0.009, 1 + 0 * x), 1)
+    objects = torch.cat((many, torch.zeros(100, 2)), 1)[None]
+    found = found_in([(tuple(box), 0.5, 0) for box in many.tolist()])
+    assert detection.average_precision(found, objects, 1)[0].tolist() == pytest.approx([1] * 10)
+
+
+def test_pictures_are_augmented_by_the_authors_numbers():
+    _, *jitters, flip, _, _ = detection._transform("ssd", 64).transforms
+    numbers = {"brightness": (0.8, 1.2), "contrast": (0.5, 1.5)}
+    numbers |= {"saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
+    for apply, (name, limits) in zip(jitters, numbers.items(), strict=True):
+        (jitter,) = apply.transforms
+        assert apply.p == 0.5 and getattr(jitter, name) == pytest.approx(limits)
+        assert all(getattr(jitter, other) is None for other in numbers.keys() - {name})
+    assert flip.p == 0.5
 
 
 def test_pictures_without_an_object_are_no_scale():

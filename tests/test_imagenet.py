@@ -94,6 +94,12 @@ def test_a_thousand_classes_are_put_beside_the_paper(tmp_path, monkeypatch):
     assert "top-1 0.10 %" in printed and "the paper: 69.0 and 88.9 %" in printed  # all look alike
 
 
+def test_the_papers_numbers():
+    """MobileViT's accuracies on ImageNet, from the smallest to the largest."""
+    top_1, top_5 = zip(*(evaluation.PAPER[f"mobilevit_{size}"] for size in ("xxs", "xs", "s")))
+    assert top_1 == (69.0, 74.8, 78.4) and top_5 == (88.9, 92.3, 94.1)
+
+
 def test_all_photos_are_judged_and_none_kept_to_calibrate_on(photos):
     assert len(imagefolder.load_all(photos)) == 37
     assert len(imagefolder.load(photos, False)) == 30

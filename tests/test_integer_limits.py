@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from ptq.formats import Log2
+from ptq.formats import Log2, Uniform
 from ptq.integer import OutOfRange, published
 from ptq.integer.activations import Exp, exp, gelu, log2_softmax, row_exp, silu, softmax
 from ptq.integer.norm import layer_norm, layer_norm_table, normalised
-from ptq.integer.operators import integer_product
+from ptq.integer.operators import Codes, Concatenation, Product, Sum, integer_product
 from ptq.integer.rescale import dyadic, isqrt, rescale
+from ptq.layers import QuantizedLayer, Quantizer
 
 
 def ints(*values):
@@ -97,3 +99,21 @@ def test_sums_that_might_leave_32_bits_are_refused():
     assert integer_product(row, row.mT, 2**29 - 1, torch.int64).item() == 4
     with pytest.raises(OutOfRange, match="sums of 4 products up to 536870912 do not fit 32 bits"):
         integer_product(row, row.mT, 2**29, torch.int64)
+
+
+def test_nothing_goes_beyond_the_reach_that_is_told_of_it():
+    known = Codes(0.5, 1000), Codes(0.25, 2000)
+    total, joined = Sum(*known), Concatenation(known, 0)
+    for sign in (1, -1):
+        a, b = torch.tensor([sign * 1000]), torch.tensor([sign * 2000])
+        assert 0.99 * total.codes.reach < total(a, b).abs().item() <= total.codes.reach
+        assert 0.99 * joined.codes.reach < joined(a, b).abs().max() <= joined.codes.reach
+    layer = nn.Linear(3, 1)
+    quantizer = Quantizer(Uniform(8), "minmax")
+    quantizer.scale, quantizer.zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    built = QuantizedLayer(layer, quantizer, Uniform(8), "minmax")
+    built.set_weight(torch.tensor([[-127, 127, -127]]), torch.ones(1))
+    layer.bias.data.fill_(30_000)
+    product = Product(built, Codes(1.0, 128), torch.int64)
+    found = product(torch.tensor([[-128, 127, -128]])).item()
+    assert 0.99 * product.codes.reach < found <= product.codes.reach

@@ -20,7 +20,6 @@ from ptq.analysis.costs import nuclear_norms
 from ptq.analysis.energy import energy
 from ptq.analysis.mixed import (
     BITS,
-    PJ_PER_MJ,
     allocation,
     energies,
     file_bytes,
@@ -103,6 +102,23 @@ def test_no_allocation_costs_less(seed):
     assert allocate(costs, small, 1e-9 * budget) == picked
     cost = sum(c[i] for c, i in zip(costs, picked))
     assert cost == pytest.approx(brute_force(costs, prices, budget), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_twelve_layers_no_allocation_near_the_best_is_taken_for_it(seed):
+    rng = random.Random(seed)
+    costs = [[rng.uniform(1, 1.5) * 0.5**bits for bits in BITS] for _ in range(12)]
+    prices = [[n * bits for bits in BITS] for n in (rng.randint(10, 100) for _ in range(12))]
+    budget, best = sum(group[2] for group in prices), {0: 0.0}  # {price: its least cost}
+    for group in zip(costs, prices):
+        reached = {}
+        for (before, so_far), (cost, price) in itertools.product(best.items(), zip(*group)):
+            if (total := before + price) <= budget:
+                reached[total] = min(so_far + cost, reached.get(total, 1.0))
+        best = reached
+    picked = allocate(costs, prices, budget)
+    found = sum(c[i] for c, i in zip(costs, picked))
+    assert found == pytest.approx(min(best.values()), rel=1e-6)
 
 
 def test_budgets_that_nothing_or_everything_fits_are_refused(costs):
@@ -200,10 +216,11 @@ def test_the_ends_of_the_budget_are_uniform(costs):
 def test_a_budget_of_energy_is_kept_and_spent_best(costs):
     model, image = network(), BATCHES[0][0][:1]
     uniform = uniform_recipes(model, "w4a8")
-    budget = energy(model, uniform[6], image)["total"] / PJ_PER_MJ
+    budget = energy(model, uniform[6], image)["total"] / 1e9  # pJ
     recipe = mixed_recipe(f"mixed-{budget!r}mJ", model, BATCHES, costs)
-    assert energy(model, recipe, image)["total"] / PJ_PER_MJ <= budget * (1 + 1e-9)
+    assert energy(model, recipe, image)["total"] / 1e9 <= budget * (1 + 1e-9)
     prices, fixed = energies(model, uniform, image, NAMES)
+    assert fixed + sum(of[6] for of in prices.values()) == pytest.approx(budget)
     tables = ([[table[n][b] for b in BITS] for n in NAMES] for table in (costs, prices))
     made = ptq.quantize(model, recipe, BATCHES)
     found = sum(costs[n][made.get_submodule(n).format.bits] for n in NAMES)

@@ -101,6 +101,23 @@ def test_without_classes_the_features_remain(variant, expected):
     torch.testing.assert_close(logits, whole(x))
 
 
+def test_heads_are_those_of_the_shipped_weights_unless_others_are_asked_for():
+    """No weight shows them, and others compute something else."""
+    heads = {name: MobileViT(name).heads for name in VARIANTS}
+    assert heads == {"xxs": (1, 1, 1), "xs": (1, 2, 3), "s": (1, 2, 3)}
+
+
+def test_fresh_weights_keep_the_variance_of_gradients():
+    """Of He et al., ICCV 2015, equation 14: 2 over what a filter's inputs are read by."""
+    model = MobileViT("xxs")
+    for conv in (model.head.conv, model.stages[0][0].expand.conv, model.stages[2][1].fuse.conv):
+        wanted = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(wanted, rel=0.1)
+    for linear in (model.classifier, model.stages[2][1].layers[0].attn.qkv):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not linear.bias.any()
+
+
 @pytest.fixture
 def traced():
     """A model, an example batch of 2 and what it answers to another batch, of 3."""

@@ -190,7 +190,7 @@ def numpy_divergence(counts, centres, low, high, bits, symmetric=False):
     zero_point, most = np.round(-low / scale), 2**bits - 1
     if symmetric:
         most = 2 ** (bits - 1) - 1
-        scale, zero_point = max(-low, high) / most, 0
+        scale, zero_point = max(-low / (most + 1), high / most), 0
         low, high = -(most + 1) * scale, most * scale
     inside = (centres >= low) & (centres <= high)
     kept = counts[inside].astype(float)
@@ -210,22 +210,45 @@ def numpy_divergence(counts, centres, low, high, bits, symmetric=False):
     return (p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_kl_has_the_least_divergence_of_its_grid(symmetric):
-    x = torch.nn.functional.silu(2 * draw(20_000))
-    observer = KL(Uniform(4, symmetric=symmetric))
+@pytest.mark.parametrize("symmetric, sign, bits", [(False, 1, 4), (True, 1, 4), (True, -1, 3)])
+def test_kl_has_the_least_divergence_of_its_grid(symmetric, sign, bits):
+    x = sign * torch.nn.functional.silu(2 * draw(20_000))
+    observer = KL(Uniform(bits, symmetric=symmetric))
     observer.update(x)
     values = x.double().numpy()
     limit = np.abs(values).max()
     counts, edges = np.histogram(values, 4096, (-limit, limit))
     centres = (edges[:-1] + edges[1:]) / 2
     every = [
-        numpy_divergence(counts, centres, s * values.min(), s * values.max(), 4, symmetric)
+        numpy_divergence(counts, centres, s * values.min(), s * values.max(), bits, symmetric)
         for s in np.linspace(1, 0.2, 81)
     ]
     low, high = (end.item() for end in observer.range())
-    found = numpy_divergence(counts, centres, low, high, 4, symmetric)
-    assert found <= 1.01 * min(every) < 0.5 * max(every)
+    found = numpy_divergence(counts, centres, low, high, bits, symmetric)
+    assert found <= 1.01 * min(every) < 0.6 * max(every)
+
+
+def test_the_upper_end_by_least_squared_error_is_searched_on_a_fine_grid():
+    x = draw(20_000, seed=2).abs()
+    observer = MSE(Uniform(4, symmetric=False))
+    observer.update(x)
+    values, (low, high) = x.double().numpy(), (end.item() for end in observer.range())
+    every = [numpy_error(values, 0, s * values.max(), 4) for s in np.linspace(1, 0.2, 81)]
+    assert numpy_error(values, low, high, 4) <= 1.001 * min(every)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_a_channel_has_the_range_that_it_has_alone(name):
+    normal = draw(2, 3, 2000)
+    x = torch.stack([normal[:, k].sign() * normal[:, k].abs() ** (2 * k + 1) for k in range(3)], 1)
+    together = OBSERVERS[name](Uniform(4, False, "channel", 1))
+    for part in x:
+        together.update(part[None])
+    for channel, low, high in zip(x.unbind(1), *together.range()):
+        alone = OBSERVERS[name](Uniform(4, symmetric=False))
+        for part in channel:
+            alone.update(part)
+        assert torch.stack(alone.range()).flatten().tolist() == [low, high]
 
 
 @pytest.mark.parametrize("name", ["minmax", "mse"])

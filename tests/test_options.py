@@ -44,6 +44,11 @@ def test_the_last_stage_may_end_within_an_epoch():
     assert [schedule.stage(step).side for step in range(len(schedule))] == [32] * 16 + [64] * 2
 
 
+def test_a_part_of_an_epoch_is_rounded_to_steps():
+    (stage,) = parse_resolutions("64:0.29")  # times 100 it is 28.999... in floats
+    assert (stage.steps(100), stage.steps(10), stage.steps(1)) == (29, 3, 1)
+
+
 def test_a_window_is_as_large_in_the_image_as_in_the_input():
     whole, half = parse_resolutions("64:1,96/192:1")
     assert whole.window == 32 and half.window == 16

@@ -7,12 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import draw, small_network
+from torch import nn
 
 import ptq
 import quantize
 from lab import outputs
 from lab.engines import Loaded, parity
+from lab.engines.products import quantized_products
 from lab.subject import load_subject
+from mobilevit import AttentionCore
 from ptq import RECIPES
 
 
@@ -69,3 +73,34 @@ def test_outputs_of_pixels_are_as_expected_if_they_have_little_noise():
     computed[2] = expected[3]
     computed[3, 0, 0, 0] = torch.nan
     assert parity.as_expected(computed, expected).tolist() == [True, True, False, False]
+
+
+def test_of_several_passes_the_worst_counts(monkeypatch):
+    signs = iter([1, -1, 1])
+
+    def settings(path):
+        def load():
+            sign = next(signs)  # of a pass
+            return lambda xs: [sign * x for x in xs]
+
+        yield "2 streams", True, load
+
+    monkeypatch.setattr(parity, "_onnx_runtime", settings)
+    monkeypatch.setattr(parity, "_openvino", lambda path: iter(()))
+    found = parity.check("a", [torch.eye(4)], torch.arange(4), batch=2, passes=3, few=4)
+    assert [(r.batch, r.passes, r.images, r.same) for r in found] == [(1, 3, 4, 0), (2, 3, 4, 0)]
+
+
+def test_products_of_two_quantized_factors_are_counted():
+    network = small_network()
+    cores = sum(isinstance(m, AttentionCore) for m in network.modules())
+    linear = sum(isinstance(m, nn.Linear) for m in network.modules())
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in network.modules())
+    images = [(draw(4, 3, 32, 32), None)]
+    for name, wanted in {
+        "w8a8": {"Conv": convolutions, "MatMul": linear + 2 * cores},
+        "uniform8": {"Conv": convolutions, "MatMul": linear},
+        "w4-nearest": {},
+    }.items():
+        made = ptq.quantize(network, ptq.recipe(name, network), images)
+        assert quantized_products(made) == wanted

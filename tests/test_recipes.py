@@ -52,6 +52,14 @@ def test_one_scale_may_follow_a_recipe_whose_own_name_ends_in_an_observer():
     assert spec == LayerSpec(".*", Uniform(4), weight_observer="minmax")
 
 
+def test_only_where_each_channel_has_its_own_filter_has_each_its_own_scale():
+    convolutions = (nn.Conv2d(4, 8, 3, groups=groups) for groups in (1, 2, 4))
+    network = nn.Sequential(*convolutions, nn.Conv2d(1, 4, 3))
+    specs = layer_specs(network, ptq.recipe("w8a8", network))
+    scales = [specs[name].input.granularity for name in "0123"]
+    assert scales == ["tensor", "tensor", "channel", "tensor"]
+
+
 @pytest.mark.parametrize("name", ["w8a8-minmax", "w8a8-percentile", "w8a8-kl", "w8a8-tensor"])
 def test_ranges_and_scales_of_the_ablation_are_there_for_other_networks(name):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4))

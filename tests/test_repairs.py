@@ -115,6 +115,25 @@ def test_equalized_ranges_meet_and_the_float_network_stays(model, batches):
         torch.testing.assert_close(outputs.abs().flatten(0, -2).amax(0), weight)
 
 
+class Parallel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.a(x) + self.b(x)
+
+
+def test_of_several_layers_behind_a_norm_the_largest_weight_counts():
+    torch.manual_seed(0)
+    network, x = Parallel().eval(), draw(16, 8)
+    network.b.weight.data *= 5
+    equalize(copy.deepcopy(network), network, [(x, None)], None)
+    weight = torch.cat((network.a.weight, network.b.weight)).abs().amax(0)
+    torch.testing.assert_close(network.norm(x).abs().amax(0), weight)
+
+
 def test_norms_without_bias_or_behind_a_quantizer_are_equalized_and_bare_ones_stay():
     torch.manual_seed(0)
     for norm in (nn.LayerNorm(8, bias=False), nn.LayerNorm(8, elementwise_affine=False)):

@@ -222,10 +222,11 @@ def test_units_are_the_outermost_matches_in_order():
         pass
 
     net = nn.Sequential(nn.Linear(2, 2), Pair(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    net.add_module("10", nn.Linear(2, 2))  # not in "1"
     recipe = Recipe("r", layers=(LayerSpec(".*", FORMAT),))
     model = ptq.quantize(net, recipe, [])
-    assert units(model, None) == ["0", "1.0", "1.1", "2"]
-    assert units(model, "1") == ["0", "1", "2"]
+    assert units(model, None) == ["0", "1.0", "1.1", "2", "10"]
+    assert units(model, "1") == ["0", "1", "2", "10"]
 
 
 def test_learning_a_unit_as_one_beats_layer_by_layer(monkeypatch):

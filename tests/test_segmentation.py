@@ -99,6 +99,14 @@ def test_the_short_side_is_half_to_twice_the_crop_but_covers_it(u, columns):
     assert torch.equal(scaled_crop(image, mask, (u, 0, 0, 0.4), 32)[1], left.flip(-1))
 
 
+def test_a_tall_picture_can_be_seen_to_its_ends():
+    mask = torch.arange(80, dtype=torch.uint8)[:, None].expand(80, 40)
+    image = torch.zeros(3, 80, 40, dtype=torch.uint8)
+    _, top = scaled_crop(image, mask, (1 / 3, 0, 0, 1), 32)
+    _, bottom = scaled_crop(image, mask, (1 / 3, 0.999, 0, 1), 32)
+    assert (top.min(), bottom.max()) == (0, 79) and (top[:, 0] == top[:, -1]).all()
+
+
 def test_batches_are_a_function_of_the_step_and_shared_out(folder):
     data = masks.load(folder, True)
     stages = [Stage(32, 32, 1)] * 2
@@ -147,6 +155,15 @@ def test_pictures_are_judged_at_their_own_size():
     counts, _ = judge(logits, targets)
     assert counts.tolist() == [[[24, 0], [0, 24]], [[0, 0], [0, 8]]]
     assert score(counts, torch.zeros(2), ("a", "b"))["iou_pct"] == {"a": 100, "b": 100}
+
+
+def test_logits_between_two_pixels_are_in_proportion_to_their_distances():
+    logits = torch.zeros(1, 2, 1, 2)
+    logits[0, 0, 0] = torch.tensor([3.0, -1.0])
+    counts, losses = judge(logits, torch.zeros(1, 3, 8, dtype=torch.uint8))
+    across = torch.tensor([3, 3, 2.5, 1.5, 0.5, -0.5, -1, -1])  # 8 pixels of 2
+    assert counts.tolist() == [[[15, 9], [0, 0]]]
+    assert losses.item() == pytest.approx(3 * (1 + (-across).exp()).log().sum().item())
 
 
 def test_classes_that_are_nowhere_do_not_count():

@@ -8,7 +8,7 @@ from test_foreign import randomized, saved
 from lab.cli import BadInput
 from lab.models import VIT, build, default_img_size, settings_of
 from lab.models.checkpoint import model_from_checkpoint, save_checkpoint
-from lab.models.foreign import as_checkpoint, load_timm, read_weights, timm_layout
+from lab.models.foreign import as_checkpoint, family_of, load_timm, read_weights, timm_layout
 from lab.models.vit import ViT, from_timm
 from lab.subject import load_subject
 from lab.training.optimizer import weight_groups
@@ -101,15 +101,30 @@ def test_equals_transformers(tmp_path, names):
     assert_computes(network, theirs, 32)
 
 
-@pytest.mark.parametrize("name", [name for name in VIT if name != "vit_cifar"])
+NAMES = {name: name for name in (*VIT, "mobilevit_xxs", "mobilevit_xs", "mobilevit_s")}
+NAMES["efficientnet_lite0"] = "tf_efficientnet_lite0"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "vit_cifar"])
 def test_pixels_are_those_that_timms_weights_take(name):
-    config, layout, side = (
-        timm.models.get_pretrained_cfg(name),
-        timm_layout(name),
-        VIT[name].img_size,
-    )
+    config, layout = timm.models.get_pretrained_cfg(NAMES[name]), timm_layout(name)
+    side = default_img_size(name)
     assert (layout.mean, layout.std) == (config.mean, config.std)
-    assert config.input_size == (3, side, side) and default_img_size(name) == side
+    assert config.input_size == (3, side, side)
+    resize = layout.pixels()["resize"]
+    assert resize["crop"] == pytest.approx(config.crop_pct) and not resize["stretch"]
+    assert resize["interpolation"] == config.interpolation
+
+
+def test_deits_of_transformers_are_resized_to_256_and_cut():
+    """As their preprocessing says: 256 pixels, bicubic, of which 224; ViTs are only stretched."""
+    layouts = {
+        name: next(of for of in family_of(name).layouts if of.name == "transformers")
+        for name in ("deit_tiny_patch16_224", "vit_base_patch16_224")
+    }
+    found = [layout.pixels()["resize"] for layout in layouts.values()]
+    assert found[0] == {"crop": 224 / 256, "interpolation": "bicubic", "stretch": True}
+    assert found[1] == {"crop": 1.0, "interpolation": "bilinear", "stretch": True}
 
 
 def test_a_checkpoint_of_weights_from_elsewhere_is_read_again(tmp_path):
@@ -179,6 +194,18 @@ def test_starts_that_it_does_not_know_are_refused(tmp_path, monkeypatch):
     load_timm(pretrained, TINY)
     assert pretrained.positions.equal(source.pos_embed)
     assert pretrained.classifier.weight.shape == (N, 192)
+
+
+def test_norms_have_timms_epsilon_and_fresh_weights_its_spread():
+    torch.manual_seed(0)
+    ours, theirs = ViT("vit_cifar"), timm.create_model("deit_tiny_patch16_224")
+    epsilons = [
+        {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)}
+        for model in (ours, theirs)
+    ]
+    assert epsilons[0] == epsilons[1]
+    for name in ("positions", "blocks.0.attn.qkv.weight", "blocks.8.ffn.0.weight"):
+        assert ours.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_class_token_and_positions_do_not_decay():

@@ -9,7 +9,7 @@ from lab import files
 from lab.cli import BadInput
 from lab.models import settings_of
 from lab.models.checkpoint import save_checkpoint
-from lab.models.widen import widen
+from lab.models.widen import CARRIED, widen
 from lab.training.start import fresh_model, load_start
 from mobilevit import MobileViT
 
@@ -72,6 +72,19 @@ def test_the_residual_that_only_xxs_has_is_carried(monkeypatch):
     assert difference() < 2e-3
     monkeypatch.setattr("lab.models.widen._carry_input", lambda *args: None)
     assert carried < 0.7 * difference()
+
+
+def test_norms_on_the_way_of_the_residual_have_the_statistics_of_normal_values():
+    narrow = trained("xxs", heads=1)
+    first, norm = widened(narrow, "xs", heads=1).stages[0][0], narrow.stem.norm
+    with torch.no_grad():
+        x = F.silu(norm.bias + norm.weight * torch.randn(50_000, 16))  # what the block takes in
+    for sign, new in ((1, slice(32, 48)), (-1, slice(48, 64))):
+        carried = sign * CARRIED * x
+        for part, y in ((first.expand.norm, carried), (first.depthwise.norm, F.silu(carried))):
+            mean, var = part.running_mean[new], part.running_var[new]
+            torch.testing.assert_close(mean, y.mean(0), atol=0.01, rtol=0.05)
+            torch.testing.assert_close(var, y.var(0), atol=0.002, rtol=0.1)
 
 
 def test_all_new_weights_learn():
