@@ -1,9 +1,11 @@
 """Tables of classes, runs and speeds, each number in its own column."""
 
-from made_results import bench, row
+from made_results import WEIGHTS, bench, report, row, write_run
 
+from lab.files import write_json
 from lab.report import studies
 from lab.report.results import Results
+from lab.report.runs import load_report, load_run
 
 
 def test_recall_is_of_a_class_and_precision_of_an_answer():
@@ -65,3 +67,25 @@ def test_seeds_and_sides_other_than_the_usual_ones_stay_out_of_tables_of_others(
     found = Results(every_row=[*swept, held_out, *others], benchmarks={}, **none)
     assert sorted(r["img_size"] for r in found.input_sizes) == [128, 256]
     assert found.ablation == [held_out]
+
+
+def test_runs_before_a_run_come_in_the_order_of_their_numbers(tmp_path):
+    write_run(tmp_path, "python train.py")
+    for n in (10, 2, 1):
+        write_run(tmp_path / "history" / f"run{n}", f"python train.py --seed {n}")
+    seeds = [run["command"].rpartition(" ")[2] for run in load_run(tmp_path)["before"]]
+    assert seeds == ["1", "2", "10"]
+
+
+def test_a_report_of_other_weights_or_of_fewer_images_is_left_out(tmp_path):
+    shipped = tmp_path / "checkpoints" / "mobilevit_xxs"
+    shipped.mkdir(parents=True)
+    (shipped / "best.pth").write_bytes(WEIGHTS)
+    where = (tmp_path / "results", tmp_path / "checkpoints", "mobilevit_xxs", "int8-fx")
+    path, good = where[0] / "mobilevit_xxs" / "per-layer" / "int8-fx.json", report("int8-fx")
+    assert load_report(*where) is None
+    for change in ({"checkpoint_sha256": "0" * 64}, {"calibration": {"n": 8}}):
+        write_json(path, good | change)
+        assert load_report(*where) is None
+    write_json(path, good)
+    assert load_report(*where) == good
