@@ -119,12 +119,12 @@ def test_engines_compute_what_was_simulated(quantized, model, x, engine):
 
 
 def test_a_profile_says_what_ran_in_integers(model, x):
-    made = {"float": model, "w7a8": ptq.quantize(model, W7A8, [(x, None)])}
+    made = {r.name: ptq.quantize(model, r, [(x, None)]) for r in (W7A8, W4)} | {"float": model}
     networks = {name: (openvino_cpu.exported(m, x)[0], "f32") for name, m in made.items()}
     spent = openvino_cpu.operators_ms(networks, x[:1], 2)
     assert all(ms > 0 for ms in spent["float"].values())
     assert not any("INT8" in node for node in spent["float"])
-    assert "Convolution INT8" in spent["w7a8"]
+    assert "Convolution INT8" in spent["w7a8"] and "Convolution INT8" not in spent["w4"]
 
 
 @pytest.mark.parametrize("engine", [onnx_runtime, openvino_cpu], ids=lambda e: e.NAME)

@@ -154,10 +154,10 @@ def test_the_table_pairs_rows_with_their_baseline(swept):
 
 
 def test_an_engine_without_the_formats_is_left_out(checkpoint, tmp_path):
-    out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--recipes", "w6a6",
-                 "--engines", "onnxruntime", "torch-eager", "--output", tmp_path)  # fmt: skip
+    out, _ = run("quantize.py", "--checkpoint", checkpoint, *FLAGS, "--recipes", "w6a6", "fp32",
+                 "--engines", "onnxruntime", "--output", tmp_path)  # fmt: skip
     assert "w6a6@onnxruntime: left out, ONNX has no such formats" in out
-    assert [path.stem for path in tmp_path.rglob("*.json")] == ["w6a6-32@torch-eager"]
+    assert [path.stem for path in tmp_path.rglob("*.json")] == ["fp32-32@onnxruntime"]
 
 
 def test_weights_that_are_not_finite_are_one_line(checkpoint, tmp_path):
@@ -292,6 +292,8 @@ def test_other_peoples_weights_are_quantized_on_a_folder_of_pictures(folder_of_p
     )
     assert fp32["task"] == "imagefolder" and fp32["classes"] == ["class 0", "class 1", "class 2"]
     assert 0 < fp32["n_images"] < 18 and w8a8["size_bytes"] < 0.4 * fp32["size_bytes"]
+    run(*command, "--recipes", "w4-nearest", "--export", tmp_path / "exported")
+    assert len(list((tmp_path / "exported").iterdir())) == 2
     torch.save({"a": torch.zeros(3)}, weights)
     fails_with_one_line(*command, says="theirs.pth")
     fails_with_one_line("quantize.py", "--weights", weights, *data, says="--weights needs --model")

@@ -117,7 +117,7 @@ def test_pixels_are_those_that_timms_weights_take(name):
 
 
 def test_deits_of_transformers_are_resized_to_256_and_cut():
-    """As their preprocessing says: 256 pixels, bicubic, of which 224; ViTs are only stretched."""
+    """Their preprocessing resizes to 256 and cuts 224 out; that of ViTs only stretches to 224."""
     layouts = {
         name: next(of for of in family_of(name).layouts if of.name == "transformers")
         for name in ("deit_tiny_patch16_224", "vit_base_patch16_224")
