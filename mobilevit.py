@@ -224,8 +224,8 @@ class MobileViT(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if num_classes is not None and not (isinstance(num_classes, int) and num_classes >= 1):
+            raise ValueError(f"num_classes must be at least 1 and whole, got {num_classes!r}")
         if output_stride not in STRIDES:
             raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         v = VARIANTS[variant]
@@ -280,9 +280,9 @@ class MobileViT(nn.Module):
 
 def _three(name: str, value) -> tuple[int, int, int]:
     """Return one number for each of the stages 3, 4 and 5."""
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(values) != 3:
-        raise ValueError(f"{name} must be one number or three, got {list(values)}")
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+    if len(values) != 3 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be one whole number or three, got {value!r}")
     return values
 
 

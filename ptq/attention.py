@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mobilevit import AttentionCore
 from ptq.layers import copied
 
+# Layers of torch that do more with their attention than call it with tokens.
+OWN_WAYS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 
 class OpenAttention(nn.Module):
     """Multi-head self-attention whose layers and products are modules: [B, N, d] -> [B, N, d].
@@ -36,7 +39,7 @@ class OpenAttention(nn.Module):
         self.core = AttentionCore()
 
     def forward(self, x: Tensor | None = None, *others, **options):
-        """Attend to the tokens of `x`; ValueError for those of other tensors, and for masks.
+        """Attend to the tokens `x` [B, N, d]; ValueError for those of other tensors, and for masks.
 
         `x` may have the name that torch or transformers give it: `query`, `hidden_states`.
         """
@@ -45,8 +48,11 @@ class OpenAttention(nn.Module):
         tensors = [v for v in (*others, *options.values()) if isinstance(v, Tensor)]
         asked = any(tensor is not x for tensor in tensors) or options.get("is_causal")
         # When it exports, transformers passes a mask that hides nothing.
-        if asked and not torch.compiler.is_exporting():
-            raise ValueError("attention was taken apart: it knows no masks and no other tokens")
+        if x.dim() != 3 or (asked and not torch.compiler.is_exporting()):
+            raise ValueError(
+                "attention was taken apart: it knows tokens [B, N, d] alone, no masks and no other "
+                "tokens"
+            )
         joined = torch.cat([getattr(self, name)(x) for name in self.inward], -1)  # [B, N, 3d]
         q, k, v = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         y = getattr(self, self.outward)(self.core(q, k, v).transpose(1, 2).flatten(2))
@@ -58,15 +64,19 @@ def open_attention(model: nn.Module) -> nn.Module:
 
     It computes the same, in evaluation mode. An attention that does more than
     softmax(q k^T / sqrt(d)) v stays as it is. So does that of torch's encoder layer, which has a
-    way around it.
+    way around it, and of its decoder layer, which attends to other tokens as well. Only calls show
+    whether a network's own code does so: then the copy raises ValueError.
     """
     model = copied(model).eval()
-    for name, module in list(model.named_modules()):
+    opened = {}  # by the module that each takes the place of
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         opener = OPENERS.get(f"{type(module).__module__}.{type(module).__name__}")
         parent = model.get_submodule(name.rpartition(".")[0])
-        if opener and not isinstance(parent, nn.TransformerEncoderLayer):
-            if opened := opener(module):
-                model.set_submodule(name, opened.eval())
+        if opener and not isinstance(parent, OWN_WAYS):
+            if module not in opened:
+                opened[module] = opener(module)
+            if opened[module] is not None:
+                model.set_submodule(name, opened[module].eval())
     return model
 
 

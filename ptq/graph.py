@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ptq.layers import (
     IntegerLayer,
@@ -51,7 +51,8 @@ def has_statistics(norm: nn.BatchNorm2d) -> bool:
 def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
     """Return {name of a layer norm: names of the linear layers that take in its output}.
 
-    Norms whose output anything else takes in are left out. `batches` as for `norms_after`.
+    Norms whose output anything else takes in are left out, and so are weights that are computed at
+    each call. `batches` as for `norms_after`.
     """
     modules = dict(model.named_modules())
     return {
@@ -59,6 +60,7 @@ def linears_after_norms(model: nn.Module, batches=None) -> dict[str, list[str]]:
         for producer, fed in consumers(model, batches).items()
         if computes_as(modules[producer], nn.LayerNorm)
         and all(computes_as(modules.get(name), nn.Linear) for name in fed)
+        and all(owns_weight(modules[name]) for name in (producer, *fed))
     }
 
 
@@ -108,7 +110,8 @@ class Tracer(torch.fx.Tracer):
 def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
     """Return `consumers` as one call of `model` shows them.
 
-    Every operator on a layer's output counts as the layer that it runs in.
+    Every operator on a layer's output counts as the layer that it runs in. Layers whose weights
+    anything else reads have no entry.
     """
     users: dict[str, list[str | None]] = {}
     for name, module in model.named_modules():
@@ -116,7 +119,8 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
         if isinstance(module, PRODUCERS) and not inside:
             users[name] = []
     outputs: dict[int, tuple[str, Tensor]] = {}  # by id; kept alive, so that no id comes twice
-    runs = Counter()
+    owners = {id(p): n for n in users for p in model.get_submodule(n).parameters()}
+    runs, read = Counter(), set()
 
     def keep(name, args, kwargs, output):
         runs[name] += 1
@@ -124,12 +128,14 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            user = names[-1] if names else None
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and id(value) in outputs:
+                if id(value) in outputs:
                     name = outputs[id(value)][0]
-                    user = names[-1] if names else None
                     if user not in users[name]:
                         users[name].append(user)
+                if owners.get(id(value), user) != user:
+                    read.add(owners[id(value)])
             return func(*args, **(kwargs or {}))
 
     with running(model, users) as names, hooked(model, {n: n for n in users}, keep), Watch():
@@ -137,10 +143,11 @@ def watched(model: nn.Module, batches) -> dict[str, list[str | None]]:
     for value in tree_leaves(result):
         if id(value) in outputs:  # it leaves the network
             users[outputs[id(value)][0]].append(None)
+    once = {name for name in users if runs[name] == 1} - read
     return {
-        name: [user if runs[user] == 1 else None for user in fed]
+        name: [user if user in once else None for user in fed]
         for name, fed in users.items()
-        if fed and runs[name] == 1
+        if fed and name in once
     }
 
 
@@ -191,27 +198,30 @@ def never_ran(name: str) -> ValueError:
 
 
 def captured(model: nn.Module, layer: nn.Module, batches, what: str):
-    """Yield what goes into `layer` or comes out of it for each batch.
+    """Yield what goes into `layer` or comes out of it at each of its calls, batch by batch.
 
     `what`: "input", a tuple of all that it is given beside its defaults, by position or by name, or
-    "output". No more of `model` runs than it takes: of a layer that runs several times, the first
-    time counts. ValueError if it never runs.
+    "output". The first batch shows how often the layer runs in a call of `model`. After that, no
+    more of `model` runs than it takes. ValueError if it never runs.
     """
-    seen = []
+    seen, runs = [], None
     parameters = inspect.signature(layer.forward).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
 
     def keep(_, args, kwargs, output=None):
         named = (value for name, value in kwargs.items() if value is not defaults.get(name))
-        seen.append((*args, *named) if what == "input" else output)
-        raise Reached
+        value = (*args, *named) if what == "input" else output
+        seen.append(tree_map_only(Tensor, Tensor.clone, value))  # what follows may write on it
+        if len(seen) == runs:
+            raise Reached
 
     register = layer.register_forward_pre_hook if what == "input" else layer.register_forward_hook
     with register(keep, with_kwargs=True):
         for x, *_ in batches:
-            try:
+            with contextlib.suppress(Reached):
                 model(x)
-            except Reached:
-                yield seen.pop()
-            else:
+            if not seen:
                 raise never_ran(next(n for n, m in model.named_modules() if m is layer))
+            runs = runs or len(seen)
+            yield from seen
+            seen = []

@@ -65,7 +65,7 @@ class Quantizer(nn.Module):
         self.scale = self.zero_point = None
 
     def freeze(self) -> None:
-        """Turn what was observed into scale and zero-point; ValueError if nothing was."""
+        """Turn what was seen since `observe` into scale and zero-point; ValueError for nothing."""
         self.scale, self.zero_point = self.format.grid(*range_of(self.observer))
         self.observer = None
 
@@ -188,7 +188,8 @@ class IntegerLayer(nn.Module):
     quantizer has no scale, `simulate` computes in float between those that have one.
     """
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        inputs = *inputs, *named.values()
         quantizers = [m for m in self.modules() if isinstance(m, Quantizer)]
         if all(quantizer.scale is not None for quantizer in quantizers):
             return self.compute(*inputs)
@@ -226,6 +227,8 @@ def product_layer(layer: nn.Conv2d | nn.Linear, spec: LayerSpec) -> QuantizedLay
             raise ValueError("convolutions are quantized only with a number of zeros around them")
     if not owns_weight(layer):
         raise ValueError(COMPUTED)
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        raise ValueError("the layer has hooks, which no file holds: remove them")
     return QuantizedLayer(layer, _quantizer(spec), spec.weight, spec.weight_observer)
 
 
@@ -236,7 +239,8 @@ def owns_weight(layer: nn.Module) -> bool:
 
 def computes_as(module: nn.Module, kind: type) -> bool:
     """Say whether a module is of `kind` and has no forward of its own, which may do anything."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
+    plain = isinstance(module, kind) and type(module).forward is kind.forward
+    return plain and "forward" not in vars(module)
 
 
 def product_core(core: AttentionCore, spec: LayerSpec) -> nn.Module:

@@ -19,6 +19,8 @@ from ptq.pipeline import attach, check_formats, layer_specs
 from ptq.recipe import Recipe
 
 GRID = ("scale", "zero_point")  # of a quantizer
+# What reading a damaged header may raise.
+DAMAGE = (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def size_bytes(model: nn.Module, recipe: Recipe) -> int:
@@ -101,16 +103,16 @@ def load(path, model: nn.Module) -> tuple[nn.Module, Recipe]:
             header = {key: json.loads(value) for key, value in file.metadata().items()}
             recipe, settings = Recipe.fromdict(header["recipe"]), header["settings"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        check_patterns(recipe)
+    except (SafetensorError, *DAMAGE) as error:
         raise ValueError(f"{path} holds no quantized network: {error}") from error
     ours = _settings(model)
     if settings != ours:  # weights have the same shapes with other heads
         raise ValueError(f"{path} holds another network: {settings}, but asked for is {ours}")
-    check_patterns(recipe)
     device = next((t.device for t in model.state_dict().values()), None)
     model = copied(model).cpu().eval()
-    attach(model, layer_specs(model, recipe))
     try:
+        attach(model, layer_specs(model, recipe))
         _fill(model, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} holds another network: {error}") from error

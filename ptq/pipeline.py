@@ -23,6 +23,8 @@ from ptq.methods import STEPS
 from ptq.observers import OBSERVERS
 from ptq.recipe import LayerSpec, Recipe
 
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     """Return a copy of `model` that computes with the values of the recipe's formats.
@@ -42,8 +44,10 @@ def quantize(model: nn.Module, recipe: Recipe, batches=None) -> nn.Module:
     if recipe.calibrates:
         check_batches(model, recipe, batches)
     check_values(model)
-    model = copied(model).eval()
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        model = copied(model).eval()
+        if recipe.calibrates:
+            check_input_stays(model, batches)
         if recipe.layers:
             reference = with_quantized_layers(model, recipe, batches)
             for step in steps:
@@ -70,6 +74,7 @@ def float_twin(model: nn.Module, recipe: Recipe, batches) -> nn.Module:
     check_batches(model, recipe, batches)
     check_values(model)
     twin = copied(model).eval().requires_grad_(False)
+    check_input_stays(twin, batches)
     reference = with_quantized_layers(twin, recipe, batches)
     if "equalize" in recipe.steps:
         STEPS["equalize"](twin, reference, batches, recipe)
@@ -83,6 +88,8 @@ def check_values(model: nn.Module) -> None:
     """
     own = own_buffers(model)
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} of the network is no tensor, which no file holds")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name} of the network is {tensor.dtype}: call float() first")
         if name not in own and not tensor.isfinite().all():
@@ -139,11 +146,12 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
     if batches is None or iter(batches) is batches:
         raise ValueError(f"recipe {recipe.name} needs a sequence of calibration batches")
     arguments = inspect.signature(model.forward).parameters.values()
-    needed = [p for p in arguments if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [p for p in arguments if p.default is p.empty and p.kind not in VARIABLE]
     if len(needed) > 1:
         names = ", ".join(p.name for p in needed)
         raise ValueError(f"the network takes {names}, but networks are called with one tensor")
-    parameter = next(model.parameters(), torch.empty(0))
+    floats = (p for p in model.parameters() if p.is_floating_point())
+    parameter = next(floats, torch.empty(0))
     first, n, alike = None, 0, True
     for i, batch in enumerate(batches):
         x, *_ = batch if isinstance(batch, tuple | list) and batch else (None,)
@@ -170,6 +178,15 @@ def check_batches(model: nn.Module, recipe: Recipe, batches) -> None:
         raise ValueError(f"all {n} calibration images are the same")
     if not torch.equal(next(iter(batches))[0], first):
         raise ValueError("calibration batches change from pass to pass: do not shuffle or augment")
+
+
+def check_input_stays(model: nn.Module, batches) -> None:
+    """Raise ValueError if the network writes on its input: the next pass would take in another."""
+    first = next(iter(batches))[0]
+    x = first.clone()
+    model(x)
+    if not x.equal(first):
+        raise ValueError("the network writes on its input: give it a copy, as in x = x.clone()")
 
 
 def entry(registry: dict, name: str, what: str):

@@ -47,7 +47,7 @@ def noise_costs(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> dic
         norms = {conv: norm for norm, conv in norms_after(network, [(x, None)]).items()}
 
     def see(norm, inputs, kwargs, output):
-        before[norm] = moments(*inputs)
+        before[norm] = moments(*inputs, *kwargs.values())
 
     with hooked(network, {norm: norm for norm in norms.values()}, see):
         expected = logits_of(network(x))
@@ -70,10 +70,11 @@ def following(norm: nn.BatchNorm2d, before: tuple[Tensor, Tensor]):
     """
     trained = copy.deepcopy(norm)
 
-    def follow(norm, inputs):
-        norm.running_mean, norm.running_var = shifted(trained, moments(*inputs), before)
+    def follow(norm, args, kwargs):
+        after = moments(*args, *kwargs.values())
+        norm.running_mean, norm.running_var = shifted(trained, after, before)
 
-    with norm.register_forward_pre_hook(follow):
+    with norm.register_forward_pre_hook(follow, with_kwargs=True):
         try:
             yield
         finally:
@@ -138,7 +139,7 @@ def nuclear_costs(model: nn.Module, recipes: Mapping[int, Recipe], batches) -> d
             off = {"weight": values[name] - layer.weight}
             if layer.bias is not None:
                 off["bias"] = torch.zeros_like(layer.bias)
-            error = _matrices(layer, functional_call(layer, off, inputs))
+            error = _matrices(layer, functional_call(layer, off, inputs, kwargs))
             costs[name][bits] += (norms * error.square().sum((1, 2))).sum().item() / n_images
 
     with hooked(network, {name: name for name in names}, add):
@@ -188,10 +189,9 @@ def _rounded(model: nn.Module, recipes, batches) -> tuple[nn.Module, dict]:
         for layer in itertools.chain(*(layers.values() for layers in by_width)):
             layer.set_weight(*nearest_codes(layer))
     else:
-        moments = hessians(twins[0], twins[0], batches)  # in float, so of all widths
-        moments = {name: moments[layer] for name, layer in by_width[0].items()}
-        for layers in by_width:
-            round_weights({layer: moments[name] for name, layer in layers.items()})
+        moments = hessians(twins[0], "", batches)  # in float, so of all widths
+        for twin in twins:
+            round_weights(twin, moments)
     return network, {
         bits: {name: layer.layer.weight for name, layer in layers.items()}
         for bits, layers in zip(recipes, by_width)

@@ -16,8 +16,9 @@ from torch import nn
 
 from ptq.analysis.costs import COSTS
 from ptq.analysis.energy import PARTS, energy
+from ptq.graph import never_ran
 from ptq.packing import size_bytes
-from ptq.pipeline import layer_specs, quantize
+from ptq.pipeline import entry, layer_specs, quantize
 from ptq.recipe import Recipe, by_names
 from ptq.recipes import RECIPES
 from ptq.recipes import recipe as recipe_of
@@ -111,7 +112,7 @@ def mixed_recipe(
 
 def layer_costs(model: nn.Module, batches, cost: str = COST, base: str = BASE) -> dict:
     """Return {name of a layer: {bits: cost}} by one of COSTS, for the weights `base` quantizes."""
-    return COSTS[cost](model, uniform_recipes(model, base), batches)
+    return entry(COSTS, cost, "cost of bits")(model, uniform_recipes(model, base), batches)
 
 
 def uniform_recipes(model: nn.Module, base: str) -> dict[int, Recipe]:
@@ -184,10 +185,12 @@ def energies(model: nn.Module, uniform: Mapping[int, Recipe], image, names) -> t
     """Return {name: {bits: mJ}} of layers whose bits are chosen, and the mJ of all others."""
     found = {bits: energy(model, recipe, image) for bits, recipe in uniform.items()}
 
-    def price(layer: dict) -> float:
-        return sum(layer[part] for part in PARTS) / PJ_PER_MJ
+    def price(layers: dict, name: str) -> float:
+        if name not in layers:
+            raise never_ran(name)
+        return sum(layers[name][part] for part in PARTS) / PJ_PER_MJ
 
-    prices = {n: {b: price(of["layers"][n]) for b, of in found.items()} for n in names}
+    prices = {n: {b: price(of["layers"], n) for b, of in found.items()} for n in names}
     of_lowest = sum(of_layer[BITS[0]] for of_layer in prices.values())
     return prices, found[BITS[0]]["total"] / PJ_PER_MJ - of_lowest
 

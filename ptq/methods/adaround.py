@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ptq.graph import captured, never_ran
-from ptq.layers import QuantizedLayer
+from ptq.layers import QuantizedLayer, Quantizer
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
 
@@ -15,7 +15,7 @@ from ptq.recipe import Recipe
 ITERATIONS = 1000  # a unit
 BATCH_IMAGES = 8  # drawn anew each step
 LEARNING_RATE = 1e-2
-# As in BRECQ's code.
+# As in BRECQ's code, where the exponent falls along a line.
 WARM_UP = 0.2  # share of the steps without regularisation
 BETAS = (20.0, 2.0)  # exponent of the regularisation, from after the warm-up to the end
 ROUNDING_WEIGHT = 0.01  # of the regularisation
@@ -59,6 +59,13 @@ def adaround(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) ->
     """
     for name in units(model, recipe.units):
         unit, wanted = model.get_submodule(name), reference.get_submodule(name)
+        if unit not in layers_to_round(model).values() and any(
+            isinstance(m, Quantizer) and m.scale is not None for m in unit.modules()
+        ):
+            raise ValueError(
+                f"the quantizers in {name} are calibrated, and no gradient passes them: calibrate "
+                "after adaround"
+            )
         calls = list(captured(model, unit, batches, "input"))
         if any(len(x) != 1 or x[0].shape[1:] != calls[0][0].shape[1:] for x in calls):
             raise ValueError(f"AdaRound is for units with one input of one size, not for {name}")
@@ -111,7 +118,7 @@ def reconstruct(unit: nn.Module, name: str, inputs: Tensor, outputs: Tensor, n: 
 def exponent(step: int) -> float:
     """Return the exponent of the regularisation in a step: 0 for none, later less and less.
 
-    It falls along a cosine, as the authors anneal it.
+    It falls along a cosine.
     """
     began = WARM_UP * ITERATIONS
     if step < began:

@@ -31,7 +31,7 @@ class Factors:
 
     def update(self, x: Tensor) -> None:
         self.seen.update(x)
-        self.last = self.format.rows(x.detach().float())
+        self.last = self.format.rows(x.detach().float()).clone()  # others may write on x
 
     def range(self) -> tuple[Tensor, Tensor, Tensor]:
         low, high = self.seen.range()

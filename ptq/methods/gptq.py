@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.graph import captured, hooked, never_ran
-from ptq.layers import QuantizedLayer
+from ptq.layers import QuantizedLayer, located
 from ptq.methods.nearest import layers_to_round, units, weight_scale
 from ptq.recipe import Recipe
 
@@ -24,44 +24,46 @@ def gptq(model: nn.Module, reference: nn.Module, batches, recipe: Recipe) -> Non
     inputs from before any of them is rounded.
     """
     for name in units(model, recipe.units):
-        round_weights(hessians(model, model.get_submodule(name), batches))
+        round_weights(model, hessians(model, name, batches))
 
 
-def round_weights(hessians: Mapping[QuantizedLayer, Tensor]) -> None:
-    """Give each layer the codes that go with the moments of its inputs, [groups, n, n]."""
-    for layer, hessian in hessians.items():
-        scale = weight_scale(layer)
-        layer.set_weight(gptq_codes(layer, scale, hessian), scale)
+def round_weights(model: nn.Module, hessians: Mapping[str, Tensor]) -> None:
+    """Give each layer named the codes that go with the moments of its inputs, [groups, n, n]."""
+    for name, hessian in hessians.items():
+        layer = model.get_submodule(name)
+        with located(name):
+            scale = weight_scale(layer)
+            layer.set_weight(gptq_codes(layer, scale, hessian), scale)
 
 
-def hessians(model: nn.Module, unit: nn.Module, batches) -> dict[QuantizedLayer, Tensor]:
-    """Return the moments [groups, n, n] of what each layer to round in `unit` takes in.
+def hessians(model: nn.Module, unit: str, batches) -> dict[str, Tensor]:
+    """Return the moments [groups, n, n] of what each layer to round in `unit` takes in, by name.
 
     They are summed over `batches`. ValueError for a layer that never runs, and for moments that are
     not finite.
     """
     sums = {}
+    layers = layers_to_round(model.get_submodule(unit), unit)
 
-    def add(layer, inputs, kwargs, output):
+    def add(name, inputs, kwargs, output):
         (x,) = *inputs, *kwargs.values()
-        sums[layer] = sums.get(layer, 0.0) + input_moments(layer.layer, layer.input(x))
+        sums[name] = sums.get(name, 0.0) + input_moments(layers[name].layer, layers[name].input(x))
 
-    path = next(name for name, module in model.named_modules() if module is unit)
-    paths = {layer: name for name, layer in layers_to_round(unit, path).items()}
-    with hooked(model, paths, add):
-        for _ in captured(model, unit, batches, "output"):
+    with hooked(model, {name: name for name in layers}, add):
+        for _ in captured(model, model.get_submodule(unit), batches, "output"):
             pass
-    for layer in paths.keys() - sums.keys():
-        raise never_ran(paths[layer])
-    if not all(hessian.isfinite().all() for hessian in sums.values()):
-        raise ValueError("the calibration data or what a layer makes of it is not finite")
+    for name in layers.keys() - sums.keys():
+        raise never_ran(name)
+    for name, hessian in sums.items():
+        if not hessian.isfinite().all():
+            raise ValueError(f"the calibration data or what {name} makes of it is not finite")
     return sums
 
 
 def input_moments(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
     """Sum u u^T over all places, [groups, n, n]; u [n] is what a filter of the group multiplies."""
     if isinstance(layer, nn.Linear):
-        u = x.flatten(0, -2).T[None]  # [1, n, places]
+        u = x.reshape(-1, x.shape[-1]).T[None]  # [1, n, places]
         return u @ u.mT
     total = 0.0
     for image in x:  # one by one: unfolding multiplies memory by the kernel's size

@@ -89,12 +89,13 @@ def statistics(model: nn.Module, batches) -> dict[str, tuple[Tensor, Tensor]]:
         norm.training = True  # not its children, such as timm's dropout
     seen = Counter()
 
-    def weigh(norm, args):
-        seen[norm] += len(args[0])
-        norm.momentum = len(args[0]) / seen[norm]  # 1 at first, which forgets what was there
+    def weigh(norm, args, kwargs):
+        (x,) = *args, *kwargs.values()
+        seen[norm] += len(x)
+        norm.momentum = len(x) / seen[norm]  # 1 at first, which forgets what was there
 
     for norm in norms.values():
-        norm.register_forward_pre_hook(weigh)
+        norm.register_forward_pre_hook(weigh, with_kwargs=True)
     for x, *_ in batches:
         model(x)
     return {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}

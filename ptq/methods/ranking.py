@@ -143,6 +143,8 @@ def search_layer(layer, name, reference, batches, correlate, attention, rank) ->
     original = reference.get_submodule(name)
     inputs = [x for (x,) in captured(reference, original, batches, "input")]
     wanted = [original(x) for x in inputs]
+    if attention and len(inputs) != len(attention.inputs):
+        raise ValueError(f"{name} runs more than once in an attention, which has one place for it")
     scores = attention.scores() if attention else None
     fmt, quantizer = layer.format, layer.input if isinstance(layer.input, Quantizer) else None
     n = (fmt is not None) + (quantizer is not None)
@@ -232,7 +234,11 @@ class _AtAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.found(*args[:2]) if args else self.found(kwargs["query"], kwargs["key"])
+            given = dict(zip(("query", "key"), args)) | kwargs
+            q, k = given["query"], given["key"]
+            if q.shape[:-2] != k.shape[:-2]:
+                raise ValueError("scores are ranked where each head of q has one of k")
+            self.found(q, k)
         return func(*args, **kwargs)
 
 
