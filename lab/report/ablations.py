@@ -30,7 +30,7 @@ def table_of(bench: dict) -> str:
                 "Δ points": "-" if name == BASE else difference(found, base),
             }
         )
-    side, hardware = bench["img_size"], ", ".join(bench["trained_on"])
+    side, hardware = bench["img_size"], " and ".join(bench["trained_on"])
     conditions = (
         f"{len(base)} seeds; {bench['steps']:,} steps of {bench['batch_size']} images of "
         f"{side}x{side} pixels, {bench['precision'].upper()}, {hardware}; judged on "
