@@ -22,11 +22,16 @@ def parse_args():
     p.add_argument("--results", default="results", help="folder of the result files")
     p.add_argument("--checkpoints", default="checkpoints", help="folder of the training logs")
     p.add_argument("--figures", help="folder of the figures (default: that in --results)")
-    p.add_argument("--pages", default=".", help="folder of README.md, docs and checkpoints")
+    p.add_argument("--pages", help="folder of README.md, docs and checkpoints (default: this one)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--readme", action="store_true", help="also rewrite the tables")
     what.add_argument("--check", action="store_true", help="fail if a table differs")
     args = p.parse_args()
+    if args.check and args.figures:
+        p.error("--check draws no figures: leave out --figures")
+    if args.pages and not (args.check or args.readme):
+        p.error("--pages is for --readme and --check")
+    args.pages = args.pages or "."
     if not Path(args.results).is_dir():
         raise BadInput(f"no folder {args.results}: run quantize.py first or name it with --results")
     return args

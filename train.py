@@ -57,6 +57,7 @@ from lab.training.start import (
     heads_to_build,
     load_start,
     network_settings,
+    require_compiler,
     require_memory,
     require_no_run,
     training_data,
@@ -118,6 +119,7 @@ def train(args, world: World) -> int:
     model = model.to(world.device, memory_format=torch.channels_last)
     network = world.parallel(world.synchronised(model))
     if args.compile:
+        require_compiler(world.device)
         # Once a side, and faster than for any. Beyond its limit torch would not compile any more.
         torch._dynamo.config.recompile_limit = max(8, len(set(sides)))
         network = torch.compile(network, dynamic=False)
@@ -138,6 +140,7 @@ def train(args, world: World) -> int:
                 args.warmup_epochs = min(WARM_UP, round(args.epochs / 10, 3))
         run = run_of(stages)
         if args.resume:
+            require_same_teacher(args)
             run.resume()
         else:
             begin(run, {k: getattr(args, k) for k in ("init", "widen", "teacher")})
@@ -175,6 +178,15 @@ def teacher_of(args, classes: tuple[str, ...], stages: list[Stage], world: World
     teacher = Teacher(args.teacher, *taught, *how)
     teacher.require_sides(stages)
     return teacher
+
+
+def require_same_teacher(args) -> None:
+    """Raise BadInput if the file of a resumed run's teacher is not the one that it began with."""
+    about = args.output / "config.json"
+    if args.teacher and about.exists():  # runs of before it was recorded do not say
+        began = files.read_json(about).get("sha256", {}).get("teacher")
+        if began and began != files.sha256(args.teacher):
+            raise BadInput(f"{args.teacher} is another file than {args.output} began with")
 
 
 def new_run(args, data, sampler, model: nn.Module, world: World, stages: list[Stage]) -> Run:

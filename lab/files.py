@@ -156,9 +156,15 @@ def write_json(path, value) -> None:
     write_text(path, short + "\n")
 
 
+def _not_finite(name: str):
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def read_json(path):
+    """Return what a JSON file holds; BadInput if it can't be read or has numbers without end."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_not_finite)
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {shortened(path)}: {error}") from error
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 import ptq
 from lab.cli import BadInput, shortened
 from lab.files import sha256
-from lab.models import TASK_OF, require_img_size, require_task, run_name
+from lab.models import TASK_OF, require_img_size, require_task, run_name, settings_of
 from lab.models.checkpoint import model_from_checkpoint
 from lab.models.foreign import as_checkpoint, read_weights
 from lab.tasks import TASKS, classification
@@ -20,6 +22,7 @@ from lab.tasks.cifar10 import MEAN, STD
 from lab.tasks.imagefolder import RESIZE, Photos
 
 ADAPT_IMAGES, ADAPT_BATCH = 256, 32  # that batch norms meet another image size with
+LABELLED = 64  # images at a time, as masks take memory
 
 
 @dataclass(frozen=True, eq=False)  # each is its own, so that what is made of it can be kept
@@ -108,14 +111,27 @@ class Subject:
         images, described = self.calibration(n)
         return EvalBatches(images, self.img_size, recipe.calibration_batch), described
 
+    @functools.cached_property
+    def images_sha256(self) -> str:
+        """Return the digest of the images' labels, and of their files' names and sizes, if any."""
+        digest = hashlib.sha256()
+        for i in range(0, len(self.images), LABELLED):
+            some = self.images[i : i + LABELLED]
+            of_files = [(file.name, file.stat().st_size) for file in getattr(some, "files", ())]
+            digest.update(repr(of_files).encode())
+            digest.update(some.labels.numpy().tobytes())
+        return digest.hexdigest()
+
     def origin(self, recipe) -> dict:
         """Return what a result says of the network, its images and the recipe."""
         return {
             "model": self.name,
+            "settings": json.loads(json.dumps(settings_of(self.model))),  # as a file gives it back
             "task": self.task,
             "split": self.split,
             "img_size": self.img_size,
             "checkpoint_sha256": self.sha256,
+            "images_sha256": self.images_sha256,
             "recipe": recipe.asdict(),
         }
 
@@ -165,6 +181,7 @@ def load_subject(
     fit each other.
     """
     path = Path(path)
+    digest = sha256(path) if path.is_file() else None
     if weights_of:
         task = task or TASK_OF.get(weights_of, "imagefolder")
         require_task(weights_of, task)
@@ -175,14 +192,15 @@ def load_subject(
         require_task(checkpoint["model"], task)
     if task not in TASKS:
         raise BadInput(f"{path} was trained on {task}: known are {', '.join(TASKS)}")
+    if sha256(path) != digest:
+        raise BadInput(f"{path} changed while it was read: try again")
     source = TASKS[task]
-    if weights_of:
-        classes = source.load(data_dir, held_out).classes
-        checkpoint = as_checkpoint(model, weights_of, layout, classes, str(path))
     if img_size:
         require_img_size(model, img_size, "--img-size")
     own_val = held_out and hasattr(source, "load_val")
     images = source.load_val(data_dir) if own_val else source.load(data_dir, train=held_out)
+    if weights_of:
+        checkpoint = as_checkpoint(model, weights_of, layout, images.classes, str(path))
     images = as_known(images, task, checkpoint)
     if held_out and not own_val:
         val_size = held_out_size(checkpoint, task)
@@ -191,7 +209,7 @@ def load_subject(
         images = images[split(images.labels, val_size)[1]]
     return Subject(
         path=path,
-        sha256=sha256(path),
+        sha256=digest,
         name=run_name(checkpoint["model"], task),
         model=model,
         checkpoint=checkpoint,

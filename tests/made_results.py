@@ -233,9 +233,12 @@ def write_tree(root):
         (root / name).write_text(f"before\n{text}\nafter")
 
 
-def flags(tree):
-    folders = {"--results": "results", "--checkpoints": "checkpoints", "--pages": ""}
-    return [part for flag, name in folders.items() for part in (flag, tree / name)]
+def flags(tree, what=None):
+    """The options of plots.py for `tree`; `what` it does with the pages: --readme or --check."""
+    folders = {"--results": "results", "--checkpoints": "checkpoints"}
+    folders |= {"--pages": ""} if what else {}
+    given = [part for flag, name in folders.items() for part in (flag, tree / name)]
+    return [*given, what] if what else given
 
 
 def load(tree):

@@ -156,6 +156,7 @@ def test_batches_hang_on_the_step_alone_and_are_shared_out(scenes):
         ({"categories": []}, "has 2 images and 0 categories"),
         ({"annotations": {}}, "annotations is dict, but should be a list"),
         ({"categories": [{"id": 2, "name": "a"}] * 2}, "two categories have the same id"),
+        ({"categories": [{"id": i, "name": "a"} for i in (2, 9)]}, "have the same name"),
         ({"annotations": [{"image_id": 1, "category_id": 2, "bbox": [0] * 4}]}, "has image_id 1"),
         ({"annotations": [{"image_id": 7, "category_id": 3, "bbox": [0] * 4}]}, "category_id 3"),
         ({"annotations": [{"image_id": 7, "category_id": 2, "bbox": [0] * 3}]}, "a list of 4"),

@@ -28,8 +28,8 @@ def test_text_from_files_is_no_markup(tree):
     path = tree / "checkpoints" / "mobilevit_xxs" / "metrics.json"
     change(path, printed=EVIL, hardware=EVIL, model=EVIL)
     change(tree / "results" / "benchmarks" / "train.json", model=EVIL, timm=EVIL)
-    run("plots.py", *flags(tree), "--readme")
-    run("plots.py", *flags(tree), "--check")
+    run("plots.py", *flags(tree, "--readme"))
+    run("plots.py", *flags(tree, "--check"))
     for name in PAGES:
         lines = (tree / name).read_text().splitlines()
         for before, line in zip(lines, lines[1:]):
@@ -79,7 +79,7 @@ def folder(path):
         (ROW, without("kind"), "lacks kind"),
         (ROW, lambda path: change(path, cpu="\ud800"), "should be text"),
         (ROW, lambda path: change(path, predictions=[0]), "predictions should be 10000"),
-        (ROW, lambda path: change(path, score={"accuracy_pct": float("nan")}), "is nan"),
+        (ROW, lambda path: change(path, score={"accuracy_pct": float("nan")}), "NaN is no number"),
         (ROW, lambda path: change(path, size_bytes="1"), "size_bytes is '1'"),
         (BENCH, without("ratio"), "lacks ratio"),
         (BENCH, without("images_per_s"), "lacks images_per_s"),
@@ -126,7 +126,7 @@ def test_a_run_is_read_by_its_metric_whatever_its_task_is_called(tree):
 
 def test_damaged_files_end_the_command_with_2(tree):
     fails_with_one_line("plots.py", "--results", tree / "absent", says="run quantize.py first")
-    fails_with_one_line("plots.py", *flags(tree), "--pages", tree / "absent", "--check",
+    fails_with_one_line("plots.py", *flags(tree, "--check"), "--pages", tree / "absent",
                         says="cannot read")  # fmt: skip
     (tree / ROW).write_text("[" * 10_000)
     fails_with_one_line("plots.py", *flags(tree), says="cannot read")

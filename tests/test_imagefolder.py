@@ -285,8 +285,10 @@ def test_a_strip_takes_no_more_memory_than_other_pictures(tmp_path):
 
 def test_batches_and_subsets_keep_files_and_labels_together(tmp_path):
     data = imagefolder.load(folder_of(tmp_path, {"cat": 5, "dog": 5}), False)
-    some = data[torch.tensor([6, 0])]
-    assert some.files == (data.files[6], data.files[0]) and some.labels.tolist() == [1, 0]
+    some = data[torch.tensor([5, 0])]
+    assert some.files == (data.files[5], data.files[0])
+    named = [data.classes.index(file.parts[-2]) for file in some.files]
+    assert some.labels.tolist() == named == [1 - int(named[1]), named[1]]
     batches = list(EvalBatches(data, 32, 3))
     assert torch.equal(torch.cat([x for x, _ in batches]), data.inputs(32))
     assert torch.equal(torch.cat([y for _, y in batches]), data.labels)
@@ -324,3 +326,12 @@ def test_no_folder_and_a_file_are_refused(tmp_path):
     for name in ("absent", "file"):
         with pytest.raises(BadInput, match=f"no folder at .*{name}"):
             imagefolder.load(tmp_path / name, True)
+
+
+def test_the_first_so_many_photos_are_of_all_classes(tmp_path):
+    folder_of(tmp_path / "train", {"cat": 1, "dog": 1})
+    folder_of(tmp_path / "test", {"cat": 4, "dog": 2, "owl": 3})
+    folder_of(tmp_path / "train", {"owl": 1})
+    test = imagefolder.load(tmp_path, False)
+    assert test.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 2, 0]
+    assert [file.parts[-2] for file in test.files[:3]] == ["cat", "dog", "owl"]

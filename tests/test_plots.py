@@ -51,13 +51,13 @@ def blocks_of(found):
 
 
 def test_pages_are_filled_and_then_agree(tree):
-    run("plots.py", *flags(tree), "--check", code=1)
+    run("plots.py", *flags(tree, "--check"), code=1)
     path = tree / "results" / "mobilevit_xxs" / "w8a8@openvino.json"
     extra = shutil.copy(path, path.with_name("w8a8-seed1@openvino.json"))
     change(extra, latency_runs=3)
-    out, _ = run("plots.py", *flags(tree), "--readme")
+    out, _ = run("plots.py", *flags(tree, "--readme"))
     assert out.startswith("rows left out, of other weights, fewer images or other settings: 1\n")
-    run("plots.py", *flags(tree), "--check")
+    run("plots.py", *flags(tree, "--check"))
     texts = {name: (tree / name).read_text() for name in PAGES}
     for text in texts.values():
         assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
@@ -72,7 +72,7 @@ def test_pages_are_filled_and_then_agree(tree):
             assert figure.read_bytes().startswith(magic) and str(figure) in out
     fp32 = tree / "results" / "mobilevit_xxs" / "fp32@torch-eager.json"
     change(fp32, score={"accuracy_pct": 91.0})
-    _, err = run("plots.py", *flags(tree), "--check", code=1)
+    _, err = run("plots.py", *flags(tree, "--check"), code=1)
     assert "README.md" in err and "training.md" not in err
 
 

@@ -105,6 +105,10 @@ def test_a_wider_network_and_other_heads_are_refused():
         widen(MobileViT("s"), MobileViT("xs"))
     with pytest.raises(ValueError, match="heads"):
         widen(MobileViT("xs"), MobileViT("s", heads=1))
+    with pytest.raises(ValueError, match=r"patches as usual, not \[4, 4, 4\]"):
+        widen(MobileViT("xxs"), MobileViT("xs", patches=4))
+    with pytest.raises(ValueError, match="output_stride 8, not as usual"):
+        widen(MobileViT("xxs", output_stride=8), MobileViT("xs"))
 
 
 def start_from(path, name="mobilevit_xs", val_size=200):

@@ -3,6 +3,7 @@
 Operations go back to float, those that matter most first, until hardly an image is lost.
 """
 
+from lab.cli import BadInput
 from lab.engines import Loaded, openvino_nncf
 
 NAME = "nncf-control"
@@ -11,7 +12,13 @@ version = openvino_nncf.version
 
 
 def load(model, recipe, calibration, example) -> Loaded:
-    """Return `model` quantized in 8 bits or float, judged on the images that it calibrates on."""
+    """Return `model` quantized in 8 bits or float, judged on the images that it calibrates on.
+
+    BadInput for networks that are no classifiers.
+    """
+    _, labels = calibration[0]
+    if labels.dim() != 1:
+        raise BadInput(f"{NAME} judges classes of images, and this network gives none")
 
     def judge(compiled, shown) -> tuple[float, list[float]]:
         """Return the share of the images that are right, and for each a 1.0 if it is, else 0.0."""

@@ -36,10 +36,15 @@ def widen(narrow: MobileViT, wide: MobileViT) -> None:
     """Write the weights of `narrow` into the freshly initialised `wide`.
 
     `wide` then gives almost the same logits: the module's docstring names what differs. ValueError
-    if a layer of `wide` is narrower, its heads are no multiple, or the classes differ.
+    if a layer of `wide` is narrower, its heads are no multiple, or the classes, the patches or the
+    strides differ.
     """
     if narrow.num_classes != wide.num_classes:
         raise ValueError(f"{narrow.num_classes} classes, not {wide.num_classes}")
+    for setting in ("patches", "output_stride"):
+        given, asked = narrow.settings.get(setting), wide.settings.get(setting)
+        if given != asked:
+            raise ValueError(f"{setting} {given or 'as usual'}, not {asked or 'as usual'}")
     theirs, ours = narrow.state_dict(), wide.state_dict()
     if any(n > w for name in ours for n, w in zip(theirs[name].shape, ours[name].shape)):
         raise ValueError(f"{narrow.variant} is wider than {wide.variant}")

@@ -104,8 +104,13 @@ def headline_finding(shown, rows) -> str:
     speeds = [reading.speed_up(row) for row in fastest]
     return (
         f"{label} is the fastest of these, {min(speeds):.1f} to {max(speeds):.1f} times FP32, "
-        f"and loses at most {max(lost(row, rows) for row in fastest):.2f} points"
+        f"and loses {at_most(max(lost(row, rows) for row in fastest))}"
     )
+
+
+def at_most(points: float) -> str:
+    """Say in words how many points are lost at most."""
+    return f"at most {points:.2f} points" if points > 0 else "no accuracy"
 
 
 def methods(found: Results):
@@ -240,7 +245,7 @@ def pareto_finding(ours, rows) -> str:
     names = ", ".join(short_name(model) for model in models_of(w4))
     return (
         f"4-bit weights (w4) make files of {names} {times} times smaller and "
-        f"cost at most {max(lost(row, rows) for row in w4):.2f} points"
+        f"cost {at_most(max(lost(row, rows) for row in w4))}"
     )
 
 
@@ -308,7 +313,6 @@ def sizes_finding(rows) -> str:
     gains = [reading.speed_up(b) / reading.speed_up(a) for a, b in pairs]
     if gains and min(gains) > 1 and all(accuracy(b) > accuracy(a) - 0.2 for a, b in pairs):
         lost = max(accuracy(a) - accuracy(b) for a, b in pairs)
-        kept = f"loses at most {lost:.2f} points" if lost > 0 else "is as accurate as FP32"
         faster = f"{min(gains):.1f} to {max(gains):.1f} times as fast"
-        return f"At every side w8a8 {kept} and is {faster}"
+        return f"At every side w8a8 loses {at_most(lost)} and is {faster}"
     return "Accuracy against speed by the side of the image"

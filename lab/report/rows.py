@@ -36,6 +36,7 @@ ACCURACY = "accuracy_pct"
 METRICS = {ACCURACY: "Accuracy", "map50_pct": "mAP@0.5", "miou_pct": "mIoU"}
 PARTS = ("compute", "weights", "activations")
 ENERGY = record({"unit": text, "total": number(1e-9)} | {part: number(0) for part in PARTS})
+ENERGIES = record(dict.fromkeys(("horowitz", "horowitz-high", "seed"), ENERGY))
 IDENTITY = {  # a row that is the same in all of these need not be measured again
     "model": text,
     "task": text,
@@ -50,6 +51,8 @@ IDENTITY = {  # a row that is the same in all of these need not be measured agai
     "n_images": integer(1),
     "latency_runs": integer(1),
 }
+# Also of the identity, but rows of earlier versions have none.
+LATER = {"settings": mapping(anything), "images_sha256": text}
 SCORE = record(
     {},
     optional=dict.fromkeys((*METRICS, "top5_pct", "map_pct", "pixels_pct"), percent)
@@ -65,15 +68,14 @@ ROW = record(
         "score": SCORE,
         "size_bytes": integer(1),
         "size_is_estimate": flag,
-        "products": maybe(record({"int8": COUNTS, "float": COUNTS})),
+        "products": maybe(record({"int8": COUNTS, "float": COUNTS}, optional={"asked": COUNTS})),
         "latency_ms": LATENCY,
         "fp32_latency_ms": LATENCY,
         "cpu": text,
         "command": text,
         "wall_s": number(0),
     },
-    # rows of earlier versions have none
-    optional={"energy": maybe(mapping(ENERGY)), "logit_noise": number(0)},
+    optional=LATER | {"energy": maybe(ENERGIES), "logit_noise": number(0)},
 )
 ANSWERS = record(
     {
@@ -100,8 +102,9 @@ def read_row(path) -> dict:
     n, classes = row["n_images"], len(row["classes"])
     if len(row["predictions"]) != n or max(row["predictions"]) >= classes:
         raise BadInput(f"{path}: predictions should be {n} numbers below {classes}")
-    confusion = row["confusion"]
-    if confusion is not None and [len(line) for line in confusion] != [classes] * classes:
+    lengths = [len(line) for line in row["confusion"] or ()]
+    many = "top5_pct" in row["score"]  # so many that the file holds no confusion
+    if lengths != [classes] * classes and not (many and row["confusion"] is None):
         raise BadInput(f"{path}: confusion should be {classes} lines of {classes} numbers")
     return row
 
@@ -132,12 +135,13 @@ def row_path(folder: Path, identity: dict) -> Path:
 def reusable_row(path: Path, identity: dict) -> dict | None:
     """Return the row at `path`, None if there is none.
 
-    BadInput if it is of other weights or settings than `identity`, or no row.
+    BadInput if it is of other weights, images or settings than `identity`, or no row.
     """
     if not path.exists():
         return None
     row = read_row(path)
-    differing = [name for name in identity if comparable(row[name]) != comparable(identity[name])]
+    there = [name for name in identity if name in row or name not in LATER]
+    differing = [name for name in there if comparable(row[name]) != comparable(identity[name])]
     if differing:
         raise BadInput(
             f"{path} holds a row with another {', '.join(differing)}: "

@@ -55,9 +55,12 @@ def load_run(folder: Path) -> dict:
     # Of shipped runs "command" is what was run then, "command_now" the same in today's options.
     command = config.get("command_now", config.get("command"))
     text(command, f"{folder / 'config.json'}: command")
+    log = read_log(folder / "log.csv", classifies(run))
+    if run["epoch"] not in [line["epoch"] for line in log]:
+        raise BadInput(f"{folder / 'log.csv'} lacks epoch {run['epoch']}, which was chosen")
     before = sorted(folder.glob("history/run*"), key=lambda path: (len(path.name), path.name))
     return run | {
-        "log": read_log(folder / "log.csv", classifies(run)),
+        "log": log,
         "command": command,
         "before": [load_run(path) for path in before],
     }

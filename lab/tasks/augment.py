@@ -89,6 +89,11 @@ def crop(x: Tensor, top: Tensor, left: Tensor, side: int, padding: int) -> Tenso
     return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
 
 
+def fractions(draws: Tensor) -> Tensor:
+    """Return draws below 2^31 as float32 in [0, 1): those next to 2^31 would round to 1."""
+    return (draws / 2**31).clamp(max=1 - 2**-24)
+
+
 def flip(x: Tensor, draw: Tensor) -> Tensor:
     return torch.where((draw % 2 == 1)[:, None, None, None], x.flip(-1), x)
 
@@ -101,7 +106,7 @@ def through_jpeg(x: Tensor, draws: Tensor, probability: float) -> Tensor:
     from PIL import Image
 
     low, high = JPEG_QUALITY
-    chance, quality = (draws / 2**31).unbind(1)  # in [0, 1)
+    chance, quality = fractions(draws).unbind(1)
     qualities = (low + (high + 1 - low) * quality).int().tolist()
     x = x.clone()
     for i in (chance < probability).nonzero().flatten().tolist():
@@ -114,11 +119,12 @@ def through_jpeg(x: Tensor, draws: Tensor, probability: float) -> Tensor:
 def erased(x: Tensor, draws: Tensor, probability: float) -> Tensor:
     """Return images [b, 3, S, S], with a grey rectangle over some of them, as `draws` [b, 5] say.
 
-    Its area is 2 to 33 % of the image's, its height 0.3 to 3.3 times its width: the paper's bounds
-    (Zhong et al., AAAI 2020, section 4.2).
+    Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, section 3, in the bounds of
+    torchvision's RandomErasing: its area is 2 to 33 % of the image's, its height 0.3 to 3.3 times
+    its width, drawn evenly on a logarithmic scale.
     """
     side = x.shape[-1]
-    chance, area, shape, top, left = (draws / 2**31).unbind(1)  # in [0, 1)
+    chance, area, shape, top, left = fractions(draws).unbind(1)
     area = side**2 * (0.02 + 0.31 * area)
     ratio = 0.3 * (3.3 / 0.3) ** shape
     inside = []

@@ -112,6 +112,8 @@ def _read(data_dir, part: str) -> Scenes:
         ids = [entry["id"] for entry in content[what]]
         if len(set(ids)) < len(ids):
             raise BadInput(f"{path}: two {what} have the same id")
+    if len(set(names.values())) < len(names):
+        raise BadInput(f"{path}: two categories have the same name")
     place = {image["id"]: i for i, image in enumerate(images)}
     number = {category: k for k, category in enumerate(sorted(names))}
     objects = [[] for _ in images]

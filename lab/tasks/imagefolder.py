@@ -118,7 +118,10 @@ def _evaluation(folder: Path) -> Path:
 
 
 def _scan(folder: Path) -> Photos:
-    """Return all photos of a folder with one sub-folder for each class."""
+    """Return all photos of a folder with one sub-folder for each class.
+
+    First comes the first of each class, then the second: any first so many have all classes alike.
+    """
     if not folder.is_dir():
         raise BadInput(f"no folder at {folder}: name the one with a sub-folder for each class")
     classes = _folders(folder)
@@ -132,9 +135,9 @@ def _scan(folder: Path) -> Photos:
             f"{folder / empty[0]} has no image ({' '.join(_EXTENSIONS)}): "
             f"each sub-folder is a class, {len(empty)} of {len(classes)} have none"
         )
-    counts = torch.tensor([len(files[name]) for name in classes])
-    labels = torch.arange(len(classes)).repeat_interleave(counts)
-    return Photos(tuple(f for name in classes for f in files[name]), labels, tuple(classes))
+    order = sorted((i, k) for k, name in enumerate(classes) for i in range(len(files[name])))
+    labels = torch.tensor([k for _, k in order])
+    return Photos(tuple(files[classes[k]][i] for i, k in order), labels, tuple(classes))
 
 
 def _folders(folder: Path) -> list[str]:

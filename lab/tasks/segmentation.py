@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lab.cli import BadInput
 from lab.tasks import classification
-from lab.tasks.augment import Augmentation
+from lab.tasks.augment import Augmentation, fractions
 from lab.tasks.photo import read_photo
 
 METRIC, TRAIN_METRIC = "miou_pct", "pixels_pct"
@@ -26,7 +26,7 @@ def batch(
 ) -> tuple[Tensor, Tensor]:
     """Return pictures uint8 [b, 3, S, S] of the stage's side S, and their masks uint8 [b, S, S]."""
     pairs = []
-    for i, draw in zip(indices.tolist(), (draws / 2**31).tolist()):
+    for i, draw in zip(indices.tolist(), fractions(draws).tolist()):
         image, mask = read_photo(data.files[i]), data.mask(i)
         if augment.policy == "none":
             pairs.append(_resized(image, mask, (stage.side, stage.side)))

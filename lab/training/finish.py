@@ -6,9 +6,9 @@ from lab import files
 from lab.cli import BadInput
 from lab.models import run_name
 from lab.models.checkpoint import load_checkpoint, network, plain, read_tensors, save_checkpoint
-from lab.schema import mapping, record, sequence, text
+from lab.schema import mapping, percent, record, sequence, text
 from lab.training.evaluation import score_on_test_set, trained_task
-from lab.training.run import log_line
+from lab.training.run import log_line, write_log
 
 
 def finish(output: Path, data_dir, device) -> None:
@@ -20,8 +20,16 @@ def finish(output: Path, data_dir, device) -> None:
     best = load_checkpoint(best_path)
     objective = trained_task(best, best_path).objective
     val, test = (f"{split}_{objective.METRIC}" for split in ("val", "test"))
+    record({val: percent})(best, str(best_path))
     if best[test] is None:
         state = trained(last_path, objective)
+        if best["epoch"] not in [line["epoch"] for line in state["history"]]:
+            # A kill between the two: best.pth is written first.
+            raise BadInput(
+                f"{best_path} is of epoch {best['epoch']}, which {last_path} does not know yet: "
+                "--resume the run"
+            )
+        write_log(output, state["history"], objective)  # a kill may have left an older one
         about = files.read_json(about_path)
         record({"hardware": text})(about, str(about_path))
         score, in_words = score_on_test_set(best_path, data_dir, device)

@@ -41,6 +41,12 @@ def numeral(value, where: str) -> None:
         raise BadInput(f"{where} is {value!r}, but should be a number") from error
 
 
+def seconds(value, where: str) -> None:
+    """Raise BadInput unless `value` is a number of seconds as text."""
+    numeral(value, where)
+    number(0)(float(value), where)
+
+
 def log_line(objective) -> dict[str, Schema]:
     """Return {column of the log: its schema} for a task of this `objective`."""
     return {
@@ -54,7 +60,7 @@ def log_line(objective) -> dict[str, Schema]:
         f"val_{objective.METRIC}": numeral,
         "images_per_s": numeral,
         "peak_memory_mb": numeral,
-        "seconds": numeral,
+        "seconds": seconds,
     }
 
 
@@ -198,15 +204,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {name: getattr(self, name) for name in SAVED}
         save_checkpoint(self.output / "last.pth", state | {"sums": sums.cpu()})
-        self.write_log()
-
-    def write_log(self) -> None:
-        if self.history:
-            content = io.StringIO()
-            writer = csv.DictWriter(content, self.history[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-            files.write_text(self.output / "log.csv", content.getvalue())
+        write_log(self.output, self.history, self.task.objective)
 
     def parts(self) -> dict:
         """Return what has a state dict, by its name in last.pth."""
@@ -243,7 +241,7 @@ class Run:
             setattr(self, name, state[name])
         if self.world.rank == 0:  # the saved sums are those of all processes
             self.sums.copy_(state["sums"])
-            self.write_log()
+            write_log(self.output, self.history, self.task.objective)
 
     def schema(self) -> Schema:
         """Return the schema of what last.pth must hold for this run."""
@@ -278,6 +276,17 @@ class Run:
                 as_after_a_step(value, where)
 
         return check
+
+
+def write_log(output: Path, history: list[dict], objective) -> None:
+    """Write the log.csv of a run that has validated."""
+    if history:
+        content = io.StringIO()
+        columns = log_line(objective)
+        writer = csv.DictWriter(content, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(history)
+        files.write_text(output / "log.csv", content.getvalue())
 
 
 def changed_options(before: dict, now: dict) -> str:

@@ -81,8 +81,8 @@ def training_data(task, data_dir, val_size: int | None, n_processes: int):
     """Return the images of `task` to train on, those to choose weights on, and those to test on.
 
     The second are `val_size` of the first, held out, or the task's own if that is None. BadInput
-    if that leaves no image to train on, or less than one to each process to choose on. Faults of
-    the test images, which are read in the end, are to show before the training.
+    if that leaves no image to train on, or less than one to each process to choose on. The test
+    images are looked for before the training, and read in the end.
     """
     data, test = (task.load(data_dir, train) for train in (True, False))
     require_classes(test, data.classes, "the test images", "the training images")
@@ -190,3 +190,12 @@ def require_no_run(output: Path) -> None:
     """Raise BadInput if the folder of a run holds one already."""
     if any((output / name).exists() for name in ("best.pth", "last.pth")):
         raise BadInput(f"{output} already holds a run: --resume it or choose another --output")
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise BadInput unless torch.compile works for `device`: it needs a compiler of C++."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # what its backends raise has no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"--compile: torch can't compile here: {reason}") from error
