@@ -90,6 +90,7 @@ def by_names(specs: Mapping[str, LayerSpec]) -> tuple[LayerSpec, ...]:
 class Recipe:
     """A named way to quantize a network: `layers` and `steps`, or `peer`, or none (float).
 
+    `name`: how rows, files and messages call it.
     `title`: what it does, in a few words, for tables. Two recipes may differ in it and be equal.
     `layers`: the formats; the first entry that applies to a layer decides.
     `steps`: names of ptq.methods.STEPS in the order in which they are taken. By default weights are
@@ -97,6 +98,11 @@ class Recipe:
     `units`: pattern of names of modules whose weights are rounded together by GPTQ and AdaRound.
         Layers outside of them are rounded one by one.
     `peer`: name of an engine that quantizes the network by its own methods instead.
+    `calibration_images`: how many training images quantize.py calibrates on, and
+        `calibration_batch` at a time. `ptq.quantize` takes the batches that it is given.
+
+    ValueError for values of other types, for what is no pattern, and for parts that do not go
+    together: steps or units without what they work on, or a peer with layers.
     """
 
     name: str
