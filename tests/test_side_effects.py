@@ -283,3 +283,17 @@ def test_decoders_stay_as_they_are_and_an_attention_at_two_places_is_opened_at_b
     assert type(opened.both["a"]) is not nn.MultiheadAttention
     with pytest.raises(ValueError, match=r"tokens \[B, N, d\] alone"):
         opened.both["a"](x[0], x[0], x[0])
+
+
+@pytest.mark.parametrize("step", ["correct_biases", "adaround"])
+def test_what_a_layer_puts_out_is_taken_before_others_write_on_it(step):
+    def made(inplace):
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 4)
+        network = nn.Sequential(*layers).eval()
+        steps = ("nearest", step) if step == "correct_biases" else (step,)
+        return ptq.quantize(
+            network, Recipe("r", layers=(LayerSpec(".*", W4),), steps=steps), pairs(TOKENS)
+        )
+
+    assert made(True)(TOKENS).equal(made(False)(TOKENS))
