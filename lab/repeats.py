@@ -39,6 +39,9 @@ def repeat_of(path, args) -> Repeat:
         raise BadInput(f"{path} has one score for {shipped['n_images']} images: measure them all")
     if subject.sha256 != shipped["checkpoint_sha256"]:
         raise BadInput(f"{path}: {subject.path} holds other weights than were measured")
+    recorded = shipped.get("images_sha256")  # rows of earlier versions have none
+    if len(subject.images) == shipped["n_images"] and recorded not in (None, subject.images_sha256):
+        raise BadInput(f"{path}: {subject.task} has other images or labels than were measured")
     recipe = recipe_of_row(subject, shipped, path)
     n = shipped["calibration_images"]
     same = subject.identity(recipe, engine.NAME, n, args.latency_runs)

@@ -45,6 +45,7 @@ def test_all_rows_are_checked_before_the_first_is_measured(rows, tmp_path):
     for change, says in (
         ({"engine": "abacus"}, "no engine is called abacus"),
         ({"checkpoint_sha256": "0"}, "holds other weights than were measured"),
+        ({"images_sha256": "0"}, "has other images or labels than were measured"),
         ({"recipe": row["recipe"] | {"calibration_images": 7}}, "is not what it was"),
         ({"checkpoint": str(tmp_path / "absent.pth")}, "no checkpoint at"),
     ):
