@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from small import small_network
+from small import draw, small_network
+from torch import nn
 
 from lab.engines import (
     EngineMissing,
@@ -13,6 +14,7 @@ from lab.engines import (
 )
 from lab.engines.measure import predict
 from ptq import RECIPES
+from ptq.analysis.compare import noise
 from ptq.packing import written_bytes
 
 # Largest mean squared error over the variance between images; a constant would give 1. ONNX Runtime
@@ -69,3 +71,26 @@ def test_a_missing_peer_names_its_package(monkeypatch, engine, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(EngineMissing, match=f"pip install {package}"):
         engine.load(None, None, None, None)
+
+
+class Twice(nn.Module):
+    """Calls one ReLU at two places, as the blocks of torchvision's ResNet do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.relu(self.first(x))
+        return self.fc(self.relu(self.second(y) + y).mean((2, 3)))
+
+
+def test_pt2e_takes_a_network_that_calls_one_relu_twice():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    network = Twice().eval()
+    batches = [(draw(4, 3, 16, 16), None)]
+    loaded = torch_pt2e.load(network, None, batches, batches[0][0][:1])
+    assert noise(loaded.run(batches[0][0]), network(batches[0][0])) < 0.1
+    assert loaded.products["int8"] == {"Conv": 2, "MatMul": 1}

@@ -41,9 +41,10 @@ def load(model, recipe, calibration, example) -> Loaded:
         warnings.simplefilter("ignore")
         batch = {0: torch.export.Dim("batch")}
         pair = example.expand(2, *example.shape[1:]).contiguous()  # one would be exported as fixed
-        prepared = prepare_pt2e(
-            torch.export.export(model, (pair,), dynamic_shapes=(batch,)).module(), quantizer
-        )
+        # Strictly, as only then the quantizer tells calls of one module apart, such as a block's
+        # ReLU in torchvision's ResNet.
+        exported = torch.export.export(model, (pair,), dynamic_shapes=(batch,), strict=True)
+        prepared = prepare_pt2e(exported.module(), quantizer)
         for x, _ in calibration:
             prepared(x)
         converted = convert_pt2e(prepared)
