@@ -40,6 +40,7 @@ from tqdm import tqdm
 from lab import cli, files, machine
 from lab.cli import BadInput
 from lab.models import settings_of
+from lab.schema import mapping, record, text
 from lab.tasks import TASKS
 from lab.tasks.augment import Augmentation
 from lab.tasks.batches import TrainBatches
@@ -184,7 +185,9 @@ def require_same_teacher(args) -> None:
     """Raise BadInput if the file of a resumed run's teacher is not the one that it began with."""
     about = args.output / "config.json"
     if args.teacher and about.exists():  # runs of before it was recorded do not say
-        began = files.read_json(about).get("sha256", {}).get("teacher")
+        config = files.read_json(about)
+        record({}, optional={"sha256": mapping(text)})(config, str(about))
+        began = config.get("sha256", {}).get("teacher")
         if began and began != files.sha256(args.teacher):
             raise BadInput(f"{args.teacher} is another file than {args.output} began with")
 

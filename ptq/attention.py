@@ -50,8 +50,8 @@ class OpenAttention(nn.Module):
         # When it exports, transformers passes a mask that hides nothing.
         if x.dim() != 3 or (asked and not torch.compiler.is_exporting()):
             raise ValueError(
-                "attention was taken apart: it knows tokens [B, N, d] alone, no masks and no other "
-                "tokens"
+                "attention was taken apart: it knows no masks and no other tokens, and takes "
+                "tokens [B, N, d] alone"
             )
         joined = torch.cat([getattr(self, name)(x) for name in self.inward], -1)  # [B, N, 3d]
         q, k, v = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()

@@ -287,8 +287,7 @@ def test_batches_and_subsets_keep_files_and_labels_together(tmp_path):
     data = imagefolder.load(folder_of(tmp_path, {"cat": 5, "dog": 5}), False)
     some = data[torch.tensor([5, 0])]
     assert some.files == (data.files[5], data.files[0])
-    named = [data.classes.index(file.parts[-2]) for file in some.files]
-    assert some.labels.tolist() == named == [1 - int(named[1]), named[1]]
+    assert some.labels.tolist() == [1, 0]
     batches = list(EvalBatches(data, 32, 3))
     assert torch.equal(torch.cat([x for x, _ in batches]), data.inputs(32))
     assert torch.equal(torch.cat([y for _, y in batches]), data.labels)

@@ -107,6 +107,11 @@ def test_a_replaced_teacher_ends_a_resumed_run(checkpoint, tmp_path):
     run(*command, "--max-minutes", "0.0001", code=3)
     torch.save(torch.load(teacher, weights_only=True) | {"epoch": 7}, teacher)
     fails_with_one_line(*command, "--resume", says="is another file than")
+    config = files.read_json(output / "config.json")
+    for damaged in ([], config | {"sha256": None}, config | {"sha256": {"teacher": 1}}):
+        files.write_json(output / "config.json", damaged)
+        fails_with_one_line(*command, "--resume", says="config.json")
+    files.write_json(output / "config.json", config)
     shutil.copy(checkpoint, teacher)
     run(*command, "--resume", "--max-minutes", "0.0001", code=3)
 

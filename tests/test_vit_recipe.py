@@ -296,5 +296,5 @@ def test_masks_and_other_tokens_are_refused_not_ignored():
         lambda: opened(x, x, x, attn_mask=mask),
         lambda: opened(x, x, x, is_causal=True),
     ):
-        with pytest.raises(ValueError, match="no masks and no other tokens"):
+        with pytest.raises(ValueError, match="knows no masks and no other tokens"):
             call()
